@@ -1,0 +1,81 @@
+"""Data sets of real text, at byte level, as Megatron's .bin/.idx pair.
+
+A document is a text file's bytes (token ids 0 to 255) followed by the end-of-document token 256. Megatron reads such
+a set with `--tokenizer-type NullTokenizer --vocab-size 512 --null-tokenizer-eod-id 256` (`TOKENIZER_ARGUMENTS`): 512
+pads to the same number of rows for every tensor-parallel size up to 4, so checkpoints reshard.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+END_OF_DOCUMENT = 256
+TOKENIZER_ARGUMENTS = (
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--vocab-size",
+    "512",
+    "--null-tokenizer-eod-id",
+    str(END_OF_DOCUMENT),
+)
+
+
+def standard_library_sources() -> list[Path]:
+    """The source files of the running interpreter's standard library (without its tests), sorted."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+
+
+def is_complete(prefix: Path) -> bool:
+    """Whether both files of the data set `prefix` exist."""
+    return all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".bin", ".idx"))
+
+
+def build(files: Iterable[Path], prefix: Path) -> Path:
+    """Writes the bytes of `files` as the data set `prefix`.bin and `prefix`.idx, a document a file.
+
+    The pair appears whole or not at all, also where several processes build it at once: it is written under
+    temporary names and renamed, the index last.
+
+    Returns:
+        `prefix`, what Megatron's `--data-path` takes.
+
+    Raises:
+        ValueError: no file, or none with any text.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}-") as scratch:
+        bin_path, idx_path = Path(scratch, "data.bin"), Path(scratch, "data.idx")
+        builder = IndexedDatasetBuilder(str(bin_path), dtype=np.uint16)
+        documents = 0
+        for file in files:
+            if text := file.read_bytes():
+                document = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+                document = np.append(document, np.uint16(END_OF_DOCUMENT))
+                builder.add_document(document, [document.size])
+                documents += 1
+        if not documents:
+            raise ValueError(f"no text to build the data set {prefix} from: give at least one file that is not empty")
+        builder.finalize(str(idx_path))
+        os.replace(bin_path, prefix.with_name(prefix.name + ".bin"))
+        os.replace(idx_path, prefix.with_name(prefix.name + ".idx"))
+    return prefix
+
+
+def build_default(directory: Path | str) -> Path:
+    """The embedded data set, the sources of the standard library, in `directory`; built if it isn't there yet.
+
+    Returns:
+        Its prefix, what Megatron's `--data-path` takes.
+    """
+    prefix = Path(directory) / "python-standard-library"
+    return prefix if is_complete(prefix) else build(standard_library_sources(), prefix)

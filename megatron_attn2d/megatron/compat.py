@@ -1,0 +1,107 @@
+"""What Megatron-Core needs on any device, GPUs included, when it comes from the wheel or lacks Apex and Transformer Engine.
+
+`applied_fixes()` holds for as long as it is entered. What only CPU ranks need is in `cpu.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_attn2d.megatron.patching import Patch, applied
+
+
+def _unless_compiled(compile_helpers: Any) -> Any:
+    """`compile_helpers`, unless the index helpers came compiled, without the Makefile that would build them."""
+
+    @functools.wraps(compile_helpers)
+    def compile_if_possible() -> None:
+        datasets = importlib.import_module("megatron.core.datasets")
+        if not (Path(datasets.__path__[0]) / "Makefile").exists():
+            importlib.import_module("megatron.core.datasets.helpers_cpp")  # an ImportError here is the honest answer
+        else:
+            compile_helpers()
+
+    return compile_if_possible
+
+
+def _uses_torch_adam(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _with_initialized_states(sharded_state_dict: Any) -> Any:
+    """`DistributedOptimizer.sharded_state_dict` after giving torch's Adam the states that it is about to describe."""
+
+    @functools.wraps(sharded_state_dict)
+    def describe(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _uses_torch_adam(self.optimizer):
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if not self.optimizer.state[parameter]:
+                        self.optimizer.state[parameter] = {
+                            "step": torch.tensor(0.0),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }
+        return sharded_state_dict(self, *args, **kwargs)
+
+    return describe
+
+
+def _with_own_steps(load_state_dict: Any) -> Any:
+    """`DistributedOptimizer.load_state_dict`, after which each parameter of torch's Adam counts its own steps."""
+
+    @functools.wraps(load_state_dict)
+    def load(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        if _uses_torch_adam(self.optimizer):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    return load
+
+
+def _without_step(set_states: Any) -> Any:
+    """`_set_main_param_and_optimizer_states` that keeps the step: it was restored already, from the parameter groups."""
+
+    @functools.wraps(set_states)
+    def set_all_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, model_param, {"step": None, **tensors})
+
+    return set_all_but_step
+
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+FIXES = (
+    Patch(
+        "megatron.core.datasets.utils:compile_helpers",
+        _unless_compiled,
+        "the wheel ships the compiled helpers without the Makefile, and upstream exits when `make` fails",
+    ),
+    Patch(
+        f"{_OPTIMIZER}.sharded_state_dict",
+        _with_initialized_states,
+        "loading reads the step of every parameter from Adam's state, which torch's Adam fills in at its first step only",
+    ),
+    Patch(
+        f"{_OPTIMIZER}.load_state_dict",
+        _with_own_steps,
+        "it gives all parameters one shared step tensor, which torch's Adam then increments once per parameter: the "
+        "bias correction would silently be wrong",
+    ),
+    Patch(
+        f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
+        _without_step,
+        "it looks up the step of torch's Adam among the loaded tensors, where it is not kept: KeyError 'step'",
+    ),
+)
+
+
+def applied_fixes() -> AbstractContextManager[None]:
+    """Applies `FIXES` while entered."""
+    return applied(FIXES)

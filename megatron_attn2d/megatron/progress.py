@@ -1,0 +1,206 @@
+"""What a run shows and records: a line a step on the console, a JSON object a step in RUN_DIR/metrics.jsonl.
+
+Upstream logs to standard output at length; with a run directory that goes to RUN_DIR/logs/rank-N.log instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_attn2d.megatron.patching import Patch, applied
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is recorded of a training step."""
+
+    step: int
+    """Number of the step, from 1."""
+    loss: float
+    """Mean loss of the tokens of the global batch, in nats."""
+    grad_norm: float | None
+    """Norm of the gradient before clipping; None where the optimizer skipped the step."""
+    lr: float | None
+    """Learning rate."""
+    tokens_per_s: float
+    """Tokens of the global batch over the seconds that the step took, all ranks together."""
+    elapsed_s: float
+    """Seconds since training began, without the time before a restart that was lost."""
+
+
+@contextmanager
+def quiet(run_dir: str | None, rank: int) -> Iterator[TextIO]:
+    """Sends what this process prints, native code included, to the rank's log; yields the console.
+
+    Without a run directory nothing is redirected.
+    """
+    if run_dir is None:
+        yield sys.stdout
+        return
+    log_path = Path(run_dir, "logs", f"rank-{rank}.log")
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    _flush()
+    saved = os.dup(1), os.dup(2)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    try:
+        with os.fdopen(os.dup(saved[0]), "w", buffering=1) as console:
+            yield console
+    finally:
+        _flush()
+        for descriptor, standard in zip(saved, (1, 2), strict=True):
+            os.dup2(descriptor, standard)
+            os.close(descriptor)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+class Reporter:
+    """Follows upstream's training loop and reports its steps, from the rank that holds the loss and is the last."""
+
+    def __init__(self, args: Namespace, console: TextIO) -> None:
+        self._args = args
+        self._console = console
+        self._reports = args.rank == args.world_size - 1
+        self._metrics = Path(args.run_dir, "metrics.jsonl") if args.run_dir else None
+        self._step_seconds = 0.0
+        self._mean_seconds: float | None = None
+        self._began = time.perf_counter()
+        self._started = False
+
+    def patches(self) -> tuple[Patch, ...]:
+        """The three functions of upstream's loop that are followed; none is changed."""
+        reason = "each step is reported as it ends"
+        return (
+            Patch("megatron.training.training:train_step", self._timed, reason),
+            Patch("megatron.training.training:training_log", self._followed, reason),
+            Patch("megatron.training.training:save_checkpoint_and_time", self._announced, reason),
+        )
+
+    def _timed(self, train_step: Any) -> Any:
+        @functools.wraps(train_step)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = train_step(*args, **kwargs)
+            self._step_seconds = time.perf_counter() - begin
+            return result
+
+        return timed
+
+    def _followed(self, training_log: Any) -> Any:
+        @functools.wraps(training_log)
+        def followed(
+            loss_dict: dict[str, Any],
+            total_loss_dict: Any,
+            learning_rate: float | None,
+            iteration: int,
+            loss_scale: float,
+            report_memory_flag: bool,
+            skipped_iter: int,
+            grad_norm: float | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            if self._reports:
+                self._report(iteration, float(loss_dict["lm loss"]), grad_norm, learning_rate)
+            return training_log(
+                loss_dict,
+                total_loss_dict,
+                learning_rate,
+                iteration,
+                loss_scale,
+                report_memory_flag,
+                skipped_iter,
+                grad_norm,
+                *args,
+                **kwargs,
+            )
+
+        return followed
+
+    def _announced(self, save_checkpoint_and_time: Any) -> Any:
+        @functools.wraps(save_checkpoint_and_time)
+        def announced(iteration: int, *args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = save_checkpoint_and_time(iteration, *args, **kwargs)
+            if self._reports:
+                self._print(f"saved step {iteration} to {self._args.save} in {time.perf_counter() - begin:.1f} s")
+            return result
+
+        return announced
+
+    def _report(self, iteration: int, loss: float, grad_norm: float | None, lr: float | None) -> None:
+        from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+
+        if not self._started:
+            self._start(iteration)
+        tokens = get_current_running_global_batch_size() * self._args.seq_length
+        step = Step(
+            step=iteration,
+            loss=loss,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            lr=None if lr is None else float(lr),
+            tokens_per_s=tokens / self._step_seconds,
+            elapsed_s=time.perf_counter() - self._began,
+        )
+        if self._metrics is not None:
+            with self._metrics.open("a") as metrics:
+                metrics.write(json.dumps(asdict(step)) + "\n")
+        self._print(self._line(step))
+
+    def _start(self, iteration: int) -> None:
+        """Forgets the recorded steps that this run repeats: those after the checkpoint that it resumed from."""
+        self._started = True
+        self._began = time.perf_counter() - self._step_seconds
+        if iteration > 1:
+            self._print(f"resumed after step {iteration - 1}")
+        if self._metrics is None or not self._metrics.exists():
+            return
+        kept = [line for line in _complete_lines(self._metrics) if json.loads(line)["step"] < iteration]
+        if kept:
+            self._began -= json.loads(kept[-1])["elapsed_s"]
+        rewritten = self._metrics.with_suffix(".jsonl.new")
+        rewritten.write_text("".join(kept))
+        rewritten.replace(self._metrics)
+
+    def _line(self, step: Step) -> str:
+        if self._mean_seconds is None or step.step % 10 == 1:  # the first steps are slower: don't let them linger
+            self._mean_seconds = self._step_seconds
+        self._mean_seconds += 0.2 * (self._step_seconds - self._mean_seconds)
+        total = self._args.train_iters
+        left = timedelta(seconds=round(self._mean_seconds * (total - step.step)))
+        norm = "skipped" if step.grad_norm is None else f"{step.grad_norm:.3f}"
+        lr = "" if step.lr is None else f"  lr {step.lr:.2e}"
+        return (
+            f"step {step.step:{len(str(total))}d}/{total}  loss {step.loss:.4f}  grad norm {norm}{lr}"
+            f"  {step.tokens_per_s:,.0f} tokens/s  ETA {left}"
+        )
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._console, flush=True)
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a file, without a last one that an interrupted write left unfinished."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def reported(args: Namespace, console: TextIO) -> AbstractContextManager[None]:
+    """Reports upstream's training loop while entered."""
+    return applied(Reporter(args, console).patches())

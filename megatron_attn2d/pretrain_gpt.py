@@ -1,0 +1,202 @@
+"""Pretrains a GPT with Megatron-Core's own `pretrain()`: providers of the model, of the data and of the loss, no loop.
+
+Run it under torchrun with Megatron's arguments (`python -m megatron_attn2d.pretrain_gpt ...`), or call `main` in every
+rank. Attention goes through `attention2d_layer_spec`, unless `--spec` names another.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, TextIO
+from unittest import mock
+
+import torch
+
+from megatron_attn2d.megatron import compat, cpu, derive, progress
+
+Batch = dict[str, torch.Tensor | None]
+
+
+def main(megatron_args: Sequence[str]) -> None:
+    """Trains, as this rank, with Megatron's arguments and `--run-dir`; RANK, WORLD_SIZE, ... are in the environment.
+
+    Can be called again in the same process: Megatron's global state is gone afterwards, and the process group too
+    where it was created here.
+
+    Raises:
+        ValueError: an argument contradicts what is installed or what this project supports.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    run_dir = _add_own_arguments(ArgumentParser(allow_abbrev=False)).parse_known_args(megatron_args)[0].run_dir
+    with ExitStack() as stack:
+        console = stack.enter_context(progress.quiet(run_dir, rank))
+        stack.enter_context(compat.applied_fixes())
+        stack.enter_context(cpu.seam())
+        stack.callback(_reset_megatron, owns_process_group=not torch.distributed.is_initialized())
+        arguments = derive.with_derived_arguments(megatron_args)
+        stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_gpt", *arguments]))
+        try:
+            _pretrain(console)
+        except SystemExit as end:  # upstream's way to end a run early, after a signal for one
+            if end.code:
+                raise
+
+
+def _pretrain(console: TextIO) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.training import pretrain
+
+    from megatron_attn2d.megatron.layer_spec import attention2d_layer_spec
+
+    args = parse_and_validate_args(extra_args_provider=_add_own_arguments)
+    model = gpt_config_from_args(args)
+    if model.transformer_layer_spec is None:
+        model.transformer_layer_spec = attention2d_layer_spec
+    config = pretrain_cfg_container_from_args(args, model)
+    datasets = partial(_datasets)
+    datasets.is_distributed = True  # type: ignore[attr-defined]  # the builder decides by itself on which ranks to build
+    with progress.reported(args, console):
+        pretrain(config, datasets, ModelType.encoder_or_decoder, _forward_step)
+
+
+def _add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
+    parser.add_argument_group("megatron_attn2d").add_argument(
+        "--run-dir", help="directory for metrics.jsonl and the logs of the ranks"
+    )
+    return parser
+
+
+def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """The training, validation and test sets, each with at least the given number of samples."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.parallel_state import get_tensor_model_parallel_rank
+    from megatron.training import get_args, get_tokenizer
+    from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+    )
+    return BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset,
+        num_samples,
+        lambda: is_first_or_last_pipeline_stage(vp_stage) and get_tensor_model_parallel_rank() == 0,
+        config,
+    ).build()
+
+
+def _batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
+    """This rank's part of the next batch, [b, s/cp] each: its zigzag chunks, and only what its pipeline stage uses."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.training import get_args
+
+    args = get_args()
+    first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+    keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+    if not (first or last):
+        return dict.fromkeys(keys)
+
+    batch: Batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert iterator is not None
+        data = next(iterator)
+        batch = {key: t.cuda(non_blocking=True) if (t := data.get(key)) is not None else None for key in keys}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    """One micro-batch through this rank's stage: its output, and the function that turns the last stage's into a loss."""
+    from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_timers
+
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = _batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(_loss, batch["loss_mask"])
+
+
+def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the losses of this rank's tokens, their number, and both for the report, summed there over all ranks.
+
+    Args:
+        mask: [b, s/cp], 0 where a token doesn't count.
+        losses: [b, s/cp].
+    """
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    total = torch.sum(losses.view(-1).float() * mask.view(-1).float())
+    num_tokens = mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        get_rerun_state_machine().validate_result(
+            result=total,
+            rejection_func=lambda loss: not torch.isfinite(loss).all(),
+            message="a loss that is not finite, in the forward pass",
+            tolerance=0.0,
+            fatal=True,
+        )
+    return total, num_tokens, {"lm loss": torch.stack([total.detach(), num_tokens.to(total.dtype)])}
+
+
+def _reset_megatron(owns_process_group: bool) -> None:
+    """Forgets the global state of the run that ends."""
+    from megatron.training import global_vars
+    from megatron.training.training import destroy_global_state
+
+    if global_vars._GLOBAL_SIGNAL_HANDLER is not None:
+        global_vars._GLOBAL_SIGNAL_HANDLER.release()
+    destroy_global_state()
+    if owns_process_group and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
