@@ -1,0 +1,117 @@
+"""The command `megatron-attn2d`."""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_attn2d import environment
+from megatron_attn2d.config import RunConfig, load_run, megatron_arguments, resolved_yaml
+from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.topology import picture
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`; the exit code. A user's mistake is 2, with one message and no traceback."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return int(args.command(args))
+    except UsageError as error:
+        if args.debug:
+            raise
+        print("\n".join(f"megatron-attn2d: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="megatron-attn2d", description="GPT pretraining with 2D context parallelism.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="pretrain what a YAML describes", description=_train.__doc__)
+    train.add_argument("run", metavar="RUN.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the YAML")
+    train.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
+    train.set_defaults(command=_train)
+
+    plot = commands.add_parser("plot", help="draw the loss curves of runs", description=_plot.__doc__)
+    plot.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    plot.add_argument("-o", "--output", default="loss.png", metavar="PNG", help="default: %(default)s")
+    plot.set_defaults(command=_plot)
+
+    for command in (train, plot):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    # Intermixed, so that options may stand between overrides.
+    known, extra = parser.parse_known_args(argv)
+    if unknown := [word for word in extra if word.startswith("-") or known.command is not _train]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if extra:
+        known.overrides += extra
+    return known
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Pretrain what RUN.yaml describes. Under torchrun or srun this process is one rank; alone, it starts the ranks."""
+    world_size = environment.launched_world_size()
+    run = load_run(args.run, args.overrides, world_size=world_size)
+    arguments = megatron_arguments(run)
+    if args.dry_run:
+        print(_described(run, arguments))
+        return 0
+    environment.apply_variables(run.environment.device, run.environment.variables)
+    if world_size:
+        environment.adopt_slurm()
+        return _train_as_rank(run, arguments)
+    return _train_alone(run, arguments)
+
+
+def _described(run: RunConfig, arguments: list[str]) -> str:
+    lines = " ".join(arguments).replace(" --", "\n--")
+    return f"# Run\n{resolved_yaml(run)}\n# Megatron's arguments\n{lines}\n\n# Process grid\n{picture(run)}"
+
+
+def _train_as_rank(run: RunConfig, arguments: list[str]) -> int:
+    environment.check_devices(run.environment.device, int(os.environ.get("LOCAL_RANK", "0")) + 1)
+    _prepare(run, write_config=os.environ["RANK"] == "0")
+    from megatron_attn2d import pretrain_gpt
+
+    pretrain_gpt.main(arguments)
+    return 0
+
+
+def _train_alone(run: RunConfig, arguments: list[str]) -> int:
+    environment.check_devices(run.environment.device, run.world_size)
+    _prepare(run, write_config=True)
+    from megatron_attn2d import launch, pretrain_gpt
+
+    return launch.run_local(run.world_size, pretrain_gpt.main, arguments, device=run.environment.device)
+
+
+def _prepare(run: RunConfig, write_config: bool) -> None:
+    """The run's directory with its resolved configuration, and its data."""
+    directory = Path(run.directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if write_config:
+        with tempfile.NamedTemporaryFile("w", dir=directory, prefix=".config-", delete=False) as scratch:
+            scratch.write(resolved_yaml(run))
+        Path(scratch.name).replace(directory / "config.yaml")
+    if not (run.data.paths or run.data.mock):
+        from megatron_attn2d import data
+
+        data.build_default(run.data.dir)
+
+
+def _plot(args: argparse.Namespace) -> int:
+    """Draw the loss curves of runs into one PNG, and print them side by side."""
+    from megatron_attn2d import plot
+
+    curves = [plot.read_curve(Path(directory)) for directory in args.runs]
+    print(plot.table(curves))
+    plot.draw(curves, Path(args.output))
+    print(f"curves: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""From a RunConfig to Megatron's command line."""
+
+import contextlib
+import io
+import warnings
+from argparse import Action, ArgumentParser
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from megatron_attn2d.config.errors import ConfigError, nearest
+from megatron_attn2d.config.schema import NO_FLAG, Flag, RunConfig
+
+CP_COMM_TYPES = {"attention2d": "attention2d", "ring": "p2p", "all_gather": "all_gather", "ulysses": "a2a"}
+
+# Flags that no field emits by its own name, and the key that decides about each.
+_DECIDED_BY = {
+    "group-query-attention": "model.num_query_groups",
+    "num-query-groups": "model.num_query_groups",
+    "max-position-embeddings": "model.max_position_embeddings",
+    "cp-comm-type": "context_parallel.mode",
+    "hierarchical-context-parallel-sizes": "context_parallel.grid",
+    "data-path": "data.paths",
+    "train-data-path": "data.paths",
+    "fp16": "training.precision",
+    "bf16": "training.precision",
+    "eval-interval": "training.eval_interval",
+    "save": "checkpoint.save",
+    "save-interval": "checkpoint.save_interval",
+    "load": "checkpoint.load",
+    "tensorboard-dir": "logging.tensorboard",
+    "wandb-exp-name": "run.name",
+    "wandb-save-dir": "run.dir",
+    "distributed-backend": "environment.device",
+    "run-dir": "run.dir",
+}
+# Arguments under which attention would silently be another than the one asked for, or that bypass this file.
+_REFUSED = {
+    "hybrid-context-parallel": "changes the context-parallel group with every batch",
+    "max-seqlen-per-dp-cp-rank": "changes the context-parallel group with every batch",
+    "spec": "replaces the layers, and with them the attention that context_parallel.mode chooses",
+    "yaml-cfg": "discards all other arguments",
+    "reset-attention-mask": "needs a mask that context parallelism does not have yet",
+    "dataloader-inter-document-masking": "needs a mask that context parallelism does not have yet",
+    "local-rank": "is the launcher's business",
+}
+
+
+def megatron_arguments(run: RunConfig) -> list[str]:
+    """Megatron's command line for `run`, and `--run-dir`.
+
+    Raises:
+        ConfigError: `megatron_args` holds a key that Megatron doesn't know, a wrong value, or what `run` decides.
+    """
+    sections = [getattr(run, name) for name in type(run).model_fields if name != "megatron_args"]
+    arguments = [token for section in sections for token in _section_arguments(section)]
+    for build in (_attention, _precision, _data, _evaluation, _checkpoint, _logging):
+        arguments += build(run)
+    return [*arguments, "--run-dir", run.directory, *_passed_through(run.megatron_args)]
+
+
+def _flag(name: str, *values: object) -> list[str]:
+    return [f"--{name}", *map(str, values)]
+
+
+def _spelling(name: str, metadata: list[Any]) -> Flag:
+    return next((m for m in metadata if isinstance(m, Flag)), Flag(name.replace("_", "-")))
+
+
+def _section_arguments(section: BaseModel) -> list[str]:
+    arguments = []
+    for name, field in type(section).model_fields.items():
+        flag, value = _spelling(name, field.metadata), getattr(section, name)
+        if flag == NO_FLAG or value is None:
+            continue
+        if isinstance(value, bool):
+            arguments += _flag(flag.name) if value == flag.when else []
+        else:
+            arguments += _flag(flag.name, value)
+    return arguments
+
+
+def _attention(run: RunConfig) -> list[str]:
+    model, context = run.model, run.context_parallel
+    arguments = _flag("max-position-embeddings", model.max_position_embeddings or run.training.seq_length)
+    if model.num_query_groups:
+        arguments += ["--group-query-attention", *_flag("num-query-groups", model.num_query_groups)]
+    arguments += _flag("cp-comm-type", CP_COMM_TYPES[context.mode])
+    if context.mode == "attention2d" and context.size > 1:
+        # Upstream's contiguous groups, the first size, are the columns; its strided groups, the second, are the rows.
+        arguments += _flag("hierarchical-context-parallel-sizes", *run.grid)
+    return arguments
+
+
+def _precision(run: RunConfig) -> list[str]:
+    return [] if run.training.precision == "fp32" else _flag(run.training.precision)
+
+
+def _data(run: RunConfig) -> list[str]:
+    data = run.data
+    if data.mock:
+        return []
+    if isinstance(data.paths, dict):
+        return _flag("data-path", *(token for path, weight in data.paths.items() for token in (weight, path)))
+    return _flag("data-path", *(data.paths or [embedded_data(run)]))
+
+
+def embedded_data(run: RunConfig) -> str:
+    """Prefix of the embedded data set, which `data.build_default` builds."""
+    return str(Path(run.data.dir) / "python-standard-library")
+
+
+def _evaluation(run: RunConfig) -> list[str]:
+    return _flag("eval-interval", run.training.eval_interval or run.training.train_iters)
+
+
+def _checkpoint(run: RunConfig) -> list[str]:
+    checkpoint, own = run.checkpoint, Path(run.directory) / "checkpoints"
+    begun = (own / "latest_checkpointed_iteration.txt").is_file()
+    arguments = _flag("load", own if begun or not checkpoint.load else checkpoint.load)
+    if not checkpoint.save:
+        return arguments if begun or checkpoint.load else []
+    return [
+        *arguments,
+        *_flag("save", own),
+        *_flag("save-interval", checkpoint.save_interval or run.training.train_iters),
+    ]
+
+
+def _logging(run: RunConfig) -> list[str]:
+    arguments = _flag("tensorboard-dir", Path(run.directory) / "tensorboard") if run.logging.tensorboard else []
+    if run.logging.wandb_project:
+        arguments += _flag("wandb-exp-name", run.run.name) + _flag("wandb-save-dir", Path(run.directory) / "wandb")
+    return arguments
+
+
+def _passed_through(megatron_args: dict[str, Any]) -> list[str]:
+    given = {name.replace("_", "-"): value for name, value in megatron_args.items() if value is not None}
+    owners = _owners()
+    for name, value in given.items():
+        key = f"megatron_args.{name.replace('-', '_')}"
+        if name in owners:
+            raise ConfigError(key, value, f"{owners[name]} decides about --{name}", f"set {owners[name]}")
+        if name in _REFUSED:
+            raise ConfigError(key, value, f"--{name} {_REFUSED[name]}", "leave it out")
+        if name == "attention-backend" and value == "local":
+            reason = "Megatron would silently replace context-parallel attention by its own"
+            raise ConfigError(key, value, reason, "choose auto, flash, fused or unfused")
+    return [token for name, value in given.items() for token in _parsed_by_upstream(name, value)]
+
+
+@cache
+def _owners() -> dict[str, str]:
+    """Which of our keys decides about which flag."""
+    fields = {
+        _spelling(name, field.metadata).name: f"{title}.{name}"
+        for title, section in RunConfig.model_fields.items()
+        for name, field in getattr(section.annotation, "model_fields", {}).items()
+    }
+    return {flag: key for flag, key in (fields | _DECIDED_BY).items() if flag}
+
+
+def _parsed_by_upstream(name: str, value: object) -> list[str]:
+    """The tokens for `--name value`, which upstream's parser has accepted."""
+    key = f"megatron_args.{name.replace('-', '_')}"
+    known = _upstream_flags()
+    if f"--{name}" not in known:
+        by_destination = {action.dest: flag for flag, action in known.items()}
+        if flag := by_destination.get(name.replace("-", "_")):
+            choice = f"Megatron writes it {flag}"
+        else:
+            choice = nearest(name.replace("-", "_"), [flag[2:].replace("-", "_") for flag in known])
+        raise ConfigError(key, reason="no argument of Megatron", choice=choice, has_value=False)
+    if known[f"--{name}"].nargs == 0:
+        if not isinstance(value, bool):
+            raise ConfigError(key, value, f"--{name} takes no value", "write true, or false to leave it out")
+        return _flag(name) if value else []
+    values = value if isinstance(value, list) else [value]
+    for one in values:
+        if isinstance(one, bool) or not isinstance(one, int | float | str):
+            raise ConfigError(key, value, f"--{name} takes a value", "write a number, a string or a list of them")
+        if isinstance(one, str) and one.startswith("-"):
+            raise ConfigError(key, value, f"{one} would be read as another argument", "begin it with something else")
+    tokens = _flag(name, *values)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            _upstream_parser().parse_args(tokens)
+    except (Exception, SystemExit) as error:  # upstream's types raise what they like
+        raise ConfigError(key, value, f"Megatron refuses it: {error}", "see megatron/training/arguments.py") from error
+    return tokens
+
+
+@cache
+def _upstream_parser() -> ArgumentParser:
+    # Importing takes seconds, so only those who pass arguments through wait for it.
+    with warnings.catch_warnings(action="ignore"):
+        from megatron.training.arguments import add_megatron_arguments
+    return add_megatron_arguments(ArgumentParser(allow_abbrev=False, exit_on_error=False))
+
+
+def _upstream_flags() -> dict[str, Action]:
+    return dict(_upstream_parser()._option_string_actions)

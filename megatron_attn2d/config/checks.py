@@ -1,0 +1,234 @@
+"""Whether the keys of a run fit together: every refusal before any process starts."""
+
+import importlib.util
+from collections.abc import Iterator
+from math import prod
+from operator import attrgetter
+
+from megatron_attn2d.config.errors import ConfigError, ConfigErrors
+from megatron_attn2d.config.schema import RunConfig
+from megatron_attn2d.planner import factorisations
+
+Refusal = tuple[str, str, str]
+"""Key, reason, valid choice."""
+
+
+def check(run: RunConfig) -> None:
+    """Raise ConfigError, naming each key with its value, the reason and a valid choice, if `run` cannot work."""
+    parts = (_check_model, _check_parallelism, _check_context, _check_world, _check_batch, _check_data, _check_rest)
+    if errors := [
+        ConfigError(key, attrgetter(key)(run), reason, choice) for part in parts for key, reason, choice in part(run)
+    ]:
+        raise ConfigErrors(errors)
+
+
+def _divisors(number: int, limit: int = 8) -> str:
+    """'1, 2, 4': what divides `number`, the largest `limit` of them."""
+    divisors = [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
+    return ", ".join(map(str, divisors[-limit:]))
+
+
+def _check_model(run: RunConfig) -> Iterator[Refusal]:
+    model, heads = run.model, run.model.num_attention_heads
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield (
+            "model.hidden_size",
+            f"not a multiple of model.num_attention_heads = {heads}",
+            f"choose {-(-model.hidden_size // heads) * heads}, or set model.kv_channels",
+        )
+    groups = model.num_query_groups or heads
+    if heads % groups:
+        yield (
+            "model.num_query_groups",
+            f"does not divide model.num_attention_heads = {heads}",
+            f"choose one of {_divisors(heads)}",
+        )
+    positions = model.max_position_embeddings or run.training.seq_length
+    if positions < run.training.seq_length:
+        yield (
+            "model.max_position_embeddings",
+            f"less than training.seq_length = {run.training.seq_length}",
+            f"choose {run.training.seq_length} or more",
+        )
+
+
+def _check_parallelism(run: RunConfig) -> Iterator[Refusal]:
+    parallel, model = run.parallelism, run.model
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    if heads % parallel.tensor:
+        yield (
+            "parallelism.tensor",
+            f"does not divide model.num_attention_heads = {heads}",
+            f"choose one of {_divisors(heads)}",
+        )
+    if groups % parallel.tensor and parallel.tensor % groups:
+        yield (
+            "parallelism.tensor",
+            f"neither divides model.num_query_groups = {groups} nor is a multiple of it",
+            f"choose one of {_divisors(groups)}",
+        )
+    if parallel.sequence_parallel:
+        if parallel.tensor == 1:
+            yield "parallelism.sequence_parallel", "needs parallelism.tensor > 1, which is 1", "choose false"
+        shard = run.training.seq_length // run.context_parallel.size
+        if shard % parallel.tensor:
+            yield (
+                "parallelism.sequence_parallel",
+                f"{shard} tokens a context rank do not split over parallelism.tensor = {parallel.tensor}",
+                "choose false, or a training.seq_length that is a multiple of tensor * 2 * context",
+            )
+    stages, virtual = parallel.pipeline, parallel.virtual_pipeline
+    if virtual is not None and stages == 1:
+        yield "parallelism.virtual_pipeline", "needs parallelism.pipeline > 1, which is 1", "choose null"
+    key, chunks = (
+        ("parallelism.pipeline", stages) if virtual is None else ("parallelism.virtual_pipeline", stages * virtual)
+    )
+    if model.num_layers % chunks:
+        yield (
+            key,
+            f"{chunks} stages do not share model.num_layers = {model.num_layers} evenly",
+            f"stages in all: one of {_divisors(model.num_layers)}",
+        )
+
+
+def _check_context(run: RunConfig) -> Iterator[Refusal]:
+    context, length = run.context_parallel, run.training.seq_length
+    chunks = 2 * context.size
+    if context.size > 1 and length % chunks:
+        yield (
+            "training.seq_length",
+            f"not a multiple of 2 * context_parallel.size = {chunks}, the chunks of the zigzag",
+            f"choose {-(-length // chunks) * chunks}",
+        )
+    if context.grid != "auto":
+        grids = ", ".join(f"[{rows}, {columns}]" for rows, columns in factorisations(context.size))
+        if context.mode != "attention2d":
+            yield "context_parallel.grid", f"context_parallel.mode = {context.mode} has no grid", "choose auto"
+        if prod(context.grid) != context.size:
+            yield (
+                "context_parallel.grid",
+                f"{prod(context.grid)} ranks, but context_parallel.size is {context.size}",
+                f"choose auto or one of {grids}",
+            )
+    transformer_engine = importlib.util.find_spec("transformer_engine") is not None and run.environment.device == "cuda"
+    if context.mode == "ulysses":
+        if not transformer_engine:
+            yield (
+                "context_parallel.mode",
+                "needs Transformer Engine on CUDA devices, which is not here",
+                "choose attention2d, ring or all_gather",
+            )
+        heads = min(run.model.num_attention_heads, run.model.num_query_groups or run.model.num_attention_heads)
+        local = max(heads // run.parallelism.tensor, 1)
+        if local % context.size:
+            yield (
+                "context_parallel.size",
+                f"mode ulysses deals out {local} key/value heads a tensor rank",
+                f"choose one of {_divisors(local)}, or attention2d",
+            )
+    ours = context.mode == "attention2d" or not transformer_engine
+    if run.model.attention_dropout and ours:
+        yield (
+            "model.attention_dropout",
+            f"context_parallel.mode = {context.mode} has no dropout inside attention yet",
+            "choose 0.0",
+        )
+
+
+def _check_world(run: RunConfig) -> Iterator[Refusal]:
+    where, parallel = run.environment, run.parallelism
+    expert_ranks = parallel.tensor * run.context_parallel.size * run.data_parallel_size
+    if expert_ranks % parallel.expert:
+        yield (
+            "parallelism.expert",
+            f"does not divide tensor * context * data = {expert_ranks} ranks",
+            f"choose one of {_divisors(expert_ranks)}",
+        )
+    if where.device == "cpu" and (where.nodes or 1) > 1:
+        yield "environment.nodes", "CPU ranks run on one machine", "choose 1"
+    if where.device == "cpu" and where.gpus_per_node is not None:
+        yield "environment.gpus_per_node", "environment.device = cpu has no GPUs", "choose null"
+
+
+def _check_batch(run: RunConfig) -> Iterator[Refusal]:
+    training, replicas = run.training, run.data_parallel_size
+    step = training.micro_batch_size * replicas
+    if training.global_batch_size % step:
+        yield (
+            "training.global_batch_size",
+            f"not a multiple of training.micro_batch_size * replicas = {training.micro_batch_size} * {replicas}",
+            f"choose {-(-training.global_batch_size // step) * step}",
+        )
+    stages, batches = run.parallelism.pipeline, training.global_batch_size // step
+    if run.parallelism.virtual_pipeline and batches < stages:
+        yield (
+            "training.global_batch_size",
+            f"{batches} micro-batches a replica, the interleaved schedule needs parallelism.pipeline = {stages}",
+            f"choose {stages * step}",
+        )
+    method, granularity = training.recompute_method, training.recompute_granularity
+    if (method is not None) != (granularity == "full"):
+        yield (
+            "training.recompute_method",
+            f"training.recompute_granularity is {granularity or 'null'}",
+            "choose uniform or block with full, null otherwise",
+        )
+    if training.recompute_num_layers is not None and method is None:
+        yield "training.recompute_num_layers", "training.recompute_method is null", "choose null"
+
+
+def _check_data(run: RunConfig) -> Iterator[Refusal]:
+    data = run.data
+    weights = data.split.split(",")
+    try:
+        training, validation, _ = map(float, weights)
+    except ValueError:
+        yield "data.split", "not three numbers", "write 98,1,1"
+        return
+    if training == 0:
+        yield "data.split", "nothing is left for training", "write 98,1,1"
+    if run.training.eval_iters and not validation and not data.mock:
+        yield (
+            "training.eval_iters",
+            f"data.split = {data.split} leaves nothing for validation",
+            "choose 0, or data.split=98,2,0",
+        )
+    if data.mock and data.paths:
+        yield "data.mock", "data.paths are given too", "choose one of the two"
+    bytes_ = (data.tokenizer_type, data.vocab_size, data.null_tokenizer_eod_id) == ("NullTokenizer", 512, 256)
+    if not (data.paths or data.mock or bytes_):
+        yield (
+            "data.paths",
+            "the embedded data set is bytes, the tokenizer is not",
+            "name .bin/.idx prefixes, or set data.mock=true, or extend models/gpt_tiny_bytes.yaml",
+        )
+    if isinstance(data.paths, dict) and any(weight <= 0 for weight in data.paths.values()):
+        yield "data.paths", "a weight of a blend is not positive", "leave out what has weight 0"
+    if data.tokenizer_type == "NullTokenizer":
+        if data.vocab_size is None:
+            yield "data.vocab_size", "NullTokenizer does not know the size of the vocabulary", "choose 512 for bytes"
+        eod = data.null_tokenizer_eod_id
+        if eod is not None and data.vocab_size is not None and eod >= data.vocab_size:
+            yield "data.null_tokenizer_eod_id", f"outside data.vocab_size = {data.vocab_size}", "choose 256 for bytes"
+    else:
+        if data.tokenizer_model is None:
+            yield "data.tokenizer_model", f"{data.tokenizer_type} is read from local files", "name its file or folder"
+
+
+def _check_rest(run: RunConfig) -> Iterator[Refusal]:
+    optimizer = run.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        yield "optimizer.min_lr", f"more than optimizer.lr = {optimizer.lr}", f"choose {optimizer.lr} or less"
+    decay = optimizer.lr_decay_iters or run.training.train_iters
+    if optimizer.lr_warmup_iters >= decay:
+        yield "optimizer.lr_warmup_iters", f"the learning rate decays over {decay} steps", f"choose less than {decay}"
+    if optimizer.overlap_param_gather and not (optimizer.use_distributed_optimizer and optimizer.overlap_grad_reduce):
+        yield (
+            "optimizer.overlap_param_gather",
+            "needs use_distributed_optimizer and overlap_grad_reduce",
+            "choose false, or set both to true",
+        )
+    if run.environment.device == "cpu" and run.training.precision == "fp16":
+        yield "training.precision", "environment.device = cpu computes in fp32 or bf16", "choose fp32"
+    if run.checkpoint.save_interval is not None and not run.checkpoint.save:
+        yield "checkpoint.save_interval", "checkpoint.save is false", "choose null"

@@ -1,0 +1,265 @@
+"""The keys of a run's YAML: one class a section, a docstring under each field.
+
+A field becomes the Megatron argument of its own name (`num_layers` -> `--num-layers`) unless its annotation holds a
+`Flag`: another spelling, or `NO_FLAG` where `arguments.py` or the launcher deals with it. None means not given, so that
+Megatron's default holds. Types are strict: true is no integer, "8" is no number.
+"""
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from megatron_attn2d.planner import best_grid
+
+
+class Flag(NamedTuple):
+    """How a field is spelled among Megatron's arguments; `when` is the value at which a boolean's flag is given."""
+
+    name: str
+    when: bool = True
+
+
+NO_FLAG = Flag("")
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Positive = Annotated[int, Field(gt=0, lt=2**53)]
+Ranks = Annotated[int, Field(gt=0, le=2**20)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+# Names and paths end up in file names, command lines and job scripts.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
+Path = Annotated[str, StringConstraints(pattern=r"^[^-\x00-\x1f][^\x00-\x1f]*$", max_length=4000)]
+
+
+class Section(BaseModel):
+    """Strict about types and unknown keys; unchanged once built."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """What the run is called and where it writes."""
+
+    name: Annotated[Name, NO_FLAG] = "run"
+    """Names the run in logs, plots and trackers."""
+    dir: Annotated[Path | None, NO_FLAG] = None
+    """Receives config.yaml, metrics.jsonl, checkpoints and TensorBoard logs. None: runs/NAME."""
+
+
+class Model(Section):
+    """The GPT."""
+
+    num_layers: Positive
+    hidden_size: Positive
+    num_attention_heads: Positive
+    num_query_groups: Annotated[Positive | None, NO_FLAG] = None
+    """Key/value heads, for grouped-query attention. None: one for each query head."""
+    ffn_hidden_size: Positive | None = None
+    """None: 4 * hidden_size, or 8/3 of it with SwiGLU."""
+    kv_channels: Positive | None = None
+    """Width of a head. None: hidden_size / num_attention_heads."""
+    max_position_embeddings: Annotated[Positive | None, NO_FLAG] = None
+    """None: training.seq_length."""
+    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
+    rotary_base: Positive | None = None
+    """Base of RoPE's frequencies."""
+    rotary_percent: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Share of a head's width that RoPE rotates."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    norm_epsilon: Annotated[float | None, Field(gt=0, lt=1)] = None
+    qk_layernorm: bool = False
+    """Normalise queries and keys before attention."""
+    swiglu: bool = False
+    """Gated SiLU in the MLP instead of GeLU."""
+    add_bias_linear: Annotated[bool, Flag("disable-bias-linear", when=False)] = True
+    """Biases in the linear layers."""
+    untie_embeddings_and_output_weights: bool = False
+    """An output layer of its own instead of the transposed embedding."""
+    hidden_dropout: Fraction = 0.0
+    attention_dropout: Fraction = 0.0
+    init_method_std: Annotated[float | None, Field(gt=0)] = None
+    """Standard deviation of the initial weights."""
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.num_attention_heads // (self.num_query_groups or self.num_attention_heads)
+
+
+class Parallelism(Section):
+    """How the model is spread over ranks; the context's part stands in context_parallel."""
+
+    tensor: Annotated[Ranks, Flag("tensor-model-parallel-size")] = 1
+    pipeline: Annotated[Ranks, Flag("pipeline-model-parallel-size")] = 1
+    virtual_pipeline: Annotated[Ranks | None, Flag("num-virtual-stages-per-pipeline-rank")] = None
+    """Model chunks a pipeline rank, for the interleaved schedule."""
+    sequence_parallel: bool = False
+    """Split norms and dropout over the tensor ranks along the sequence."""
+    expert: Annotated[Ranks, Flag("expert-model-parallel-size")] = 1
+    """Ranks that share the experts of a mixture-of-experts layer."""
+    data: Annotated[Ranks | None, NO_FLAG] = None
+    """Replicas. None: whatever the world leaves after tensor, pipeline and context."""
+
+
+class ContextParallel(Section):
+    """How one sequence is spread over ranks. Switching the attention is switching `mode`."""
+
+    size: Annotated[Ranks, Flag("context-parallel-size")] = 1
+    mode: Annotated[Literal["attention2d", "ring", "all_gather", "ulysses"], NO_FLAG] = "attention2d"
+    grid: Annotated[Literal["auto"] | Annotated[list[Ranks], Field(min_length=2, max_length=2)], NO_FLAG] = "auto"
+    """Rows and columns for attention2d: a row gathers queries, a column keys and values. auto: see planner.py."""
+
+
+class Data(Section):
+    """What is trained on."""
+
+    paths: Annotated[list[Path] | dict[Path, float], NO_FLAG] = []
+    """Prefixes of Megatron .bin/.idx files, or a blend as {prefix: weight}. Empty: the embedded byte-level data set."""
+    dir: Annotated[Path, NO_FLAG] = "data"
+    """Where the embedded data set is built."""
+    mock: Annotated[bool, Flag("mock-data")] = False
+    """Made-up tokens, for measuring speed."""
+    split: Annotated[str, StringConstraints(pattern=r"^[0-9.]+,[0-9.]+,[0-9.]+$")] = "1,0,0"
+    """Weights of training, validation and test; a part without documents must have weight 0."""
+    tokenizer_type: Literal["NullTokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "TikTokenizer"] = (
+        "NullTokenizer"
+    )
+    """NullTokenizer: the files hold token ids and need no text tokenizer, as in the embedded byte-level data set."""
+    tokenizer_model: Path | None = None
+    """File or folder of the tokenizer, on local disk."""
+    vocab_size: Positive | None = None
+    """For NullTokenizer and TikTokenizer; the others know theirs. Bytes: 512 pads alike for every tensor size."""
+    null_tokenizer_eod_id: Count | None = None
+    """End-of-document token for NullTokenizer. Bytes: 256."""
+    num_workers: Count | None = None
+    """Loader processes a rank. None: Megatron's 2 on GPUs, none on CPU ranks."""
+    data_cache_path: Path | None = None
+    """Where sample indices are kept. None: beside the data."""
+
+
+class Optimizer(Section):
+    """How weights are updated."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: NonNegative = 0.0
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    lr_decay_iters: Positive | None = None
+    """Steps until min_lr. None: training.train_iters."""
+    lr_warmup_iters: Count = 0
+    weight_decay: NonNegative = 0.1
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_grad: NonNegative = 1.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer's state over the data- and context-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+class Training(Section):
+    """Batch, length and precision."""
+
+    micro_batch_size: Positive = 1
+    """Sequences a forward pass."""
+    global_batch_size: Positive
+    """Sequences a step, over all ranks."""
+    train_iters: Positive
+    seq_length: Positive
+    seed: Count = 1234
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], NO_FLAG] = "bf16"
+    eval_iters: Count = 0
+    """Batches an evaluation; 0 for none."""
+    eval_interval: Annotated[Positive | None, NO_FLAG] = None
+    """Steps between evaluations. None: only at the end."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass instead of keeping them."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: Positive | None = None
+
+
+class Checkpoint(Section):
+    """What is kept. A run continues from the last checkpoint in its own directory."""
+
+    save: Annotated[bool, NO_FLAG] = True
+    """false: keep nothing."""
+    save_interval: Annotated[Positive | None, NO_FLAG] = None
+    """Steps between checkpoints. None: only at the end, and on SIGTERM."""
+    load: Annotated[Path | None, NO_FLAG] = None
+    """Checkpoints of another run to begin from, when this one has none yet."""
+    exit_signal_handler: bool = True
+    """Save and exit on SIGTERM."""
+
+
+class Logging(Section):
+    """What is reported."""
+
+    log_interval: Positive = 1
+    """Steps between lines of the log."""
+    tensorboard: Annotated[bool, NO_FLAG] = False
+    """Write TensorBoard logs into the run's directory."""
+    wandb_project: Name | None = None
+    """Report to Weights & Biases under this project."""
+    wandb_entity: Name | None = None
+    timing_log_level: Annotated[int, Field(ge=0, le=2)] = 0
+    """Detail of Megatron's timers."""
+
+
+class Environment(Section):
+    """Where it runs."""
+
+    device: Annotated[Literal["cpu", "cuda"], NO_FLAG] = "cuda"
+    """cpu: ranks are processes on this machine's cores, over Gloo."""
+    nodes: Annotated[Ranks | None, NO_FLAG] = None
+    gpus_per_node: Annotated[Ranks | None, NO_FLAG] = None
+    distributed_timeout_minutes: Positive = 10
+    """How long a collective may wait for a rank before the job ends."""
+    variables: Annotated[dict[Name, str | int], NO_FLAG] = {}
+    """Environment variables for every rank."""
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    run: Run = Run()
+    model: Model
+    parallelism: Parallelism = Parallelism()
+    context_parallel: ContextParallel = ContextParallel()
+    data: Data = Data()
+    optimizer: Optimizer
+    training: Training
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    environment: Environment = Environment()
+    megatron_args: dict[str, object] = {}
+    """Any other argument of Megatron, by its name. null takes back what an extended file gave."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica: tensor * pipeline * context."""
+        return self.parallelism.tensor * self.parallelism.pipeline * self.context_parallel.size
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.model_ranks * self.data_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas; derived when the run was loaded."""
+        return self.parallelism.data or 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of attention2d's process grid."""
+        chosen = self.context_parallel.grid
+        if chosen == "auto":
+            return best_grid(self.context_parallel.size, self.model.queries_per_kv_head)
+        return chosen[0], chosen[1]
+
+    @property
+    def directory(self) -> str:
+        """Where the run writes."""
+        return self.run.dir or f"runs/{self.run.name}"

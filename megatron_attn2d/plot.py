@@ -1,0 +1,95 @@
+"""Loss curves of runs: a PNG, and a table to read side by side."""
+
+import json
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+from megatron_attn2d.config.errors import UsageError
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
+_STYLES = (
+    "-",
+    (0, (5, 2)),
+    (0, (1, 1.2)),
+    (0, (6, 2, 1, 2)),
+)  # equal curves cover each other: let the lower shine through
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of one run, in nats a token, by step."""
+
+    name: str
+    losses: dict[int, float]
+
+
+def read_curve(run_dir: Path) -> Curve:
+    """The curve in RUN_DIR/metrics.jsonl; a step recorded twice counts as it was last.
+
+    Raises:
+        UsageError: there is none, or none that can be read.
+    """
+    path = run_dir / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give the directory of a run that has made a step") from error
+    losses = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            step = json.loads(line)
+            losses[int(step["step"])] = float(step["loss"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # a run was killed while writing it
+                continue
+            raise UsageError(f"{path}, line {number}: not a step ({error})") from error
+    if not losses:
+        raise UsageError(f"{path}: no step in it yet")
+    return Curve(run_dir.resolve().name, losses)
+
+
+def table(curves: list[Curve], first: int = 10) -> str:
+    """The losses of the first steps and the last, a column a run; for two runs also their difference."""
+    steps = sorted(set.union(*(set(curve.losses) for curve in curves)))
+    shown = steps[:first] + steps[first:][-1:]
+    names = [curve.name for curve in curves] + (["difference"] if len(curves) == 2 else [])
+    width = max(10, *map(len, names))
+    lines = ["  step  " + "  ".join(name.rjust(width) for name in names)]
+    for step in shown:
+        losses = [curve.losses.get(step) for curve in curves]
+        cells = ["-" if loss is None else f"{loss:.6f}" for loss in losses]
+        if len(curves) == 2:
+            both = losses[0] is not None and losses[1] is not None
+            cells.append(f"{losses[0] - losses[1]:+.1e}" if both else "-")  # type: ignore[operator]
+        lines.append(f"{step:6d}  " + "  ".join(cell.rjust(width) for cell in cells))
+    return "\n".join(lines)
+
+
+def draw(curves: list[Curve], output: Path, title: str = "Training loss") -> None:
+    """Draw the curves into the PNG `output`."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    for order, (curve, colour, style) in enumerate(zip(curves, cycle(_COLOURS), cycle(_STYLES), strict=False)):
+        steps = sorted(curve.losses)
+        axes.plot(
+            steps,
+            [curve.losses[step] for step in steps],
+            label=f"{curve.name}  ({curve.losses[steps[-1]]:.3f} at step {steps[-1]})",
+            color=colour,
+            linestyle=style,
+            linewidth=2.2,
+            marker="o" if len(steps) == 1 else None,
+            zorder=3 + order,
+        )
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats a token")
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+    axes.legend(frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png")

@@ -1,0 +1,61 @@
+"""Which global rank does what: Megatron's order of ranks, as a picture."""
+
+from collections.abc import Iterator
+
+from megatron_attn2d.config.schema import RunConfig
+
+_SHOWN = 4
+
+
+def context_group(run: RunConfig, stage: int, replica: int) -> list[int]:
+    """First tensor rank of each context rank in one pipeline stage of one replica, as global ranks in context order."""
+    tensor, context, pipeline = run.parallelism.tensor, run.context_parallel.size, run.parallelism.pipeline
+    if run.megatron_args.get("use_tp_pp_dp_mapping"):
+        outer = stage + pipeline * replica
+    else:
+        outer = replica + run.data_parallel_size * stage
+    return [tensor * (rank + context * outer) for rank in range(context)]
+
+
+def picture(run: RunConfig) -> str:
+    """The process grids of `run`, for people: a cell holds the global ranks that share its heads."""
+    parallel, context = run.parallelism, run.context_parallel
+    sizes = f"pipeline {parallel.pipeline} x data {run.data_parallel_size} x context {context.size} x tensor {parallel.tensor}"
+    groups = [(stage, replica) for replica in range(run.data_parallel_size) for stage in range(parallel.pipeline)]
+    lines = [f"{run.world_size} ranks = {sizes}", *_legend(run)]
+    for stage, replica in groups[:_SHOWN]:
+        lines += ["", f"pipeline stage {stage}, replica {replica}:"]
+        lines += _grid(run, [_cell(rank, parallel.tensor) for rank in context_group(run, stage, replica)])
+    if len(groups) > _SHOWN:
+        lines += ["", f"... and {len(groups) - _SHOWN} more"]
+    return "\n".join(lines)
+
+
+def _legend(run: RunConfig) -> Iterator[str]:
+    context = run.context_parallel
+    if context.size == 1:
+        yield "one context rank: attention stays on the rank"
+    elif context.mode == "attention2d":
+        rows, columns = run.grid
+        yield f"attention2d on {rows} rows x {columns} columns: queries are gathered along a row, keys and values along a column"
+    else:
+        yield f"{context.mode}: each line is one context-parallel group"
+    if run.parallelism.tensor > 1:
+        yield "a-b: tensor-parallel ranks, which hold different heads of the same tokens"
+
+
+def _cell(rank: int, tensor: int) -> str:
+    return str(rank) if tensor == 1 else f"{rank}-{rank + tensor - 1}"
+
+
+def _grid(run: RunConfig, cells: list[str]) -> Iterator[str]:
+    if run.context_parallel.mode != "attention2d":
+        yield "    " + "  ".join(cells)
+        return
+    rows, columns = run.grid
+    width = max(len(f"column {columns - 1}"), *map(len, cells))
+    yield " " * 12 + "  ".join(f"column {column}".rjust(width) for column in range(columns))
+    for row in range(rows):
+        yield f"    row {row}".ljust(12) + "  ".join(
+            cells[column * rows + row].rjust(width) for column in range(columns)
+        )
