@@ -1,0 +1,226 @@
+"""ATTENTION2D: exact attention over a sequence that is spread on an R x C grid of ranks (Elango, arXiv 2503.15758).
+
+    forward                                          backward
+    1 gather Q in the row, K and V in the column     1 gather Q, dO, LSE, delta in the row, K and V in the column
+    2 attend the tile                                2 differentiate the tile
+    3 return partial O, LSE in the row               3 return partial dQ in the row, dK and dV in the column
+    4 merge by log-sum-exp                           4 sum
+
+A rank receives 2(C-1) + 2(R-1)/g shards of Q's size forward and 3(C-1) + 4(R-1)/g backward (g query heads a key head),
+where a ring moves 2(P-1)/g and 4(P-1)/g. delta = rowsum(dO * O), one number a row, is gathered instead of O.
+
+Heads are independent, so they may be split in groups: while one group's tile is computed, the next one is gathered and
+the previous one returned. The gathered buffers shrink by the number of groups.
+
+Legend: s tokens of the whole sequence, cp ranks, n = s / (2 cp) tokens of a chunk, b batch, h query heads, g key heads,
+d head dim, dv the values' head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_attn2d.attention.checks import check_shards
+from megatron_attn2d.attention.exchange import Axis, Pending, Returned, axes
+from megatron_attn2d.attention.grid import Grid
+from megatron_attn2d.attention.kernels import Kernel, choose_kernel
+from megatron_attn2d.attention.layout import LOWER, UPPER, TilePlan
+from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, sum_partials
+from megatron_attn2d.attention.tile import Queries, TileGradient, TileOutput, attend, differentiate, stand_in
+
+
+def attention2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    head_groups: int = 1,
+) -> Tensor:
+    """Attention of the whole sequence, from and to shards in the zigzag layout.
+
+    Args:
+        q: [s/cp, b, h, d]: this rank's lower chunk, then its upper chunk (see `layout`).
+        k: [s/cp, b, g, d], h a multiple of g.
+        v: [s/cp, b, g, dv].
+        grid: the ranks' grid; each rank passes its own view.
+        causal: causal mask over the whole sequence, or none.
+        softmax_scale: factor on the scores; 1/sqrt(d) by default.
+        backend: attention kernel: "auto", "cudnn", "flash" or "reference".
+        head_groups: in how many groups of heads communication and kernels overlap; must divide g.
+
+    Returns:
+        [s/cp, b, h, dv], like q.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that don't fit each other, or a backend that can't serve them.
+    """
+    check_shards(q, k, v)
+    if head_groups < 1 or k.size(2) % head_groups:
+        raise ValueError(f"head_groups={head_groups} does not divide the {k.size(2)} key/value heads of this rank")
+    kernel = choose_kernel(backend, q.device.type, q.dtype, q.size(3), v.size(3))
+    scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
+    out: Tensor = _Attention2D.apply(q, k, v, _Plan(*axes(grid, causal), kernel, scale, head_groups))
+    return out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that stays the same over the head groups of a call."""
+
+    tile: TilePlan
+    row: Axis
+    column: Axis
+    kernel: Kernel
+    scale: float
+    head_groups: int
+
+    def split(self, x: Tensor, dim: int = 3) -> list[Tensor]:
+        """The head groups of chunks [2, n, b, heads, d] or the like, each contiguous."""
+        return [group.contiguous() for group in x.chunk(self.head_groups, dim)]
+
+
+class _Attention2D(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> Tensor:
+        out, lse = _forward(q, k, v, plan)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grads[0], *ctx.saved_tensors, ctx.plan), None)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """The output [s/cp, b, h, dv] and its log-sum-exp [2, b, h, n]."""
+    queries, keys, values = (plan.split(_chunks(x)) for x in (q, k, v))
+    out = q.new_empty((*q.shape[:3], v.size(3)))
+    lse = q.new_empty((2, q.size(1), q.size(2), q.size(0) // 2), dtype=accumulation_dtype(q.dtype))
+    outs, lses = _chunks(out).chunk(plan.head_groups, 3), lse.chunk(plan.head_groups, 2)
+
+    def gather(i: int) -> _Gathered:
+        return _Gathered(plan.row.gather([queries[i]], tag=0), plan.column.gather([keys[i], values[i]], tag=0))
+
+    def compute(i: int, gathered: _Gathered) -> tuple[TileOutput, Returned]:
+        (q_all,), (k_all, v_all) = gathered.wait()
+        own = queries[i], keys[i], values[i]
+        tile = attend(plan.tile, plan.kernel, plan.scale, q_all, k_all, v_all, own)
+        return tile, plan.row.give_back([tile.outs, tile.lses], tag=1)
+
+    def finish(i: int, results: tuple[TileOutput, Returned]) -> None:
+        tile, ((far_outs, far_lses), pending) = results
+        pending.wait()
+        for half in (LOWER, UPPER):
+            merge_partials(
+                _partials(plan.row, half, tile.outs, tile.own[0], far_outs),
+                _partials(plan.row, half, tile.lses, tile.own[1], far_lses),
+                outs[i][half],
+                lses[i][half],
+            )
+
+    _pipeline(plan.head_groups, gather, compute, finish)
+    return out, lse
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: _Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, like them."""
+    queries, keys, values, douts, outs = (plan.split(_chunks(x)) for x in (q, k, v, dout, out))
+    delta = (_chunks(dout).to(lse.dtype) * _chunks(out)).sum(-1).permute(0, 2, 3, 1)
+    statistics = plan.split(torch.stack((lse, delta), 1))
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    totals = [_chunks(x).chunk(plan.head_groups, 3) for x in gradients]
+
+    def gather(i: int) -> _Gathered:
+        shards = [queries[i], douts[i], statistics[i]]
+        return _Gathered(plan.row.gather(shards, tag=0), plan.column.gather([keys[i], values[i]], tag=0))
+
+    def compute(i: int, gathered: _Gathered) -> tuple[TileGradient, Returned, Returned]:
+        (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
+        needed = _queries(plan, q_all, dout_all, statistics_all, outs[i])
+        own = Queries(queries[i], douts[i], *statistics[i].unbind(1), outs[i]), keys[i], values[i]
+        tile = differentiate(plan.tile, plan.kernel, plan.scale, needed, k_all, v_all, own)
+        return tile, plan.row.give_back([tile.dq], tag=1), plan.column.give_back([tile.dk, tile.dv], tag=1)
+
+    def finish(i: int, results: tuple[TileGradient, Returned, Returned]) -> None:
+        tile, ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
+        row_pending.wait()
+        column_pending.wait()
+        for half in (LOWER, UPPER):
+            sum_partials(_partials(plan.row, half, tile.dq, tile.own[0], far_dq), totals[0][i][half])
+            sum_partials(_partials(plan.column, half, tile.dk, tile.own[1], far_dk), totals[1][i][half])
+            sum_partials(_partials(plan.column, half, tile.dv, tile.own[2], far_dv), totals[2][i][half])
+
+    _pipeline(plan.head_groups, gather, compute, finish)
+    return gradients
+
+
+def _queries(plan: _Plan, q: Tensor, dout: Tensor, statistics: Tensor, own_out: Tensor) -> Queries:
+    """The gathered queries; kernels that want an output get the true one where it is at hand, else a stand-in."""
+    lse, delta = statistics.unbind(1)
+    out: Tensor | None = None
+    if plan.kernel.needs_out and plan.row.group is None:
+        (out,), _ = plan.row.gather([own_out], tag=0)
+    elif plan.kernel.needs_out:
+        out = stand_in(dout, delta)
+    return Queries(q, dout, lse, delta, out)
+
+
+def _pipeline[Gathered, Results](
+    count: int,
+    gather: Callable[[int], Gathered],
+    compute: Callable[[int, Gathered], Results],
+    finish: Callable[[int, Results], None],
+) -> None:
+    """Run `count` head groups so that messages of the next and of the previous one fly while one computes.
+
+    `gather` starts messages, `compute` waits for them, runs kernels and starts to return results, `finish` waits for
+    those and merges.
+    """
+    ahead = gather(0)
+    results: Results | None = None
+    for i in range(count):
+        gathered = ahead
+        if i + 1 < count:
+            ahead = gather(i + 1)
+        previous, results = results, compute(i, gathered)
+        if previous is not None:
+            finish(i - 1, previous)
+    assert results is not None
+    finish(count - 1, results)
+
+
+class _Gathered:
+    """Messages of both axes in flight and the buffers they fill."""
+
+    def __init__(self, row: tuple[list[Tensor], Pending], column: tuple[list[Tensor], Pending]) -> None:
+        self._row, self._column = row, column
+
+    def wait(self) -> tuple[list[Tensor], list[Tensor]]:
+        for _, pending in (self._row, self._column):
+            pending.wait()
+        return self._row[0], self._column[0]
+
+
+def _partials(axis: Axis, half: int, slots: list[Tensor], own: list[Tensor], far: list[list[Tensor]]) -> list[Tensor]:
+    """All partial results of an own chunk: of its slot in the own tile, of its diagonal, of the axis's other tiles."""
+    slot = axis.own_slot(half)
+    near = [] if slot is None else [slots[slot]]
+    return [*near, *own[half : half + 1], *far[half]]
+
+
+def _chunks(shard: Tensor) -> Tensor:
+    """[s/cp, ...] -> [2, n, ...], a view."""
+    return shard.unflatten(0, (2, -1))

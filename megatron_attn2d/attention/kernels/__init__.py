@@ -1,0 +1,96 @@
+"""The kernel seam: the only place that knows which attention kernels exist and what they can do.
+
+A kernel attends a rectangle without a mask or a square under the causal mask. It returns the log-sum-exp of the scores
+beside the output, and its backward pass takes the log-sum-exp and delta over *all* keys, of which it sees some.
+
+`choose_kernel` picks one by device, dtype and head dim, once, and logs it; a request that a kernel can't meet is
+refused with the kernels that can.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_attn2d.attention.kernels.reference import ReferenceKernel
+from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
+
+logger = logging.getLogger(__name__)
+
+
+class Kernel(Protocol):
+    """One implementation of attention on one device.
+
+    `needs_out` says that `backward` wants the output to derive delta from; where it is False, delta suffices.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_out(self) -> bool: ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """Attend q [sq, b, h, d] to k [sk, b, g, d] and v [sk, b, g, dv], h a multiple of g.
+
+        With `causal`, sq = sk and row i sees keys 0..i. Returns the output [sq, b, h, dv] and the log-sum-exp
+        [b, h, sq] of the scaled scores, natural logarithm, fp32 (fp64 for fp64 inputs).
+        """
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients dq, dk, dv of the scores between q and these keys, like q, k and v.
+
+        Args:
+            dout: gradient of the output over all keys, [sq, b, h, dv].
+            out: that output or a stand-in for it with rowsum(dout * out) = delta; None unless `needs_out`.
+            lse, delta: log-sum-exp over all keys and rowsum(dout * output), [b, h, sq].
+        """
+        ...
+
+
+_KERNELS = {kernel.name: kernel for kernel in (CudnnKernel, FlashKernel, ReferenceKernel)}
+
+
+@lru_cache
+def choose_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> Kernel:
+    """The kernel `name`, or with "auto" the fastest one known to serve the request.
+
+    Args:
+        name: "auto", "cudnn", "flash" or "reference".
+        device: device type, "cpu" or "cuda".
+
+    Raises:
+        ValueError: if the name is unknown or that kernel can't serve the request.
+    """
+    refusals = {
+        each: "needs a CUDA device" if device != "cuda" and each != "reference" else kernel.refusal(dtype, head_dim, v_head_dim)
+        for each, kernel in _KERNELS.items()
+    }
+    able = [each for each, refusal in refusals.items() if refusal is None]
+    if name != "auto" and name not in _KERNELS:
+        raise ValueError(f"backend={name!r} is no attention kernel: choose one of auto, {', '.join(_KERNELS)}")
+    if name != "auto" and refusals[name] is not None:
+        raise ValueError(
+            f"backend={name!r} {refusals[name]} (device {device}, {dtype}, head dims {head_dim} and {v_head_dim}): "
+            f"choose one of auto, {', '.join(able)}"
+        )
+    chosen = able[0] if name == "auto" else name
+    logger.info("attention kernel: %s (device %s, %s, head dims %d and %d)", chosen, device, dtype, head_dim, v_head_dim)
+    return _KERNELS[chosen]()

@@ -1,0 +1,149 @@
+"""cuDNN's and FlashAttention's kernels as torch ships them, called below autograd for their log-sum-exp.
+
+torch's public `scaled_dot_product_attention` neither returns the log-sum-exp nor takes one in its backward pass; the
+operators that it is made of do. They stand in torch's operator schema (native_functions.yaml).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+_aten = torch.ops.aten
+
+
+class CudnnKernel:
+    """cuDNN's fused attention: the fastest on Hopper, about twice FlashAttention-2 there."""
+
+    name = "cudnn"
+    needs_out = True
+
+    @staticmethod
+    def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
+        """Why the kernel can't serve these, or None."""
+        if dtype not in _HALF:
+            return "serves bfloat16 and float16"
+        if head_dim % 8 or v_head_dim % 8 or max(head_dim, v_head_dim) > 128:
+            return "serves head dims up to 128 in multiples of 8"
+        if not torch.backends.cudnn.is_available():
+            return "needs cuDNN"
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
+            _bhsd(q), _bhsd(k), _bhsd(v), None, True, 0.0, causal, False, scale=scale
+        )
+        return _sbhd(out), lse.squeeze(-1)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        unused = torch.empty((), dtype=torch.int64, device=q.device)
+        assert out is not None
+        dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
+            _bhsd(dout),
+            _bhsd(q),
+            _bhsd(k),
+            _bhsd(v),
+            _bhsd(out),
+            lse.unsqueeze(-1),
+            unused,
+            unused,
+            None,
+            None,
+            None,
+            q.size(0),
+            k.size(0),
+            0.0,
+            causal,
+            scale=scale,
+        )
+        return _sbhd(dq), _sbhd(dk), _sbhd(dv)
+
+
+class FlashKernel:
+    """FlashAttention-2 as torch ships it."""
+
+    name = "flash"
+    needs_out = True
+
+    @staticmethod
+    def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
+        """Why the kernel can't serve these, or None."""
+        if dtype not in _HALF:
+            return "serves bfloat16 and float16"
+        if head_dim != v_head_dim or head_dim % 8 or head_dim > 256:
+            return "serves equal head dims up to 256 in multiples of 8"
+        if not torch.backends.cuda.is_flash_attention_available():
+            return "is not part of this torch build"
+        return None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        out, lse, *_ = _aten._flash_attention_forward(
+            _bshd(q), _bshd(k), _bshd(v), None, None, q.size(0), k.size(0), 0.0, causal, False, scale=scale
+        )
+        return _bshd(out), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        unused = torch.empty((), dtype=torch.int64, device=q.device)
+        assert out is not None
+        dq, dk, dv = _aten._flash_attention_backward(
+            _bshd(dout),
+            _bshd(q),
+            _bshd(k),
+            _bshd(v),
+            _bshd(out),
+            lse.contiguous(),
+            None,
+            None,
+            q.size(0),
+            k.size(0),
+            0.0,
+            causal,
+            unused,
+            unused,
+            scale=scale,
+        )
+        return _bshd(dq), _bshd(dk), _bshd(dv)
+
+
+def _bhsd(x: Tensor) -> Tensor:
+    """[s, b, h, d] -> [b, h, s, d]."""
+    return x.permute(1, 2, 0, 3)
+
+
+def _sbhd(x: Tensor) -> Tensor:
+    """[b, h, s, d] -> [s, b, h, d]."""
+    return x.permute(2, 0, 1, 3)
+
+
+def _bshd(x: Tensor) -> Tensor:
+    """[s, b, h, d] <-> [b, s, h, d]."""
+    return x.transpose(0, 1)

@@ -1,0 +1,161 @@
+"""Ring attention in the zigzag layout (Liu et al., arXiv 2310.01889): keys and values travel, queries stay.
+
+At step j a rank holds the keys and values of the rank j places before it, attends them as a tile of its own queries and
+sends them on meanwhile. Backward, the gradients of keys and values travel one step behind them and come home last. Every
+rank receives 2(P-1)/g shards forward and 4(P-1)/g backward, however many ranks there are.
+
+Legend as in `attention2d`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_attn2d.attention.checks import check_shards
+from megatron_attn2d.attention.exchange import Pending
+from megatron_attn2d.attention.kernels import Kernel, choose_kernel
+from megatron_attn2d.attention.layout import LOWER, UPPER, tile_plan
+from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials
+from megatron_attn2d.attention.tile import Queries, attend, differentiate
+
+_KEYS, _GRADIENTS = 0, 1
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of the whole sequence over a ring of the ranks of `group` (None: this rank alone).
+
+    Arguments, result and errors are those of `attention2d`; a rank's place in the zigzag layout is its rank in `group`.
+    """
+    check_shards(q, k, v)
+    kernel = choose_kernel(backend, q.device.type, q.dtype, q.size(3), v.size(3))
+    scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
+    out: Tensor = _RingAttention.apply(q, k, v, _Ring(group, causal, kernel, scale))
+    return out
+
+
+@dataclass(frozen=True)
+class _Ring:
+    group: dist.ProcessGroup | None
+    causal: bool
+    kernel: Kernel
+    scale: float
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    def pass_on(self, tensors: list[Tensor], kind: int) -> tuple[list[Tensor], Pending]:
+        """Start to send tensors to the next rank and to receive the previous rank's."""
+        assert self.group is not None
+        ranks = dist.get_process_group_ranks(self.group)
+        next_rank, previous = ranks[(self.rank + 1) % self.size], ranks[self.rank - 1]
+        arriving = [torch.empty_like(x) for x in tensors]
+        # With two ranks both neighbours are one rank: keys and gradients in flight at once need tags of their own.
+        operations = [
+            dist.P2POp(call, x, peer, self.group, 16 * kind + i)
+            for call, peer, batch in ((dist.isend, next_rank, tensors), (dist.irecv, previous, arriving))
+            for i, x in enumerate(batch)
+        ]
+        return arriving, Pending(dist.batch_isend_irecv(operations), [*tensors, *arriving])
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
+        out, lse = _forward(q, k, v, ring)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.ring = ring
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_backward(grads[0], *ctx.saved_tensors, ctx.ring), None)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
+    """The output [s/cp, b, h, dv] and its log-sum-exp [2, b, h, n]."""
+    own_q, own_k, own_v = (_chunks(x) for x in (q, k, v))
+    wide = accumulation_dtype(q.dtype)
+    out = torch.zeros((*own_q.shape[:4], v.size(3)), dtype=wide, device=q.device)
+    lse = torch.full((2, q.size(1), q.size(2), own_q.size(1)), -torch.inf, dtype=wide, device=q.device)
+
+    travelling, pending = [own_k, own_v], Pending()
+    for step in range(ring.size):
+        pending.wait()
+        keys, values = travelling
+        if step + 1 < ring.size:
+            travelling, pending = ring.pass_on(travelling, _KEYS)
+        plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
+        halves, seen = [chunk.half for chunk in plan.queries], len(plan.keys)
+        tile = attend(plan, ring.kernel, ring.scale, own_q[halves[0] :], keys[:seen], values[:seen], (own_q, own_k, own_v))
+        partials = [
+            *zip(halves, tile.outs, tile.lses, strict=True),
+            *zip((LOWER, UPPER), *tile.own, strict=plan.diagonal),
+        ]
+        for half, part, part_lse in partials:
+            merge_partials([out[half], part], [lse[half], part_lse], out[half], lse[half])
+    return out.flatten(0, 1).to(q.dtype), lse
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ring: _Ring
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, like them."""
+    own_q, own_k, own_v, own_dout, own_out = (_chunks(x) for x in (q, k, v, dout, out))
+    delta = (own_dout.to(lse.dtype) * own_out).sum(-1).permute(0, 2, 3, 1).contiguous()
+    own = Queries(own_q, own_dout, lse, delta, own_out)
+    dq = torch.zeros_like(own_q, dtype=lse.dtype)
+
+    travelling, pending = [own_k, own_v], Pending()
+    home: list[Tensor] = []  # gradients of the own keys and values from the own queries: they stay
+    gradients, gradients_pending = home, Pending()
+    for step in range(ring.size):
+        pending.wait()
+        keys, values = travelling
+        if step + 1 < ring.size:
+            travelling, pending = ring.pass_on(travelling, _KEYS)
+        plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
+        first, seen = plan.queries[0].half, len(plan.keys)
+        tile = differentiate(plan, ring.kernel, ring.scale, own.starting(first), keys[:seen], values[:seen], (own, own_k, own_v))
+        for half, part in (*zip((LOWER, UPPER)[first:], tile.dq, strict=True), *enumerate(tile.own[0])):
+            dq[half] += part
+        partial = [torch.zeros_like(own_k), torch.zeros_like(own_v)]
+        for total, by_slot, diagonal in zip(partial, (tile.dk, tile.dv), tile.own[1:], strict=True):
+            for half, part in (*enumerate(by_slot), *enumerate(diagonal)):
+                total[half] += part
+        if step == 0:
+            home = partial
+            continue
+        gradients_pending.wait()
+        if step > 1:
+            partial = [mine.add_(theirs) for mine, theirs in zip(partial, gradients, strict=True)]
+        gradients, gradients_pending = ring.pass_on(partial, _GRADIENTS)
+    gradients_pending.wait()
+    if ring.size > 1:
+        home = [mine.add_(theirs) for mine, theirs in zip(home, gradients, strict=True)]
+    dk, dv = home
+    return dq.flatten(0, 1).to(q.dtype), dk.flatten(0, 1), dv.flatten(0, 1)
+
+
+def _chunks(shard: Tensor) -> Tensor:
+    """[s/cp, ...] -> [2, n, ...], contiguous."""
+    return shard.contiguous().unflatten(0, (2, -1))

@@ -1,0 +1,134 @@
+"""A pool of ranks that outlives a test: importing torch in eight processes costs most of a minute, forking them a second.
+
+A fork server imports torch and Megatron once; the ranks are forked from it. `RankPool.run` forms a fresh world of
+exactly the asked size for each call, so a test of three ranks and one of eight share the same processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+PRELOAD = ["torch", "torch.distributed", "megatron.core", "megatron_attn2d.attention", "tests.pool"]
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not answer in time; the message holds the first traceback."""
+
+
+class RankPool:
+    """Persistent processes that run `fn(rank, *args, **kwargs)` as the ranks of one world."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        nranks: int,
+        *args: Any,
+        init_group: bool = True,
+        timeout: float = 300.0,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Return what each rank's `fn(rank, *args, **kwargs)` returned, in rank order.
+
+        With `init_group` a Gloo world of `nranks` exists during the call; without it only the environment variables of
+        a launcher are set. After a failure every rank is replaced: its peers may be stuck in a collective.
+        """
+        while len(self._workers) < nranks:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_worker, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+        with tempfile.TemporaryDirectory() as rendezvous:
+            port = _free_port()
+            store = os.path.join(rendezvous, "store") if init_group else None
+            for rank, (_, connection) in enumerate(self._workers[:nranks]):
+                connection.send((fn, rank, nranks, port, store, timeout, args, kwargs))
+            return self._collect(fn.__name__, nranks, timeout)
+
+    def _collect(self, name: str, nranks: int, timeout: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers[:nranks])}
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                raise RankFailed(f"{name}: ranks {sorted(waiting.values())} of {nranks} gave no answer in {timeout:.0f} s")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                try:
+                    ok, value = connection.recv()
+                except EOFError:
+                    ok, value = False, "the process died"
+                if not ok:
+                    self.close()
+                    raise RankFailed(f"{name}: rank {rank} of {nranks} failed\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(nranks)]
+
+    def close(self) -> None:
+        """End all processes; the next `run` starts new ones."""
+        for process, connection in self._workers:
+            connection.close()
+            process.kill()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
+
+
+def _worker(connection: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            fn, rank, nranks, port, store, timeout, args, kwargs = connection.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(nranks),
+            LOCAL_WORLD_SIZE=str(nranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        try:
+            if store is not None:
+                torch.distributed.init_process_group(
+                    "gloo",
+                    store=torch.distributed.FileStore(store, nranks),
+                    rank=rank,
+                    world_size=nranks,
+                    timeout=timedelta(seconds=timeout),
+                )
+            answer = True, fn(rank, *args, **kwargs)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            return
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
