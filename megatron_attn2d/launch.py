@@ -127,7 +127,7 @@ def _stop_after_failure(ranks: list[Any], reports: list[Connection], failed: Any
         process.kill()
     for process in ranks:
         process.join()
-    messages = [(*report.recv(), process) for process, report in zip(ranks, reports, strict=True) if _has_report(report)]
+    messages = [(*message, process) for process, report in zip(ranks, reports, strict=True) if (message := _read(report))]
     if failed.exitcode < 0 or not messages:  # a rank that was killed can't tell; the others only saw it vanish
         code = failed.exitcode if failed.exitcode > 0 else 128 - failed.exitcode
         how = f"was ended by {signal.Signals(-failed.exitcode).name}" if failed.exitcode < 0 else f"exited with {code}"
@@ -138,11 +138,11 @@ def _stop_after_failure(ranks: list[Any], reports: list[Connection], failed: Any
     return 1
 
 
-def _has_report(report: Connection) -> bool:
+def _read(report: Connection) -> tuple[float, str] | None:
     try:
-        return report.poll()
-    except (BrokenPipeError, EOFError):
-        return False
+        return report.recv() if report.poll() else None
+    except EOFError:  # the rank ended without a report
+        return None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import functools
 import logging
 import queue
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,7 +58,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A stream or an event of the CPU: everything is in order already. A class, as upstream annotates with it."""
+    """A stream of the CPU: everything is in order already. A class, as upstream annotates with it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -118,14 +118,10 @@ PATCHES = (
     Patch("torch.cuda:set_device", _constant(None), _NO_DEVICE),
     Patch("torch.cuda:synchronize", _constant(None), _NO_DEVICE),
     Patch("torch.cuda:Stream", _as_is(_Stream), _NO_DEVICE),
-    Patch("torch.cuda:Event", _as_is(_Stream), _NO_DEVICE),
     Patch("torch.cuda:current_stream", _as_is(_Stream), _NO_DEVICE),
-    Patch("torch.cuda:stream", _constant(nullcontext()), _NO_DEVICE),
-    Patch("torch.cuda:get_device_capability", _constant((_BLACKWELL, 0)), _NO_DEVICE),
     Patch("torch.cuda:get_device_properties", _constant(SimpleNamespace(major=_BLACKWELL, minor=0)), _NO_DEVICE),
     Patch("torch.cuda:manual_seed", _as_is(torch.manual_seed), _RNG),
     Patch("torch.cuda:get_rng_state", lambda original: lambda device="cuda": torch.get_rng_state(), _RNG),
-    Patch("torch.cuda:set_rng_state", _set_rng_state, _RNG),
     Patch("torch.cuda.random:get_rng_state", lambda original: lambda device="cuda": torch.get_rng_state(), _RNG),
     # Megatron
     Patch("megatron.core.tensor_parallel.random:_set_cuda_rng_state", _set_rng_state, _RNG),

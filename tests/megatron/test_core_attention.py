@@ -1,0 +1,104 @@
+"""The module that Megatron builds: on Megatron's own groups, against the dense reference; refusals by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.attention.dense import dense_gradients, inputs, zigzag
+from tests.pool import RankPool
+
+
+def build(cp: int, cp_comm_type: str | None, sizes: list[int] | None, **changes: Any) -> Any:
+    """The core attention of a two-layer model, on Megatron's groups."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+
+    parallel_state.destroy_model_parallel()
+    parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = None  # upstream keeps the last case's
+    parallel_state.initialize_model_parallel(context_parallel_size=cp, hierarchical_context_parallel_sizes=sizes)
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        context_parallel_size=cp,
+        **{"attention_dropout": 0.0, **changes},
+    )
+    return ContextParallelAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type=cp_comm_type)
+
+
+def errors(rank: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None) -> float:
+    from megatron.core import parallel_state
+
+    module = build(cp, cp_comm_type, sizes)
+    assert list(module.parameters()) == []
+    whole = inputs(6 * cp, 2, (4, 2), dims=(8, 8))
+    mine = zigzag(6 * cp, cp, parallel_state.get_context_parallel_rank())
+    q, k, v = (x[mine].requires_grad_() for x in whole[:3])
+    out = module(q, k, v, None).unflatten(2, (4, 8))
+    results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
+    parallel_state.destroy_model_parallel()
+    return max(
+        (a - b[mine]).abs().max().item() for a, b in zip(results, dense_gradients(*whole, True), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cp", "cp_comm_type", "sizes"),
+    [
+        (1, 1, None, None),
+        (4, 4, "attention2d", [2, 2]),
+        (4, 4, "attention2d", [1, 4]),
+        (4, 4, "attention2d", [4, 1]),
+        (6, 6, "attention2d", [2, 3]),
+        (8, 4, "attention2d", [2, 2]),  # two data-parallel replicas
+        (4, 4, "p2p", None),
+        (4, 4, "all_gather", None),
+    ],
+)
+def test_against_dense(pool: RankPool, ranks: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None) -> None:
+    assert max(pool.run(errors, ranks, cp, cp_comm_type, sizes)) <= 1e-12
+
+
+def refusal(rank: int, cp_comm_type: str | None, sizes: list[int] | None, changes: dict[str, Any], call: dict[str, Any]) -> str:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    try:
+        module = build(2, cp_comm_type, sizes, **changes)
+        if call:
+            q = torch.zeros(4, 1, 4, 8)
+            if "attn_mask_type" in call:
+                call = {"attn_mask_type": AttnMaskType[call["attn_mask_type"]]}
+            module(q, q, q, None, **call)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+REFUSALS = [
+    ("a2a", None, {}, {}, "cp_comm_type 'a2a' (context_parallel.mode) is not served without Transformer Engine: choose"),
+    (None, None, {}, {}, "cp_comm_type None"),
+    ("attention2d", None, {}, {}, "needs its grid: pass --hierarchical-context-parallel-sizes R C"),
+    ("attention2d", [2, 1, 1], {}, {}, "needs its grid"),
+    ("attention2d", [2, 1], {"attention_dropout": 0.1}, {}, "attention_dropout 0.1 is not supported"),
+    ("attention2d", [2, 1], {"window_size": (4, 0)}, {}, "window_size (4, 0) is not supported"),
+    ("attention2d", [2, 1], {"softmax_type": "off-by-one"}, {}, "softmax_type 'off-by-one' is not supported"),
+    ("attention2d", [2, 1], {"log_max_attention_logit": True}, {}, "qk_clip / log_max_attention_logit is not supported"),
+    ("p2p", None, {}, {"packed_seq_params": object()}, "packed sequences (THD) are not supported yet"),
+    ("p2p", None, {}, {"attention_bias": torch.zeros(1)}, "attention bias is not supported"),
+    ("p2p", None, {}, {"attn_mask_type": "arbitrary"}, "attention mask arbitrary is not supported: choose causal or no_mask"),
+]
+
+
+@pytest.mark.parametrize(("cp_comm_type", "sizes", "changes", "call", "message"), REFUSALS)
+def test_refusals(
+    pool: RankPool, cp_comm_type: str | None, sizes: list[int] | None, changes: dict, call: dict, message: str
+) -> None:
+    for found in pool.run(refusal, 2, cp_comm_type, sizes, changes, call):
+        assert message in found
