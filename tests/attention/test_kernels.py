@@ -1,0 +1,84 @@
+"""The kernel seam: who is chosen, who is refused, and the reference kernel against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_attn2d import Grid, attention2d
+from megatron_attn2d.attention.kernels import choose_kernel
+from megatron_attn2d.attention.tile import stand_in
+from tests.attention.dense import dense_attention, inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cpu_runs_the_reference(dtype: torch.dtype) -> None:
+    assert choose_kernel("auto", "cpu", dtype, 64, 64).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (("nonsense", "cpu", torch.float32, 64, 64), "backend='nonsense' is no attention kernel: choose one of auto, "),
+        (("cudnn", "cpu", torch.bfloat16, 64, 64), "backend='cudnn' needs a CUDA device .* choose one of auto, reference"),
+        (("flash", "cuda", torch.float32, 64, 64), "serves bfloat16 and float16 .*: choose one of auto, reference"),
+        (("cudnn", "cuda", torch.bfloat16, 100, 100), "multiples of 8"),
+        (("flash", "cuda", torch.bfloat16, 128, 64), "serves equal head dims"),
+        (("reference", "cpu", torch.int64, 64, 64), "serves floating-point dtypes"),
+    ],
+)
+def test_refusals_say_what_would_work(request_: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_kernel(*request_)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+def test_reference_against_autograd(heads: tuple[int, int], causal: bool) -> None:
+    q, k, v, dout = inputs(11, 2, heads, dims=(8, 6))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    expected = dense_attention(*leaves, causal, scale=0.3)
+    gradients = torch.autograd.grad(expected, leaves, dout)
+    q, k, v = (x.detach() for x in leaves)
+    kernel = choose_kernel("reference", "cpu", q.dtype, 8, 6)
+    out, lse = kernel.forward(q, k, v, causal=causal, scale=0.3)
+    delta = (dout * out).sum(-1).permute(1, 2, 0)
+    found = kernel.backward(dout, q, k, v, None, lse, delta, causal=causal, scale=0.3)
+    for a, b in zip((out, *found), (expected.detach(), *gradients), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def test_stand_in_has_the_delta_of_the_output() -> None:
+    torch.manual_seed(0)
+    dout, out = torch.randn(2, 5, 1, 3, 16), torch.randn(2, 5, 1, 3, 16)
+    dout[0, 2] = 0
+    delta = (dout * out).sum(-1).permute(0, 2, 3, 1)
+    instead = stand_in(dout, delta)
+    torch.testing.assert_close((dout * instead).sum(-1).permute(0, 2, 3, 1), delta, rtol=1e-5, atol=1e-5)
+    assert (instead.norm(dim=-1) <= out.norm(dim=-1) * (1 + 1e-5)).all()
+    assert (instead[0, 2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((4, 1, 2), (4, 1, 2, 8), (4, 1, 2, 8)), r"q must be \[s/cp, b, heads, head dim\], got shape \[4, 1, 2\]"),
+        (((4, 1, 3, 8), (4, 1, 2, 8), (4, 1, 2, 8)), "3 query heads are no multiple of 2 key/value heads"),
+        (((5, 1, 2, 8), (5, 1, 2, 8), (5, 1, 2, 8)), "a shard of 5 tokens is no pair of zigzag chunks"),
+        (((4, 1, 2, 8), (6, 1, 2, 8), (6, 1, 2, 8)), "don't fit"),
+        (((4, 1, 2, 8), (4, 1, 2, 6), (4, 1, 2, 6)), "don't fit"),
+    ],
+)
+def test_shapes_that_dont_fit_are_refused(shapes: tuple[tuple[int, ...], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention2d(*(torch.zeros(shape) for shape in shapes), Grid.single())
+
+
+def test_other_misuse_is_refused() -> None:
+    q = torch.zeros(4, 1, 2, 8)
+    with pytest.raises(ValueError, match="must share dtype and device"):
+        attention2d(q, q.double(), q, Grid.single())
+    with pytest.raises(ValueError, match="floating-point"):
+        attention2d(*[q.long()] * 3, Grid.single())
+    with pytest.raises(ValueError, match="head_groups=3 does not divide the 2 key/value heads"):
+        attention2d(q, q, q, Grid.single(), head_groups=3)
