@@ -66,7 +66,7 @@ setup_venv() {
     rm -f "$stamp"
     echo "setup: installing into .venv (the first time several GB: PyTorch comes with its CUDA libraries)" >&2
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input install)
-    "${pip[@]}" -r "$repo_root/requirements.lock" >&2 || return 1
+    (set -o pipefail && "${pip[@]}" -r "$repo_root/requirements.lock" | sed '/^Requirement already/d') >&2 || return 1
     # No build isolation: the build backend is in the lock too, so nothing unpinned is fetched.
     "${pip[@]}" --quiet --no-deps --no-build-isolation -e "$repo_root" >&2 || return 1
     echo "$wanted" >"$stamp"

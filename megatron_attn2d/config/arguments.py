@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import warnings
 from argparse import Action, ArgumentParser
 from functools import cache
@@ -195,8 +196,12 @@ def _parsed_by_upstream(name: str, value: object) -> list[str]:
 @cache
 def _upstream_parser() -> ArgumentParser:
     # Importing takes seconds, so only those who pass arguments through wait for it.
-    with warnings.catch_warnings(action="ignore"):
-        from megatron.training.arguments import add_megatron_arguments
+    logging.disable(logging.WARNING)  # what upstream says about missing libraries is no concern of a parser's
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            from megatron.training.arguments import add_megatron_arguments
+    finally:
+        logging.disable(logging.NOTSET)
     return add_megatron_arguments(ArgumentParser(allow_abbrev=False, exit_on_error=False))
 
 

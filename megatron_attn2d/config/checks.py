@@ -61,7 +61,7 @@ def _check_parallelism(run: RunConfig) -> Iterator[Refusal]:
             f"does not divide model.num_attention_heads = {heads}",
             f"choose one of {_divisors(heads)}",
         )
-    if groups % parallel.tensor and parallel.tensor % groups:
+    elif groups % parallel.tensor and parallel.tensor % groups:
         yield (
             "parallelism.tensor",
             f"neither divides model.num_query_groups = {groups} nor is a multiple of it",
@@ -146,6 +146,8 @@ def _check_world(run: RunConfig) -> Iterator[Refusal]:
         )
     if where.device == "cpu" and (where.nodes or 1) > 1:
         yield "environment.nodes", "CPU ranks run on one machine", "choose 1"
+    if where.device == "cuda" and where.nodes and not where.gpus_per_node:
+        yield "environment.nodes", "environment.gpus_per_node is not given", "set that too, or leave out both"
     if where.device == "cpu" and where.gpus_per_node is not None:
         yield "environment.gpus_per_node", "environment.device = cpu has no GPUs", "choose null"
 

@@ -167,6 +167,8 @@ class Training(Section):
     global_batch_size: Positive
     """Sequences a step, over all ranks."""
     train_iters: Positive
+    exit_interval: Positive | None = None
+    """Stop at a multiple of this step, with data and learning rate as for the whole run; train again to go on."""
     seq_length: Positive
     seed: Count = 1234
     precision: Annotated[Literal["fp32", "bf16", "fp16"], NO_FLAG] = "bf16"

@@ -92,4 +92,4 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def dump(content: dict[str, Any]) -> str:
     """`content` as YAML that `parse` reads back unchanged."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)

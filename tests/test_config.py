@@ -1,0 +1,601 @@
+import contextlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_attn2d import config
+from megatron_attn2d.config import ConfigError, load_run, megatron_arguments, resolved_yaml
+from megatron_attn2d.config.arguments import embedded_data
+from megatron_attn2d.config.yaml_io import dump, parse
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+
+# 8 CPU ranks: 2 pipeline stages x 4 context ranks.
+BASE = """
+model: {num_layers: 4, hidden_size: 128, num_attention_heads: 4}
+parallelism: {pipeline: 2}
+context_parallel: {size: 4}
+data: {vocab_size: 512, null_tokenizer_eod_id: 256}
+optimizer: {lr: 1e-3}
+training: {train_iters: 60, seq_length: 256, global_batch_size: 4, precision: fp32}
+environment: {device: cpu}
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def arguments(path, *overrides):
+    return " ".join(megatron_arguments(load_run(path, overrides))) + " "
+
+
+# --- what is refused: overrides of BASE -> the message, whole lines unless it ends with an ellipsis ---
+
+REFUSED = {
+    # names
+    "num_layers=4": "num_layers: unknown key; did you mean model.num_layers?",
+    "modle.num_layers=4": "modle: unknown key; did you mean model?",
+    "model.num_layer=4": "model.num_layer: unknown key; did you mean num_layers?",
+    "model.seq_length=8": "model.seq_length: unknown key; did you mean training.seq_length?",
+    "parallelism.context=8": "parallelism.context: unknown key; known: data, expert, pipeline, sequence_parallel, ...",
+    "context_parallel.zzz=8": "context_parallel.zzz: unknown key; known: grid, mode, size",
+    # types
+    "model.num_layers='4'": "model.num_layers = '4': not an integer; write 8, without quotes or a decimal point",
+    "model.num_layers=4.0": "model.num_layers = 4.0: not an integer; ...",
+    "model.num_layers=true": "model.num_layers = true: not an integer; ...",
+    "model.num_layers=null": "model.num_layers = null: not an integer; ...",
+    "model.num_layers=[4]": "model.num_layers = [4]: not an integer; ...",
+    "model.num_layers=1_000": "model.num_layers = '1_000': not an integer; ...",
+    "model.num_layers=0": "model.num_layers = 0: must be greater than 0",
+    "training.train_iters=-1": "training.train_iters = -1: must be greater than 0",
+    "model.swiglu=yes": "model.swiglu = 'yes': not a boolean; write true or false",
+    "model.swiglu=1": "model.swiglu = 1: not a boolean; write true or false",
+    "optimizer.lr='1e-4'": "optimizer.lr = '1e-4': not a number; write 0.1 or 1e-4, without quotes",
+    "optimizer.lr=.inf": "optimizer.lr = inf: must be a finite number",
+    "optimizer.lr=.nan": "optimizer.lr = nan: must be a finite number",
+    "optimizer.lr=0": "optimizer.lr = 0: must be greater than 0",
+    "optimizer.adam_beta2=1": "optimizer.adam_beta2 = 1: must be less than 1",
+    "model.normalization=rmsnorm": "model.normalization = 'rmsnorm': no such choice; choose LayerNorm or RMSNorm",
+    "training.precision=fp8": "training.precision = 'fp8': no such choice; choose fp32, bf16 or fp16",
+    "context_parallel.mode=p2p": (
+        "context_parallel.mode = 'p2p': no such choice; choose attention2d, ring, all_gather or ulysses"
+    ),
+    "context_parallel.grid=2x2": "context_parallel.grid = '2x2': not a grid; write auto or [rows, columns]",
+    "context_parallel.grid=[4]": "context_parallel.grid = [4]: not a grid; write auto or [rows, columns]",
+    "context_parallel.grid=[2, true]": "context_parallel.grid = [2, True]: not a grid; write auto or [rows, columns]",
+    "context_parallel.grid=[-2, -2]": "context_parallel.grid = [-2, -2]: not a grid; write auto or [rows, columns]",
+    "data.paths=corpus": (
+        "data.paths = 'corpus': not a list of prefixes, nor a blend; write [prefix, ...] or {prefix: weight, ...}"
+    ),
+    "data.split=98 1 1": "data.split = '98 1 1': not three weights; write 98,1,1",
+    "data.split='9.8.7,1,1'": "data.split = '9.8.7,1,1': not three numbers; write 98,1,1",
+    "run.name=../x": (
+        "run.name = '../x': holds characters that a name or path must not; use letters, digits and . _ + -"
+    ),
+    "run.name=$(id)": "run.name = '$(id)': holds characters that a name or path must not; ...",
+    "run.dir=--save": "run.dir = '--save': holds characters that a name or path must not; ...",
+    "environment.variables={A: [1]}": (
+        "environment.variables = {'A': [1]}: not environment variables; write {NAME: \"value\", ...}"
+    ),
+    "model=4": "model = 4: not a section; write its keys below model:",
+    # sizes of the model
+    "model.hidden_size=130": (
+        "model.hidden_size = 130: not a multiple of model.num_attention_heads = 4; choose 132, or set model.kv_channels"
+    ),
+    "model.num_query_groups=3": (
+        "model.num_query_groups = 3: does not divide model.num_attention_heads = 4; choose one of 1, 2, 4"
+    ),
+    "model.max_position_embeddings=128": (
+        "model.max_position_embeddings = 128: less than training.seq_length = 256; choose 256 or more"
+    ),
+    "model.attention_dropout=0.1": (
+        "model.attention_dropout = 0.1: context_parallel.mode = attention2d has no dropout inside attention yet; "
+        "choose 0.0"
+    ),
+    # parallelism
+    "parallelism.tensor=3": (
+        "parallelism.tensor = 3: does not divide model.num_attention_heads = 4; choose one of 1, 2, 4"
+    ),
+    "model.num_attention_heads=12 model.hidden_size=144 model.num_query_groups=6 parallelism.tensor=4": (
+        "parallelism.tensor = 4: neither divides model.num_query_groups = 6 nor is a multiple of it; "
+        "choose one of 1, 2, 3, 6"
+    ),
+    "parallelism.pipeline=3": (
+        "parallelism.pipeline = 3: 3 stages do not share model.num_layers = 4 evenly; stages in all: one of 1, 2, 4"
+    ),
+    "parallelism.virtual_pipeline=4": (
+        "parallelism.virtual_pipeline = 4: 8 stages do not share model.num_layers = 4 evenly; "
+        "stages in all: one of 1, 2, 4"
+    ),
+    "parallelism.pipeline=1 parallelism.virtual_pipeline=2": (
+        "parallelism.virtual_pipeline = 2: needs parallelism.pipeline > 1, which is 1; choose null"
+    ),
+    "parallelism.virtual_pipeline=2 training.micro_batch_size=4": (
+        "training.global_batch_size = 4: 1 micro-batches a replica, the interleaved schedule needs "
+        "parallelism.pipeline = 2; choose 8"
+    ),
+    "parallelism.sequence_parallel=true": (
+        "parallelism.sequence_parallel = true: needs parallelism.tensor > 1, which is 1; choose false"
+    ),
+    "parallelism.sequence_parallel=true parallelism.tensor=4 training.seq_length=24": (
+        "parallelism.sequence_parallel = true: 6 tokens a context rank do not split over parallelism.tensor = 4; ..."
+    ),
+    "parallelism.expert=3": (
+        "parallelism.expert = 3: does not divide tensor * context * data = 4 ranks; choose one of 1, 2, 4"
+    ),
+    # context parallelism
+    "training.seq_length=252": (
+        "training.seq_length = 252: not a multiple of 2 * context_parallel.size = 8, the chunks of the zigzag; "
+        "choose 256"
+    ),
+    "context_parallel.grid=[2, 3]": (
+        "context_parallel.grid = [2, 3]: 6 ranks, but context_parallel.size is 4; "
+        "choose auto or one of [4, 1], [2, 2], [1, 4]"
+    ),
+    "context_parallel.mode=ring context_parallel.grid=[2, 2]": (
+        "context_parallel.grid = [2, 2]: context_parallel.mode = ring has no grid; choose auto"
+    ),
+    "context_parallel.mode=ulysses": (
+        "context_parallel.mode = 'ulysses': needs Transformer Engine on CUDA devices, which is not here; "
+        "choose attention2d, ring or all_gather"
+    ),
+    # world
+    "environment.gpus_per_node=8": "environment.gpus_per_node = 8: environment.device = cpu has no GPUs; choose null",
+    "environment.nodes=2": "environment.nodes = 2: CPU ranks run on one machine; choose 1",
+    "environment.device=cuda environment.nodes=2": (
+        "environment.nodes = 2: environment.gpus_per_node is not given; set that too, or leave out both"
+    ),
+    "environment.device=cuda environment.gpus_per_node=6": (
+        "world size = 6: not a multiple of tensor * pipeline * context = 1 * 2 * 4 = 8 ranks; "
+        "choose 8 ranks, or other sizes"
+    ),
+    "environment.device=cuda environment.gpus_per_node=8 parallelism.data=2": (
+        "parallelism.data = 2: with 8 ranks a replica that is 16 ranks, but there are 8; choose 1, or null to derive it"
+    ),
+    # batch
+    "parallelism.data=3": (
+        "training.global_batch_size = 4: not a multiple of training.micro_batch_size * replicas = 1 * 3; choose 6"
+    ),
+    "training.recompute_granularity=full": (
+        "training.recompute_method = null: training.recompute_granularity is full; "
+        "choose uniform or block with full, null otherwise"
+    ),
+    "training.recompute_granularity=selective training.recompute_num_layers=1": (
+        "training.recompute_num_layers = 1: training.recompute_method is null; choose null"
+    ),
+    "training.precision=fp16": (
+        "training.precision = 'fp16': environment.device = cpu computes in fp32 or bf16; choose fp32"
+    ),
+    # data
+    "data.split='0,1,1'": "data.split = '0,1,1': nothing is left for training; write 98,1,1",
+    "training.eval_iters=2": (
+        "training.eval_iters = 2: data.split = 1,0,0 leaves nothing for validation; choose 0, or data.split=98,2,0"
+    ),
+    "data.mock=true data.paths=[corpus]": "data.mock = true: data.paths are given too; choose one of the two",
+    "data.vocab_size=50257": (
+        "data.paths = []: the embedded data set is bytes, the tokenizer is not; name .bin/.idx prefixes, "
+        "or set data.mock=true, or extend models/gpt_tiny_bytes.yaml"
+    ),
+    "data.paths={a: 1, b: 0}": (
+        "data.paths = {'a': 1.0, 'b': 0.0}: a weight of a blend is not positive; leave out what has weight 0"
+    ),
+    "data.paths=[corpus] data.vocab_size=null": (
+        "data.vocab_size = null: NullTokenizer does not know the size of the vocabulary; choose 512 for bytes"
+    ),
+    "data.paths=[corpus] data.vocab_size=256": (
+        "data.null_tokenizer_eod_id = 256: outside data.vocab_size = 256; choose 256 for bytes"
+    ),
+    "data.paths=[corpus] data.tokenizer_type=HuggingFaceTokenizer": (
+        "data.tokenizer_model = null: HuggingFaceTokenizer is read from local files; name its file or folder"
+    ),
+    # optimizer and checkpoint
+    "optimizer.min_lr=0.1": "optimizer.min_lr = 0.1: more than optimizer.lr = 0.001; choose 0.001 or less",
+    "optimizer.lr_warmup_iters=60": (
+        "optimizer.lr_warmup_iters = 60: the learning rate decays over 60 steps; choose less than 60"
+    ),
+    "optimizer.overlap_param_gather=true": (
+        "optimizer.overlap_param_gather = true: needs use_distributed_optimizer and overlap_grad_reduce; "
+        "choose false, or set both to true"
+    ),
+    "checkpoint.save=false checkpoint.save_interval=5": (
+        "checkpoint.save_interval = 5: checkpoint.save is false; choose null"
+    ),
+    # overrides themselves
+    "model.num_layers": "model.num_layers: not an override; write key.sub=value",
+    "=4": "=4: not an override; write key.sub=value",
+    "model..x=4": "model..x=4: not an override; write key.sub=value",
+    "extends=other.yaml": "extends=other.yaml: extends belongs in a file; name the file there",
+    "model.num_layers.x=1": (
+        "model.num_layers.x=1: model.num_layers is a value, not a section; write model.num_layers=..."
+    ),
+    "run={name:": "override 'run={name:', line 1, column 7: not valid YAML: ...",
+    # Megatron's arguments
+    "megatron_args.lr=0.1": "megatron_args.lr = 0.1: optimizer.lr decides about --lr; set optimizer.lr",
+    "megatron_args.tensor-model-parallel-size=2": (
+        "megatron_args.tensor_model_parallel_size = 2: parallelism.tensor decides about "
+        "--tensor-model-parallel-size; set parallelism.tensor"
+    ),
+    "megatron_args.cp_comm_type=[p2p]": (
+        "megatron_args.cp_comm_type = ['p2p']: context_parallel.mode decides about --cp-comm-type; "
+        "set context_parallel.mode"
+    ),
+    "megatron_args.bf16=true": (
+        "megatron_args.bf16 = true: training.precision decides about --bf16; set training.precision"
+    ),
+    "megatron_args.attention_backend=local": (
+        "megatron_args.attention_backend = 'local': Megatron would silently replace context-parallel attention "
+        "by its own; choose auto, flash, fused or unfused"
+    ),
+    "megatron_args.hybrid_context_parallel=true": (
+        "megatron_args.hybrid_context_parallel = true: --hybrid-context-parallel changes the context-parallel group "
+        "with every batch; leave it out"
+    ),
+    "megatron_args.yaml_cfg=x.yaml": (
+        "megatron_args.yaml_cfg = 'x.yaml': --yaml-cfg discards all other arguments; leave it out"
+    ),
+    "megatron_args.log_progres=true": "megatron_args.log_progres: no argument of Megatron; did you mean log_progress?",
+    "megatron_args.apply_rope_fusion=false": (
+        "megatron_args.apply_rope_fusion: no argument of Megatron; Megatron writes it --no-rope-fusion"
+    ),
+    "megatron_args.log_progress=1": (
+        "megatron_args.log_progress = 1: --log-progress takes no value; write true, or false to leave it out"
+    ),
+    "megatron_args.ddp_bucket_size=many": (
+        "megatron_args.ddp_bucket_size = 'many': Megatron refuses it: argument --ddp-bucket-size: invalid int ..."
+    ),
+    "megatron_args.weight_decay_incr_style=up": (
+        "megatron_args.weight_decay_incr_style = 'up': Megatron refuses it: argument --weight-decay-incr-style: ..."
+    ),
+    "megatron_args.tokenizer_special_tokens=[--bf16]": (
+        "megatron_args.tokenizer_special_tokens = ['--bf16']: --bf16 would be read as another argument; ..."
+    ),
+    "megatron_args.ddp_bucket_size=true": (
+        "megatron_args.ddp_bucket_size = true: --ddp-bucket-size takes a value; "
+        "write a number, a string or a list of them"
+    ),
+}
+
+
+def split_overrides(text):
+    """'a=1 b=[2, 3]' -> ['a=1', 'b=[2, 3]']"""
+    return re.split(r" (?=[a-z_.]+=)", text)
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_refused_with_its_reason(base, overrides):
+    expected = REFUSED[overrides]
+    with pytest.raises(ConfigError) as caught:
+        megatron_arguments(load_run(base, split_overrides(overrides)))
+    message = str(caught.value)
+    if expected.endswith("..."):
+        assert message.startswith(expected.removesuffix("..."))
+    else:
+        assert message == expected
+
+
+def test_the_table_of_refusals_is_large_enough():
+    assert len(REFUSED) >= 60
+
+
+def test_every_mistake_is_reported_at_once(base):
+    with pytest.raises(ConfigError) as caught:
+        load_run(base, ["model.num_layers=x", "model.swiglu=1", "optimizer.rate=1"])
+    assert [line.partition(" ")[0] for line in str(caught.value).splitlines()] == [
+        "model.num_layers",
+        "model.swiglu",
+        "optimizer.rate:",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load_run(base, ["training.seq_length=252", "optimizer.min_lr=1"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+# --- files ---
+
+FILES_REFUSED = {
+    "model: {num_layers: 4": "line 1, column 22: not valid YAML",
+    "model:\n  num_layers: 4\n  num_layers: 8\n": "line 3, column 3: not valid YAML: the key 'num_layers' occurs twice",
+    "a: &x [1]\nb: *x\n": "line 1, column 4: not valid YAML: anchors and aliases are not supported",
+    "a: &x [*x]": "not valid YAML: anchors and aliases are not supported",
+    "a: !!python/object/apply:os.system ['touch pwned']": "could not determine a constructor for the tag",
+    "a: 1\n---\nb: 2\n": "not valid YAML: but found another document",
+    "- 1\n": "must hold a mapping of sections",
+    "4\n": "must hold a mapping of sections",
+    "1: 2\n": "not valid YAML: a key must be a plain name",
+    "? [a, b]\n: 2\n": "not valid YAML: a key must be a plain name",
+    "a: " + "[" * 3000: "not valid YAML: nested too deeply",
+    "a: \x07": "not valid YAML",
+    "extends: 4\nmodel: {}": "extends = 4: in ",
+    "extends: [1]": "not a list of files; write [models/gpt.yaml, ...]",
+    "extends: missing.yaml": "missing.yaml: No such file or directory; there are ",
+    "extends: run.yaml": "files extend each other in a circle (run.yaml -> run.yaml); break the circle",
+    "{}": "model: missing; every run needs it",
+}
+
+
+@pytest.mark.parametrize("content", FILES_REFUSED, ids=lambda content: content[:30])
+def test_file_refused_with_its_reason(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert FILES_REFUSED[content] in str(caught.value)
+    assert not Path("pwned").exists()
+
+
+def test_unreadable_files_are_named(tmp_path):
+    for path in (tmp_path, tmp_path / "none" / "run.yaml", tmp_path / "latin.yaml"):
+        (tmp_path / "latin.yaml").write_bytes(b"name: \xe9\n")
+        with pytest.raises(ConfigError, match=re.escape(str(path))):
+            load_run(path)
+
+
+def test_extends_merges_in_order_relative_to_the_file(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "deep.yaml").write_text("model: {num_layers: 2, hidden_size: 64}\n")
+    (tmp_path / "parts" / "a.yaml").write_text("extends: deep.yaml\nmodel: {num_layers: 4}\ndata: {paths: [a, b]}\n")
+    (tmp_path / "parts" / "b.yaml").write_text("model: {num_attention_heads: 8}\ndata: {paths: [c], vocab_size: 512}\n")
+    run_yaml = tmp_path / "run.yaml"
+    run_yaml.write_text(
+        "extends: [parts/a.yaml, parts/b.yaml]\n"
+        "optimizer: {lr: 1e-3}\ntraining: {train_iters: 9, seq_length: 8, global_batch_size: 1}\ndata:\n"
+    )
+    run = load_run(run_yaml, ["model.hidden_size=128"])
+    assert (run.model.num_layers, run.model.hidden_size, run.model.num_attention_heads) == (4, 128, 8)
+    assert run.data.paths == ["c"]  # lists are replaced, an empty heading changes nothing
+
+
+def test_a_file_may_be_extended_twice_but_not_in_a_circle(tmp_path):
+    (tmp_path / "leaf.yaml").write_text(BASE)
+    (tmp_path / "a.yaml").write_text("extends: leaf.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: leaf.yaml\n")
+    (tmp_path / "diamond.yaml").write_text("extends: [a.yaml, b.yaml]\n")
+    assert load_run(tmp_path / "diamond.yaml").model.num_layers == 4
+    (tmp_path / "leaf.yaml").write_text("extends: diamond.yaml\n")
+    with pytest.raises(ConfigError, match=r"circle \(diamond.yaml -> a.yaml -> leaf.yaml -> diamond.yaml\)"):
+        load_run(tmp_path / "diamond.yaml")
+
+
+# --- YAML 1.2, in and out ---
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.5E3", 1500.0),
+        ("-.5", -0.5),
+        (".inf", float("inf")),
+        ("no", "no"),
+        ("on", "on"),
+        ("010", 10),
+        ("0x10", 16),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("'4'", "4"),
+        ("True", True),
+        ("~", None),
+        ("", None),
+        ("1.2.3", "1.2.3"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(text, value):
+    assert parse(text, "test") == value
+    assert type(parse(text, "test")) is type(value)
+
+
+scalars = st.none() | st.booleans() | st.integers(-(10**29), 10**29) | st.floats(allow_nan=False) | st.text()
+trees = st.recursive(scalars, lambda sub: st.lists(sub) | st.dictionaries(st.text(), sub), max_leaves=20)
+
+
+@given(st.dictionaries(st.text(), trees))
+def test_what_is_dumped_reads_back(content):
+    assert parse(dump(content), "test") == content
+
+
+@given(st.text() | st.text(alphabet="{}[]:,-#&*!|>'\"%@` \n\tab.=1"))
+def test_any_text_is_parsed_or_refused(text):
+    with contextlib.suppress(ConfigError):  # any other exception fails the test
+        parse(text, "test")
+
+
+@given(override=st.text() | st.from_regex(r"(model|data|training|megatron_args)\.[a-z_]+=.{0,12}", fullmatch=True))
+def test_any_override_is_applied_or_refused(override, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_text(BASE)
+    with contextlib.suppress(ConfigError):
+        load_run(path, [override])
+
+
+# --- what it compiles to ---
+
+
+def test_compiles_to_megatrons_arguments(base):
+    text = arguments(base)
+    for expected in (
+        "--num-layers 4 ",
+        "--tensor-model-parallel-size 1 ",
+        "--pipeline-model-parallel-size 2 ",
+        "--context-parallel-size 4 ",
+        "--cp-comm-type attention2d ",
+        "--hierarchical-context-parallel-sizes 2 2 ",
+        "--max-position-embeddings 256 ",
+        "--lr 0.001 ",
+        "--data-path data/python-standard-library ",
+        "--save runs/run/checkpoints --save-interval 60 ",
+        "--load runs/run/checkpoints ",
+        "--run-dir runs/run ",
+    ):
+        assert expected in text
+    for absent in (
+        "--bf16",
+        "--fp16",
+        "--disable-bias-linear",
+        "--num-query-groups",
+        "--tensorboard-dir",
+        "--mock-data",
+    ):
+        assert absent not in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("context_parallel.mode=ring", "--cp-comm-type p2p "),
+        ("context_parallel.mode=all_gather", "--cp-comm-type all_gather "),
+        ("context_parallel.grid=[4, 1]", "--hierarchical-context-parallel-sizes 4 1 "),
+        ("context_parallel.grid=[1, 4]", "--hierarchical-context-parallel-sizes 1 4 "),
+        ("model.num_query_groups=1", "--hierarchical-context-parallel-sizes 4 1 "),
+        ("model.num_query_groups=2", "--group-query-attention --num-query-groups 2 "),
+        ("training.precision=bf16", "--bf16 "),
+        ("model.add_bias_linear=false", "--disable-bias-linear "),
+        ("data.paths=[a, b]", "--data-path a b "),
+        ("data.paths={a: 0.3, b: 0.7}", "--data-path 0.3 a 0.7 b "),
+        ("data.mock=true", "--mock-data "),
+        ("data.split='98,2,0' training.eval_iters=3 training.eval_interval=20", "--eval-iters 3 "),
+        ("training.eval_interval=20", "--eval-interval 20 "),
+        ("logging.tensorboard=true run.dir=/x/y", "--tensorboard-dir /x/y/tensorboard "),
+        ("logging.wandb_project=p run.name=n", "--wandb-project p --timing-log-level 0 "),
+        ("logging.wandb_project=p run.name=n", "--wandb-exp-name n --wandb-save-dir runs/n/wandb "),
+        ("checkpoint.save_interval=7", "--save-interval 7 "),
+        ("megatron_args.ddp_bucket_size=1000", "--ddp-bucket-size 1000 "),
+        ("megatron_args={recompute-modules: [mlp, moe]}", "--recompute-modules mlp moe "),
+        ("megatron_args.log_progress=true", "--log-progress "),
+    ],
+)
+def test_key_to_argument(base, overrides, expected):
+    assert expected in arguments(base, *split_overrides(overrides))
+
+
+def test_switching_mode_changes_attention_alone(base):
+    attention = r"--cp-comm-type \S+ (--hierarchical-context-parallel-sizes \d+ \d+ )?"
+    texts = {
+        re.sub(attention, "", arguments(base, f"context_parallel.mode={m}"))
+        for m in ("attention2d", "ring", "all_gather")
+    }
+    assert len(texts) == 1
+
+
+def test_modes_other_than_attention2d_and_one_rank_have_no_grid(base):
+    for override in ("context_parallel.mode=ring", "context_parallel.mode=all_gather", "context_parallel.size=1"):
+        assert "hierarchical" not in arguments(base, override)
+
+
+def test_false_and_null_take_back_an_argument_of_an_extended_file(base):
+    for value in ("false", "null"):
+        given = ["megatron_args.log_progress=true", f"megatron_args.log_progress={value}"]
+        assert "--log-progress" not in arguments(base, *given)
+
+
+def test_a_run_continues_from_its_own_checkpoint_before_anothers(base, tmp_path):
+    overrides = [f"run.dir={tmp_path}/mine", "checkpoint.load=/theirs"]
+    assert "--load /theirs " in arguments(base, *overrides)
+    assert "--load" not in arguments(base, f"run.dir={tmp_path}/mine", "checkpoint.save=false")
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "mine" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+    assert f"--load {tmp_path}/mine/checkpoints " in arguments(base, *overrides)
+
+
+def test_every_flag_is_one_of_megatrons(base):
+    """A renamed argument of upstream's must not wait for a run to be found."""
+    from megatron_attn2d.config.arguments import _owners, _upstream_flags
+
+    known = {flag.removeprefix("--") for flag in _upstream_flags()} | {"run-dir"}
+    assert {flag: key for flag, key in _owners().items() if flag not in known} == {}
+
+
+def test_upstreams_parser_takes_what_we_compile(base):
+    from megatron_attn2d.config.arguments import _upstream_parser
+
+    *tokens, run_dir_flag, _ = megatron_arguments(load_run(base, ["parallelism.virtual_pipeline=2"]))
+    assert run_dir_flag == "--run-dir"
+    args = _upstream_parser().parse_args(tokens)
+    assert args.hierarchical_context_parallel_sizes == [2, 2]
+    assert args.cp_comm_type == ["attention2d"]
+    assert args.num_virtual_stages_per_pipeline_rank == 2
+
+
+def test_the_embedded_data_set_is_where_it_is_built(base, tmp_path, monkeypatch):
+    from megatron_attn2d import data
+
+    monkeypatch.setattr(data, "build", lambda files, prefix: prefix)
+    run = load_run(base, [f"data.dir={tmp_path}"])
+    assert str(data.build_default(run.data.dir)) == embedded_data(run)
+
+
+# --- ranks ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "ranks", "replicas"),
+    [
+        ("run.name=x", None, 8, 1),
+        ("parallelism.data=2", None, 16, 2),
+        ("run.name=x", 32, 32, 4),
+        ("parallelism.data=4", 32, 32, 4),
+        ("environment.device=cuda environment.gpus_per_node=8", None, 8, 1),
+        ("environment.device=cuda environment.gpus_per_node=8 environment.nodes=4", None, 32, 4),
+        ("environment.device=cuda environment.gpus_per_node=8 environment.nodes=4", 32, 32, 4),
+    ],
+)
+def test_replicas_are_what_the_world_leaves(base, overrides, world_size, ranks, replicas):
+    run = load_run(base, split_overrides(overrides), world_size=world_size)
+    assert (run.world_size, run.data_parallel_size) == (ranks, replicas)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        ("run.name=x", 12, "world size = 12: not a multiple of"),
+        ("parallelism.data=2", 8, "parallelism.data = 2: with 8 ranks a replica that is 16 ranks, but there are 8"),
+        (
+            "environment.device=cuda environment.gpus_per_node=8 environment.nodes=2",
+            8,
+            "environment.nodes = 2: 16 ranks in all, but 8 were started; start 16, or override environment.nodes",
+        ),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(base, overrides, world_size, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_run(base, split_overrides(overrides), world_size=world_size)
+
+
+# --- round trip and the files that we ship ---
+
+
+def test_resolved_yaml_loads_back_to_the_same_run(base, tmp_path):
+    run = load_run(
+        base, ["data.paths={a: 1, b: 2.5}", "megatron_args.note=1e-4", "environment.variables={A: 'no', B: 3}"]
+    )
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(resolved_yaml(run))
+    assert load_run(resolved) == run
+    assert yaml.safe_load(resolved.read_text())["parallelism"]["data"] == 1
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_runs_resolve(path):
+    run = load_run(path)
+    assert megatron_arguments(run)
+    assert run.run.name == path.stem
+
+
+def test_importing_and_checking_needs_no_torch(base):
+    code = f"import sys; from megatron_attn2d.config import load_run; load_run({str(base)!r}); print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "megatron"} & set(result.stdout.split())
+
+
+def test_public_names():
+    assert all(hasattr(config, name) for name in config.__all__)
