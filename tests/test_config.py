@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_attn2d import config
@@ -14,6 +14,7 @@ from megatron_attn2d.config import ConfigError, load_run, megatron_arguments, re
 from megatron_attn2d.config.arguments import embedded_data
 from megatron_attn2d.config.yaml_io import dump, parse
 
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
 
@@ -399,17 +400,20 @@ scalars = st.none() | st.booleans() | st.integers(-(10**29), 10**29) | st.floats
 trees = st.recursive(scalars, lambda sub: st.lists(sub) | st.dictionaries(st.text(), sub), max_leaves=20)
 
 
+@unhurried
 @given(st.dictionaries(st.text(), trees))
 def test_what_is_dumped_reads_back(content):
     assert parse(dump(content), "test") == content
 
 
+@unhurried
 @given(st.text() | st.text(alphabet="{}[]:,-#&*!|>'\"%@` \n\tab.=1"))
 def test_any_text_is_parsed_or_refused(text):
     with contextlib.suppress(ConfigError):  # any other exception fails the test
         parse(text, "test")
 
 
+@unhurried
 @given(override=st.text() | st.from_regex(r"(model|data|training|megatron_args)\.[a-z_]+=.{0,12}", fullmatch=True))
 def test_any_override_is_applied_or_refused(override, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
