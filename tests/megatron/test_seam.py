@@ -1,0 +1,245 @@
+"""The patches: each name exists, each is still needed, and none outlives its context."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_attn2d.megatron import compat, cpu
+from megatron_attn2d.megatron.patching import Patch, UpstreamChangedError, applied
+from tests.megatron.runs import Tensors, arguments, train_states
+from tests.pool import RankPool
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the seam is for hosts without a GPU")
+BY_TARGET = {patch.target: patch for patch in (*cpu.PATCHES, *compat.FIXES)}
+
+RAISES_WITHOUT_A_DEVICE: dict[str, Callable[[], Any]] = {
+    "torch.cuda:current_device": lambda: torch.cuda.current_device(),
+    "torch.cuda:set_device": lambda: torch.cuda.set_device(0),
+    "torch.cuda:synchronize": lambda: torch.cuda.synchronize(),
+    "torch.cuda:Stream": lambda: torch.cuda.Stream(),
+    "torch.cuda:current_stream": lambda: torch.cuda.current_stream(),
+    "torch.cuda:get_device_properties": lambda: torch.cuda.get_device_properties(torch.device("cuda:0")),
+    "torch.cuda:get_rng_state": lambda: torch.cuda.get_rng_state(),
+    "torch.cuda.random:get_rng_state": lambda: torch.cuda.random.get_rng_state(device="cuda"),
+}
+
+CHANGES_A_RESUMED_RUN = [
+    "torch.cuda:manual_seed",
+    "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+    "megatron.training.training:build_pretraining_data_loader",
+    *(patch.target for patch in compat.FIXES if "DistributedOptimizer" in patch.target),
+]
+
+TESTED_BELOW = {
+    "megatron.training.training:initialize_megatron",
+    "megatron.training.training:set_jit_fusion_options",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
+    "megatron.core.datasets.utils:compile_helpers",
+}
+
+
+def test_every_patch_has_a_test_that_it_is_needed() -> None:
+    assert {*RAISES_WITHOUT_A_DEVICE, *CHANGES_A_RESUMED_RUN, *TESTED_BELOW} == set(BY_TARGET)
+
+
+@pytest.mark.parametrize("target", BY_TARGET)
+def test_the_patched_name_exists(target: str) -> None:
+    owner, name = BY_TARGET[target].resolve()
+    assert hasattr(owner, name)
+
+
+@pytest.mark.parametrize("target", ["torch.cuda:no_such_name", "torch.no_such_module:name", "torch.cuda:Stream.no_such_name"])
+def test_a_name_that_has_gone_is_named_with_the_reason(target: str) -> None:
+    with pytest.raises(UpstreamChangedError, match=rf"{target} is gone .* because it was needed once"), applied(
+        [Patch(target, lambda original: original, "it was needed once")]
+    ):
+        pass
+
+
+def test_patches_end_with_their_context() -> None:
+    originals = {target: getattr(*patch.resolve()) for target, patch in BY_TARGET.items()}
+    with pytest.raises(KeyError), applied(BY_TARGET.values()):
+        changed = [target for target, patch in BY_TARGET.items() if getattr(*patch.resolve()) is originals[target]]
+        assert not changed
+        raise KeyError
+    assert {target: getattr(*patch.resolve()) for target, patch in BY_TARGET.items()} == originals
+
+
+@without_cuda
+@pytest.mark.parametrize("target", RAISES_WITHOUT_A_DEVICE)
+def test_torch_cuda_raises_without_a_device_and_answers_in_the_seam(target: str) -> None:
+    ask = RAISES_WITHOUT_A_DEVICE[target]
+    with pytest.raises((RuntimeError, AssertionError)):
+        ask()
+    with cpu.seam():
+        ask()
+
+
+@without_cuda
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda: torch.zeros(2, device="cuda"),
+        lambda: torch.zeros(2, device=torch.device("cuda:0")),
+        lambda: torch.empty(2, device=0),
+        lambda: torch.tensor([1.0], device="cuda"),
+        lambda: torch.zeros(2).cuda(),
+        lambda: torch.zeros(2).cuda(0),
+        lambda: torch.zeros(2).to("cuda"),
+        lambda: torch.zeros(2).to(device="cuda:0", dtype=torch.float16),
+        lambda: torch.empty_like(torch.zeros(2), device="cuda"),
+        lambda: torch.nn.Linear(2, 2).cuda(0).weight,
+        lambda: torch.empty(2, pin_memory=True),
+        lambda: torch.zeros(2).pin_memory(),
+    ],
+)
+def test_tensors_land_on_the_cpu_in_the_seam_only(place: Callable[[], torch.Tensor]) -> None:
+    with pytest.raises((RuntimeError, AssertionError)):
+        place()
+    with cpu.seam():
+        assert place().device.type == "cpu"
+
+
+@without_cuda
+def test_type_names_are_those_that_the_optimizers_compare_with() -> None:
+    from megatron.core.optimizer import distrib_optimizer
+
+    assert "model_param.type() == 'torch.cuda.FloatTensor'" in inspect.getsource(distrib_optimizer)
+    with cpu.seam():
+        assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+        assert torch.zeros(1).type(torch.float16).dtype == torch.float16
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+@without_cuda
+def test_compiled_functions_run_as_written_in_the_seam() -> None:
+    from megatron.core import jit
+
+    assert jit.jit_fuser is torch.compile
+    compiled = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        compiled.append(module)
+        return module.forward
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    with cpu.seam():
+        assert double(torch.ones(1)) == 2
+    assert not compiled
+    double(torch.ones(1))
+    assert compiled
+
+
+@without_cuda
+def test_the_random_state_of_the_tracker_is_that_of_the_cpu() -> None:
+    from megatron.core.tensor_parallel import random
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    random._set_cuda_rng_state(state)
+    assert not torch.equal(torch.get_rng_state(), state)
+    with cpu.seam():
+        random._set_cuda_rng_state(state)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@without_cuda
+def test_upstream_refuses_to_start_without_a_device() -> None:
+    from megatron.training import training
+
+    with pytest.raises(AssertionError, match="Megatron requires CUDA"):
+        training.initialize_megatron()
+
+
+@without_cuda
+def test_the_warm_up_draws_random_numbers_by_the_number_of_context_ranks() -> None:
+    from megatron.training import initialize, training
+
+    def state_after(context_parallel_size: int) -> torch.Tensor:
+        args = SimpleNamespace(
+            bf16=False,
+            fp16=False,
+            swiglu=False,
+            sequence_parallel=False,
+            ffn_hidden_size=8,
+            hidden_size=8,
+            seq_length=8,
+            micro_batch_size=1,
+            tensor_model_parallel_size=1,
+            context_parallel_size=context_parallel_size,
+        )
+        torch.manual_seed(1)
+        with mock.patch.object(initialize, "get_args", lambda: args):
+            training.set_jit_fusion_options(tp_size=1)
+        return torch.get_rng_state()
+
+    jit = BY_TARGET["megatron.training.training:set_jit_fusion_options"]
+    with mock.patch.object(cpu, "PATCHES", [patch for patch in cpu.PATCHES if patch is not jit]), cpu.seam():
+        assert not torch.equal(state_after(1), state_after(2))
+    with cpu.seam():
+        assert torch.equal(state_after(1), state_after(2))
+
+
+@without_cuda
+def test_saving_starts_a_manager_process_outside_the_seam_only() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    with mock.patch.object(filesystem_async.mp, "get_context") as get_context:
+        with cpu.seam():
+            filesystem_async.get_write_results_queue()
+        get_context.assert_not_called()
+        with mock.patch.object(filesystem_async, "_results_queue", None):
+            filesystem_async.get_write_results_queue()
+        get_context.return_value.Manager.assert_called_once()
+
+
+def test_upstream_exits_for_want_of_a_makefile() -> None:
+    from megatron.core.datasets import utils
+
+    with pytest.raises(SystemExit):
+        utils.compile_helpers()
+    with compat.applied_fixes():
+        utils.compile_helpers()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pool: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Tensors]:
+    return train_states(pool, 1, tmp_path_factory.mktemp("undisturbed"), **_resumable(text))
+
+
+@without_cuda
+@pytest.mark.parametrize("target", [None, *CHANGES_A_RESUMED_RUN])
+def test_a_resumed_run_fails_or_differs_without_the_patch(
+    target: str | None, pool: RankPool, text: Path, undisturbed: list[Tensors], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    first = arguments(run_dir=tmp_path, save=checkpoint, exit_interval=1, **_resumable(text))
+    second = arguments(run_dir=tmp_path, load=checkpoint, **_resumable(text))
+    [states] = pool.run(_train_without, 1, target, first, second)
+    same = states is not None and all(torch.equal(states[name], value) for name, value in undisturbed[0].items())
+    assert same == (target is None)
+
+
+def _resumable(text: Path) -> dict[str, Any]:
+    return {"data_path": text, "num_layers": 1, "train_iters": 3, "hidden_dropout": 0.1, "use_distributed_optimizer": True}
+
+
+def _train_without(rank: int, target: str | None, *runs: list[str]) -> Tensors | None:
+    """The states after the runs, one after the other, without the patch of `target`; None where they raise."""
+    from tests.megatron.runs import _train_states
+
+    with (
+        mock.patch.object(cpu, "PATCHES", [patch for patch in cpu.PATCHES if patch.target != target]),
+        mock.patch.object(compat, "FIXES", [patch for patch in compat.FIXES if patch.target != target]),
+    ):
+        try:
+            return [_train_states(rank, args, sigterm_at=None) for args in runs][-1]
+        except (RuntimeError, AssertionError, KeyError):
+            return None
