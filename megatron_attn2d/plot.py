@@ -13,7 +13,7 @@ _STYLES = (
     (0, (5, 2)),
     (0, (1, 1.2)),
     (0, (6, 2, 1, 2)),
-)  # equal curves cover each other: let the lower shine through
+)  # equal curves cover each other: gaps show the lower
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ def context_group(run: RunConfig, stage: int, replica: int) -> list[int]:
 def picture(run: RunConfig) -> str:
     """The process grids of `run`, for people: a cell holds the global ranks that share its heads."""
     parallel, context = run.parallelism, run.context_parallel
-    sizes = f"pipeline {parallel.pipeline} x data {run.data_parallel_size} x context {context.size} x tensor {parallel.tensor}"
-    groups = [(stage, replica) for replica in range(run.data_parallel_size) for stage in range(parallel.pipeline)]
+    replicas, stages = run.data_parallel_size, parallel.pipeline
+    sizes = f"pipeline {stages} x data {replicas} x context {context.size} x tensor {parallel.tensor}"
+    groups = [(stage, replica) for replica in range(replicas) for stage in range(stages)]
     lines = [f"{run.world_size} ranks = {sizes}", *_legend(run)]
     for stage, replica in groups[:_SHOWN]:
         lines += ["", f"pipeline stage {stage}, replica {replica}:"]
@@ -37,7 +38,7 @@ def _legend(run: RunConfig) -> Iterator[str]:
         yield "one context rank: attention stays on the rank"
     elif context.mode == "attention2d":
         rows, columns = run.grid
-        yield f"attention2d on {rows} rows x {columns} columns: queries are gathered along a row, keys and values along a column"
+        yield f"attention2d on {rows} rows x {columns} columns: a row gathers its queries, a column its keys and values"
     else:
         yield f"{context.mode}: each line is one context-parallel group"
     if run.parallelism.tensor > 1:
