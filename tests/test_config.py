@@ -242,6 +242,17 @@ REFUSED = {
         "megatron_args.hybrid_context_parallel = true: --hybrid-context-parallel changes the context-parallel group "
         "with every batch; leave it out"
     ),
+    "megatron_args.window_size='512,0'": (
+        "megatron_args.window_size = '512,0': --window-size needs a mask that our attention does not have yet; "
+        "leave it out"
+    ),
+    "megatron_args.qk-clip=true": (
+        "megatron_args.qk_clip = true: --qk-clip needs the largest score, which our attention does not report yet; "
+        "leave it out"
+    ),
+    "megatron_args.mtp_num_layers=1": (
+        "megatron_args.mtp_num_layers = 1: --mtp-num-layers trains differently with every context size ..."
+    ),
     "megatron_args.yaml_cfg=x.yaml": (
         "megatron_args.yaml_cfg = 'x.yaml': --yaml-cfg discards all other arguments; leave it out"
     ),
@@ -500,6 +511,7 @@ def test_false_and_null_take_back_an_argument_of_an_extended_file(base):
     for value in ("false", "null"):
         given = ["megatron_args.log_progress=true", f"megatron_args.log_progress={value}"]
         assert "--log-progress" not in arguments(base, *given)
+    assert "--qk-clip" not in arguments(base, "megatron_args.qk_clip=false")
 
 
 def test_a_run_continues_from_its_own_checkpoint_before_anothers(base, tmp_path):

@@ -43,8 +43,13 @@ _REFUSED = {
     "max-seqlen-per-dp-cp-rank": "changes the context-parallel group with every batch",
     "spec": "replaces the layers, and with them the attention that context_parallel.mode chooses",
     "yaml-cfg": "discards all other arguments",
-    "reset-attention-mask": "needs a mask that context parallelism does not have yet",
-    "dataloader-inter-document-masking": "needs a mask that context parallelism does not have yet",
+    "reset-attention-mask": "needs a mask that our attention does not have yet",
+    "dataloader-inter-document-masking": "needs a mask that our attention does not have yet",
+    "window-size": "needs a mask that our attention does not have yet",
+    "softmax-type": "needs a softmax that our attention does not have yet",
+    "qk-clip": "needs the largest score, which our attention does not report yet",
+    "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
+    "mtp-num-layers": "trains differently with every context size on this version of Megatron-Core",
     "local-rank": "is the launcher's business",
 }
 
@@ -144,7 +149,7 @@ def _passed_through(megatron_args: dict[str, Any]) -> list[str]:
         key = f"megatron_args.{name.replace('-', '_')}"
         if name in owners:
             raise ConfigError(key, value, f"{owners[name]} decides about --{name}", f"set {owners[name]}")
-        if name in _REFUSED:
+        if name in _REFUSED and value is not False:
             raise ConfigError(key, value, f"--{name} {_REFUSED[name]}", "leave it out")
         if name == "attention-backend" and value == "local":
             reason = "Megatron would silently replace context-parallel attention by its own"
