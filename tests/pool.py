@@ -1,4 +1,4 @@
-"""A pool of ranks that outlives a test: importing torch in eight processes costs most of a minute, forking them a second.
+"""A pool of ranks that outlives a test: importing torch in eight processes costs a minute, forking them a second.
 
 A fork server imports torch and Megatron once; the ranks are forked from it. `RankPool.run` forms a fresh world of
 exactly the asked size for each call, so a test of three ranks and one of eight share the same processes.
@@ -67,7 +67,9 @@ class RankPool:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
-                raise RankFailed(f"{name}: ranks {sorted(waiting.values())} of {nranks} gave no answer in {timeout:.0f} s")
+                raise RankFailed(
+                    f"{name}: ranks {sorted(waiting.values())} of {nranks} gave no answer in {timeout:.0f} s"
+                )
             for connection in ready:
                 assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)

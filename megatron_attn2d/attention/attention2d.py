@@ -31,8 +31,14 @@ from megatron_attn2d.attention.exchange import Axis, Pending, Returned, axes
 from megatron_attn2d.attention.grid import Grid
 from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.layout import LOWER, UPPER, TilePlan
-from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, sum_partials
-from megatron_attn2d.attention.tile import Queries, TileGradient, TileOutput, attend, differentiate, stand_in
+from megatron_attn2d.attention.merge import (
+    accumulation_dtype,
+    merge_partials,
+    row_statistics,
+    stand_in,
+    sum_partials,
+)
+from megatron_attn2d.attention.tile import Queries, TileGradient, TileOutput, attend, differentiate
 
 
 def attention2d(
@@ -99,7 +105,8 @@ class _Attention2D(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grads[0], *ctx.saved_tensors, ctx.plan), None)
+        q, k, v, out, lse = ctx.saved_tensors
+        return (*_backward(grads[0], q, k, v, out, lse, ctx.plan), None)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
@@ -137,9 +144,9 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: _Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, like them."""
+    dout = dout.contiguous()
     queries, keys, values, douts, outs = (plan.split(_chunks(x)) for x in (q, k, v, dout, out))
-    delta = (_chunks(dout).to(lse.dtype) * _chunks(out)).sum(-1).permute(0, 2, 3, 1)
-    statistics = plan.split(torch.stack((lse, delta), 1))
+    statistics = plan.split(row_statistics(_chunks(dout), _chunks(out), lse))
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     totals = [_chunks(x).chunk(plan.head_groups, 3) for x in gradients]
 
@@ -150,7 +157,8 @@ def _backward(
     def compute(i: int, gathered: _Gathered) -> tuple[TileGradient, Returned, Returned]:
         (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
         needed = _queries(plan, q_all, dout_all, statistics_all, outs[i])
-        own = Queries(queries[i], douts[i], *statistics[i].unbind(1), outs[i]), keys[i], values[i]
+        lse_own, delta_own = statistics[i].unbind(1)
+        own = Queries(queries[i], douts[i], lse_own, delta_own, outs[i]), keys[i], values[i]
         tile = differentiate(plan.tile, plan.kernel, plan.scale, needed, k_all, v_all, own)
         return tile, plan.row.give_back([tile.dq], tag=1), plan.column.give_back([tile.dk, tile.dv], tag=1)
 

@@ -1,8 +1,8 @@
 """Chunks between the ranks of one axis of the grid: gather them into a tile, give partial results back.
 
-One `Axis` is a row (its chunks are queries) or a column (keys and values). `gather` brings the chunks a tile needs into
-one buffer, in the order of the tile's plan; `give_back` returns one partial result a slot to the chunk's owner. Both put
-all their messages into one batched launch and return at once: kernels may run until `Pending.wait`.
+One `Axis` is a row (its chunks are queries) or a column (keys and values). `gather` brings the chunks a tile needs
+into one buffer, in the order of the tile's plan; `give_back` returns one partial result a slot to the chunk's owner.
+Both put all their messages into one batched launch and return at once: kernels may run until `Pending.wait`.
 
 Point-to-point messages rather than all-gathers, for they place each chunk where the plan wants it, so that no buffer is
 permuted by a copy, and they leave out what the causal mask hides. The bytes a rank moves are an all-gather's at most.
@@ -163,4 +163,3 @@ def axes(grid: Grid, causal: bool) -> tuple[TilePlan, Axis, Axis]:
         dict(zip(column, grid.kv_peers, strict=True)),
     )
     return plan, queries, keys
-

@@ -1,11 +1,11 @@
 """The R x C grid of a context-parallel group: which ranks gather keys together and which gather queries.
 
-                  column 0   column 1   column 2
-                +----------+----------+----------+      R = 2 rows, C = 3 columns. A row gathers queries over its
-        row 0   |    0     |    2     |    4     |      C ranks (`q_group`), a column gathers keys and values over
-                +----------+----------+----------+      its R ranks (`kv_group`). Ranks are numbered down the columns:
-        row 1   |    1     |    3     |    5     |      rank = column * R + row, so a column is a contiguous run of
-                +----------+----------+----------+      ranks, as in Megatron's hierarchical context-parallel groups.
+          column 0   column 1   column 2
+        +----------+----------+----------+      R = 2 rows, C = 3 columns. A row gathers queries over its
+row 0   |    0     |    2     |    4     |      C ranks (`q_group`), a column gathers keys and values over
+        +----------+----------+----------+      its R ranks (`kv_group`). Ranks are numbered down the columns:
+row 1   |    1     |    3     |    5     |      rank = column * R + row, so a column is a contiguous run of
+        +----------+----------+----------+      ranks, as in Megatron's hierarchical context-parallel groups.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class Grid:
         q_peers = tuple(dist.get_process_group_ranks(q_group))
         if set(kv_peers) & set(q_peers) != {dist.get_rank()}:
             raise ValueError(
-                f"kv_group (global ranks {list(kv_peers)}) and q_group (global ranks {list(q_peers)}) must share exactly "
-                f"the calling rank, {dist.get_rank()}: one is a column of the grid, the other a row"
+                f"kv_group (global ranks {list(kv_peers)}) and q_group (global ranks {list(q_peers)}) must share "
+                f"exactly the calling rank, {dist.get_rank()}: one is a column of the grid, the other a row"
             )
         rows, cols = len(kv_peers), len(q_peers)
         return cls(
@@ -138,7 +138,9 @@ class Grid:
             ValueError: if the mesh is not two-dimensional, `kv_axis` is neither axis, or the caller is not in it.
         """
         if mesh.ndim != 2:
-            raise ValueError(f"Grid.from_mesh takes a mesh of 2 axes, this one has {mesh.ndim}: slice it, mesh['cp_q', 'cp_kv']")
+            raise ValueError(
+                f"Grid.from_mesh takes a mesh of 2 axes, this one has {mesh.ndim}: slice it, mesh['cp_q', 'cp_kv']"
+            )
         if kv_axis not in (0, 1):
             raise ValueError(f"kv_axis={kv_axis} is no axis of a 2-D mesh: give 0 or 1")
         coordinate = mesh.get_coordinate()
@@ -148,9 +150,7 @@ class Grid:
         global_ranks = mesh.mesh.t().tolist() if kv_axis == 1 else mesh.mesh.tolist()
         width = mesh.size(1)
         rows, cols = mesh.size(kv_axis), mesh.size(q_axis)
-        ranks = tuple(
-            tuple(c * width + r if kv_axis == 1 else r * width + c for c in range(cols)) for r in range(rows)
-        )
+        ranks = tuple(tuple(c * width + r if kv_axis == 1 else r * width + c for c in range(cols)) for r in range(rows))
         row, column = coordinate[kv_axis], coordinate[q_axis]
         return cls(
             ranks,
@@ -170,11 +170,14 @@ def _by_columns(rows: int, cols: int) -> tuple[tuple[int, ...], ...]:
 def _check_shape(rows: int, cols: int, size: int) -> None:
     if rows < 1 or cols < 1 or rows * cols != size:
         valid = ", ".join(f"{r}x{size // r}" for r in range(1, size + 1) if size % r == 0)
-        raise ValueError(f"a grid of rows={rows} x cols={cols} does not cover {size} context-parallel ranks: choose one of {valid}")
+        raise ValueError(
+            f"a grid of rows={rows} x cols={cols} does not cover {size} context-parallel ranks: choose one of {valid}"
+        )
 
 
 def _new_group(ranks: tuple[int, ...], parent: dist.ProcessGroup) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
-    backend = dist.get_backend(parent)
-    return dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+    group = dist.new_group(list(ranks), backend=dist.get_backend(parent), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup), "the caller is among the ranks"
+    return group

@@ -1,4 +1,4 @@
-"""Partial results of several tiles become one: log-sum-exp merge of outputs, sums of gradients.
+"""Partial results of several tiles become one: log-sum-exp merge of outputs, sums of gradients, and delta.
 
 With l_c the log-sum-exp of a row's scores in tile c and O_c its output there, the row over all tiles is
 
@@ -7,12 +7,16 @@ With l_c the log-sum-exp of a row's scores in tile c and O_c its output there, t
 (Milakov & Gimelshein, arXiv 1805.02867). A tile in which a row sees no key has l_c = -inf and contributes nothing.
 Everything is accumulated in fp32 (fp64 for fp64 inputs) in the order of the arguments, and rounded once.
 
+These are the torch versions, for any device and dtype; on GPUs the same functions run one Triton kernel each.
+
 Legend: n tokens of a chunk, b batch, h heads, d head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -32,6 +36,10 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, 
         out: receives the merged output [n, b, h, d]; zero for a row that saw no key at all.
         lse: receives the merged log-sum-exp [b, h, n]; -inf for such a row.
     """
+    if _on_gpu(out):
+        from megatron_attn2d.attention import triton_kernels
+
+        return triton_kernels.merge_partials(outs, lses, out, lse)
     stacked = torch.stack(list(lses))
     highest = stacked.amax(0)
     # A row without any key keeps -inf: subtracting it from itself would give NaN.
@@ -44,13 +52,65 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, 
     for weight, partial in zip(weights, outs, strict=True):
         column = weight.permute(2, 0, 1).unsqueeze(-1)
         # What a kernel leaves in the output of an empty row may be anything, NaN included: only weighted rows count.
-        merged += torch.where(column > 0, partial * column, torch.zeros_like(column))
+        merged += torch.where(column == 0, torch.zeros_like(column), partial * column)
     out.copy_(merged)
 
 
 def sum_partials(partials: Sequence[Tensor], total: Tensor) -> None:
     """Sum gradients [n, b, h, d] of one chunk into `total`, rounding once."""
+    if _on_gpu(total):
+        from megatron_attn2d.attention import triton_kernels
+
+        return triton_kernels.sum_partials(partials, total)
     accumulator = partials[0].to(accumulation_dtype(partials[0].dtype), copy=True)
     for partial in partials[1:]:
         accumulator += partial
     total.copy_(accumulator)
+
+
+def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """What the backward pass needs of each row: its log-sum-exp and delta = rowsum(dout * out).
+
+    Args:
+        dout, out: [2, n, b, h, d].
+        lse: [2, b, h, n].
+
+    Returns:
+        [2, 2, b, h, n]: by half, log-sum-exp then delta.
+    """
+    if _on_gpu(out):
+        from megatron_attn2d.attention import triton_kernels
+
+        return triton_kernels.row_statistics(dout, out, lse)
+    delta = (dout.to(lse.dtype) * out).sum(-1).permute(0, 2, 3, 1)
+    return torch.stack((lse, delta), 1)
+
+
+def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
+    """An output for kernels that derive delta from it: O' = dO delta / |dO|^2, so that rowsum(dO * O') = delta.
+
+    Delta is all that a backward kernel takes from the output, and gathering it moves 1/d of the bytes. |O'| is at most
+    |O| (Cauchy-Schwarz), so it fits the dtype. Rows with dO = 0 have delta = 0 and get 0.
+
+    Args:
+        dout: [slots, n, b, h, d].
+        delta: [slots, b, h, n].
+    """
+    if _on_gpu(dout):
+        from megatron_attn2d.attention import triton_kernels
+
+        return triton_kernels.stand_in(dout, delta)
+    wide = dout.to(delta.dtype)
+    norm = wide.square().sum(-1)
+    ratio = torch.where(norm == 0, torch.zeros_like(norm), delta.permute(0, 3, 1, 2) / norm)
+    return (wide * ratio.unsqueeze(-1)).to(dout.dtype)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    # Triton's kernels accumulate in fp32: float64, which only tests use, stays with torch.
+    return x.is_cuda and x.dtype != torch.float64 and _have_triton()
+
+
+@cache
+def _have_triton() -> bool:
+    return find_spec("triton") is not None

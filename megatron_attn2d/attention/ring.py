@@ -1,8 +1,8 @@
 """Ring attention in the zigzag layout (Liu et al., arXiv 2310.01889): keys and values travel, queries stay.
 
 At step j a rank holds the keys and values of the rank j places before it, attends them as a tile of its own queries and
-sends them on meanwhile. Backward, the gradients of keys and values travel one step behind them and come home last. Every
-rank receives 2(P-1)/g shards forward and 4(P-1)/g backward, however many ranks there are.
+sends them on meanwhile. Backward, the gradients of keys and values travel one step behind them and come home last.
+Every rank receives 2(P-1)/g shards forward and 4(P-1)/g backward, however many ranks there are.
 
 Legend as in `attention2d`.
 """
@@ -21,7 +21,7 @@ from megatron_attn2d.attention.checks import check_shards
 from megatron_attn2d.attention.exchange import Pending
 from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.layout import LOWER, UPPER, tile_plan
-from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials
+from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, row_statistics
 from megatron_attn2d.attention.tile import Queries, attend, differentiate
 
 _KEYS, _GRADIENTS = 0, 1
@@ -88,7 +88,8 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_backward(grads[0], *ctx.saved_tensors, ctx.ring), None)
+        q, k, v, out, lse = ctx.saved_tensors
+        return (*_backward(grads[0], q, k, v, out, lse, ctx.ring), None)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
             travelling, pending = ring.pass_on(travelling, _KEYS)
         plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
         halves, seen = [chunk.half for chunk in plan.queries], len(plan.keys)
-        tile = attend(plan, ring.kernel, ring.scale, own_q[halves[0] :], keys[:seen], values[:seen], (own_q, own_k, own_v))
+        tile = attend(
+            plan, ring.kernel, ring.scale, own_q[halves[0] :], keys[:seen], values[:seen], (own_q, own_k, own_v)
+        )
         partials = [
             *zip(halves, tile.outs, tile.lses, strict=True),
             *zip((LOWER, UPPER), *tile.own, strict=plan.diagonal),
@@ -121,7 +124,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, like them."""
     own_q, own_k, own_v, own_dout, own_out = (_chunks(x) for x in (q, k, v, dout, out))
-    delta = (own_dout.to(lse.dtype) * own_out).sum(-1).permute(0, 2, 3, 1).contiguous()
+    delta = row_statistics(own_dout, own_out, lse)[:, 1]
     own = Queries(own_q, own_dout, lse, delta, own_out)
     dq = torch.zeros_like(own_q, dtype=lse.dtype)
 
@@ -135,7 +138,9 @@ def _backward(
             travelling, pending = ring.pass_on(travelling, _KEYS)
         plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
         first, seen = plan.queries[0].half, len(plan.keys)
-        tile = differentiate(plan, ring.kernel, ring.scale, own.starting(first), keys[:seen], values[:seen], (own, own_k, own_v))
+        tile = differentiate(
+            plan, ring.kernel, ring.scale, own.starting(first), keys[:seen], values[:seen], (own, own_k, own_v)
+        )
         for half, part in (*zip((LOWER, UPPER)[first:], tile.dq, strict=True), *enumerate(tile.own[0])):
             dq[half] += part
         partial = [torch.zeros_like(own_k), torch.zeros_like(own_v)]

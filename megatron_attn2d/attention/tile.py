@@ -1,6 +1,6 @@
 """One tile of the score matrix on one device: run its plan's kernel calls forward and backward.
 
-Legend: n tokens of a chunk, b batch, h heads of the queries, g heads of the keys, d head dim, Q and K slots of the plan.
+Legend: n tokens of a chunk, b batch, h query heads, g key heads, d head dim, Q and K slots of the plan.
 Log-sum-exps and deltas are kept by chunk, [slots, b, h, n], so that a chunk's part is contiguous.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.kernels import Kernel
@@ -23,7 +22,7 @@ class Queries:
         q: queries [slots, n, b, h, d].
         dout: gradient of their output, like q.
         lse, delta: log-sum-exp over all keys and rowsum(dout * out), [slots, b, h, n].
-        out: the output over all keys or `stand_in`, like q; None where the kernel does not ask for it.
+        out: the output over all keys or `merge.stand_in`, like q; None where the kernel does not ask for it.
     """
 
     q: Tensor
@@ -129,22 +128,6 @@ def differentiate(
     )
     own_dq, own_dk, own_dv = (_halves(part, 1) for part in diagonal)
     return TileGradient(dq, dk, dv, (own_dq, own_dk, own_dv))
-
-
-def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
-    """An output for kernels that derive delta from it: O' = dO delta / |dO|^2, so that rowsum(dO * O') = delta.
-
-    Delta is all that a backward kernel takes from the output, and gathering it moves 1/d of the bytes. |O'| is at most
-    |O| (Cauchy-Schwarz), so it fits the dtype. Rows with dO = 0 have delta = 0 and get 0.
-
-    Args:
-        dout: [slots, n, b, h, d].
-        delta: [slots, b, h, n].
-    """
-    wide = dout.to(delta.dtype)
-    norm = wide.square().sum(-1)
-    ratio = torch.where(norm > 0, delta.permute(0, 3, 1, 2) / norm, torch.zeros_like(norm))
-    return (wide * ratio.unsqueeze(-1)).to(dout.dtype)
 
 
 def _rows(chunks: Tensor) -> Tensor:

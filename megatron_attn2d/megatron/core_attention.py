@@ -11,14 +11,14 @@ It holds no parameters, so checkpoints interchange with every other vanilla-soft
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
 from megatron_attn2d.attention import Grid, attention2d, ring_attention
 
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}

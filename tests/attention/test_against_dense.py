@@ -119,11 +119,18 @@ def reach(rank: int, mode: str, shape: tuple[int, int], token: int) -> list[int]
 
 
 @pytest.mark.parametrize(
-    ("mode", "grid"), [("attention2d", (1, 4)), ("attention2d", (2, 2)), ("attention2d", (4, 1)), ("attention2d", (2, 3)), ("ring", (2, 2))]
+    ("mode", "grid"),
+    [
+        ("attention2d", (1, 4)),
+        ("attention2d", (2, 2)),
+        ("attention2d", (4, 1)),
+        ("attention2d", (2, 3)),
+        ("ring", (2, 2)),
+    ],
 )
 def test_every_token_reaches_every_later_one_and_none_before(pool: RankPool, mode: str, grid: tuple[int, int]) -> None:
     size = grid[0] * grid[1]
     for rank in range(size):
         for token in zigzag(4 * size, size, rank).tolist()[::2]:
-            changed = sorted(sum(pool.run(reach, size, mode, grid, token), []))
+            changed = sorted(p for found in pool.run(reach, size, mode, grid, token) for p in found)
             assert changed == list(range(token, 4 * size))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_attn2d import Grid, attention2d
 from megatron_attn2d.attention.kernels import choose_kernel
-from megatron_attn2d.attention.tile import stand_in
+from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
+from megatron_attn2d.attention.merge import stand_in
 from tests.attention.dense import dense_attention, inputs
 
 
@@ -20,7 +22,10 @@ def test_cpu_runs_the_reference(dtype: torch.dtype) -> None:
     ("request_", "message"),
     [
         (("nonsense", "cpu", torch.float32, 64, 64), "backend='nonsense' is no attention kernel: choose one of auto, "),
-        (("cudnn", "cpu", torch.bfloat16, 64, 64), "backend='cudnn' needs a CUDA device .* choose one of auto, reference"),
+        (
+            ("cudnn", "cpu", torch.bfloat16, 64, 64),
+            "backend='cudnn' needs a CUDA device .* choose one of auto, reference",
+        ),
         (("flash", "cuda", torch.float32, 64, 64), "serves bfloat16 and float16 .*: choose one of auto, reference"),
         (("cudnn", "cuda", torch.bfloat16, 100, 100), "multiples of 8"),
         (("flash", "cuda", torch.bfloat16, 128, 64), "serves equal head dims"),
@@ -82,3 +87,18 @@ def test_other_misuse_is_refused() -> None:
         attention2d(*[q.long()] * 3, Grid.single())
     with pytest.raises(ValueError, match="head_groups=3 does not divide the 2 key/value heads"):
         attention2d(q, q, q, Grid.single(), head_groups=3)
+
+
+@pytest.mark.parametrize("kernel", [CudnnKernel, FlashKernel])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_gpu_kernels_call_the_operators_that_this_torch_has(
+    kernel: type[CudnnKernel | FlashKernel], heads: tuple[int, int]
+) -> None:
+    """Shapes and signatures alone, without a GPU; values are checked in tests/gpu."""
+    with FakeTensorMode():
+        q = torch.empty(64, 1, heads[0], 128, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(96, 1, heads[1], 128, device="cuda", dtype=torch.bfloat16)
+        out, lse = kernel().forward(q, k, k, causal=False, scale=1.0)
+        assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, heads[0], 64), torch.float32)
+        gradients = kernel().backward(out, q, k, k, out, lse, lse, causal=False, scale=1.0)
+        assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]

@@ -83,7 +83,9 @@ def test_the_picture_in_the_docstring() -> None:
     assert plan.diagonal
 
 
-@pytest.mark.parametrize(("query", "expected"), [((1, LOWER), 1), ((1, UPPER), 2), ((0, LOWER), 0), ((0, UPPER), 3), ((3, UPPER), 2)])
+@pytest.mark.parametrize(
+    ("query", "expected"), [((1, LOWER), 1), ((1, UPPER), 2), ((0, LOWER), 0), ((0, UPPER), 3), ((3, UPPER), 2)]
+)
 def test_visible_prefix(query: tuple[int, int], expected: int) -> None:
     assert visible_prefix(Chunk(*query), (0, 1), True) == expected
     assert visible_prefix(Chunk(*query), (0, 1), False) == 4

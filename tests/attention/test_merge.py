@@ -68,7 +68,9 @@ def test_a_nan_log_sum_exp_is_not_laundered() -> None:
 
 
 def test_half_precision_is_summed_in_fp32_and_rounded_once() -> None:
-    partials = [torch.full((1, 1, 1, 1), 256.0, dtype=torch.bfloat16)] + [torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)] * 8
+    partials = [torch.full((1, 1, 1, 1), 256.0, dtype=torch.bfloat16)] + [
+        torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    ] * 8
     total = torch.empty(1, 1, 1, 1, dtype=torch.bfloat16)
     sum_partials(partials, total)  # in bfloat16 each 256 + 1 would round back to 256
     assert total.item() == 264.0

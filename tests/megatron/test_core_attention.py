@@ -44,9 +44,7 @@ def errors(rank: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None
     out = module(q, k, v, None).unflatten(2, (4, 8))
     results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
     parallel_state.destroy_model_parallel()
-    return max(
-        (a - b[mine]).abs().max().item() for a, b in zip(results, dense_gradients(*whole, True), strict=True)
-    )
+    return max((a - b[mine]).abs().max().item() for a, b in zip(results, dense_gradients(*whole, True), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +64,9 @@ def test_against_dense(pool: RankPool, ranks: int, cp: int, cp_comm_type: str | 
     assert max(pool.run(errors, ranks, cp, cp_comm_type, sizes)) <= 1e-12
 
 
-def refusal(rank: int, cp_comm_type: str | None, sizes: list[int] | None, changes: dict[str, Any], call: dict[str, Any]) -> str:
+def refusal(
+    rank: int, cp_comm_type: str | None, sizes: list[int] | None, changes: dict[str, Any], call: dict[str, Any]
+) -> str:
     from megatron.core.transformer.enums import AttnMaskType
 
     try:
@@ -82,17 +82,35 @@ def refusal(rank: int, cp_comm_type: str | None, sizes: list[int] | None, change
 
 
 REFUSALS = [
-    ("a2a", None, {}, {}, "cp_comm_type 'a2a' (context_parallel.mode) is not served without Transformer Engine: choose"),
+    (
+        "a2a",
+        None,
+        {},
+        {},
+        "cp_comm_type 'a2a' (context_parallel.mode) is not served without Transformer Engine: choose",
+    ),
     (None, None, {}, {}, "cp_comm_type None"),
     ("attention2d", None, {}, {}, "needs its grid: pass --hierarchical-context-parallel-sizes R C"),
     ("attention2d", [2, 1, 1], {}, {}, "needs its grid"),
     ("attention2d", [2, 1], {"attention_dropout": 0.1}, {}, "attention_dropout 0.1 is not supported"),
     ("attention2d", [2, 1], {"window_size": (4, 0)}, {}, "window_size (4, 0) is not supported"),
     ("attention2d", [2, 1], {"softmax_type": "off-by-one"}, {}, "softmax_type 'off-by-one' is not supported"),
-    ("attention2d", [2, 1], {"log_max_attention_logit": True}, {}, "qk_clip / log_max_attention_logit is not supported"),
+    (
+        "attention2d",
+        [2, 1],
+        {"log_max_attention_logit": True},
+        {},
+        "qk_clip / log_max_attention_logit is not supported",
+    ),
     ("p2p", None, {}, {"packed_seq_params": object()}, "packed sequences (THD) are not supported yet"),
     ("p2p", None, {}, {"attention_bias": torch.zeros(1)}, "attention bias is not supported"),
-    ("p2p", None, {}, {"attn_mask_type": "arbitrary"}, "attention mask arbitrary is not supported: choose causal or no_mask"),
+    (
+        "p2p",
+        None,
+        {},
+        {"attn_mask_type": "arbitrary"},
+        "attention mask arbitrary is not supported: choose causal or no_mask",
+    ),
 ]
 
 

@@ -23,16 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 class Kernel(Protocol):
-    """One implementation of attention on one device.
-
-    `needs_out` says that `backward` wants the output to derive delta from; where it is False, delta suffices.
-    """
+    """One implementation of attention on one device."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name by which a user asks for it."""
+        ...
 
     @property
-    def needs_out(self) -> bool: ...
+    def needs_out(self) -> bool:
+        """Whether `backward` wants the output, to derive delta from it; else delta suffices."""
+        ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         """Attend q [sq, b, h, d] to k [sk, b, g, d] and v [sk, b, g, dv], h a multiple of g.
@@ -80,7 +81,9 @@ def choose_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int, v_h
         ValueError: if the name is unknown or that kernel can't serve the request.
     """
     refusals = {
-        each: "needs a CUDA device" if device != "cuda" and each != "reference" else kernel.refusal(dtype, head_dim, v_head_dim)
+        each: "needs a CUDA device"
+        if device != "cuda" and each != "reference"
+        else kernel.refusal(dtype, head_dim, v_head_dim)
         for each, kernel in _KERNELS.items()
     }
     able = [each for each, refusal in refusals.items() if refusal is None]
@@ -92,5 +95,7 @@ def choose_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int, v_h
             f"choose one of auto, {', '.join(able)}"
         )
     chosen = able[0] if name == "auto" else name
-    logger.info("attention kernel: %s (device %s, %s, head dims %d and %d)", chosen, device, dtype, head_dim, v_head_dim)
+    logger.info(
+        "attention kernel: %s (device %s, %s, head dims %d and %d)", chosen, device, dtype, head_dim, v_head_dim
+    )
     return _KERNELS[chosen]()

@@ -1,4 +1,4 @@
-"""Attention in plain torch, for any device and dtype: what CPU ranks run and what the other kernels are checked against.
+"""Attention in plain torch, for any device and dtype: what CPU ranks run.
 
 Scores are formed in the input's dtype if it is fp32 or fp64, else in fp32.
 """

@@ -1,0 +1,174 @@
+"""The functions of `merge` as one Triton kernel each: every input is read once, every result written once.
+
+Each program takes BLOCK_N rows of one head of one sequence of the batch. The partial results come as a tuple of
+tensors, of which each has its own strides, so that nothing is stacked or copied beforehand; the last dim is contiguous.
+"""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_N = 32
+
+
+@triton.jit
+def _tile(pointer, strides, batch, head, rows, columns):
+    """Addresses [BLOCK_N, BLOCK_D] of rows of x [n, b, h, d]; strides (n, b, h)."""
+    base = pointer + batch.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
+    return base + rows.to(tl.int64)[:, None] * strides[0] + columns[None, :]
+
+
+@triton.jit
+def _merge(
+    outs, out_strides, lses, out, out_stride, lse, lse_stride, heads, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    inside = (rows < n)[:, None] & (columns < d)[None, :]
+    at = tl.program_id(1).to(tl.int64) * n + rows
+
+    highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
+    for i in tl.static_range(len(lses)):
+        highest = tl.maximum(highest, tl.load(lses[i] + at, rows < n, other=-float("inf")))
+    reference = tl.where(highest == -float("inf"), 0.0, highest)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    merged = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for i in tl.static_range(len(lses)):
+        weight = tl.exp(tl.load(lses[i] + at, rows < n, other=-float("inf")) - reference)
+        total += weight
+        partial = tl.load(_tile(outs[i], out_strides[i], batch, head, rows, columns), inside, other=0.0)
+        merged += tl.where(weight[:, None] == 0, 0.0, partial.to(tl.float32) * weight[:, None])
+    merged /= tl.where(total == 0, 1.0, total)[:, None]
+    tl.store(_tile(out, out_stride, batch, head, rows, columns), merged.to(out.dtype.element_ty), inside)
+    tl.store(lse + batch * lse_stride[0] + head * lse_stride[1] + rows, reference + tl.log(total), rows < n)
+
+
+@triton.jit
+def _sum(partials, strides, total, total_stride, heads, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    inside = (rows < n)[:, None] & (columns < d)[None, :]
+    accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for i in tl.static_range(len(partials)):
+        accumulator += tl.load(_tile(partials[i], strides[i], batch, head, rows, columns), inside, other=0.0).to(
+            tl.float32
+        )
+    tl.store(_tile(total, total_stride, batch, head, rows, columns), accumulator.to(total.dtype.element_ty), inside)
+
+
+@triton.jit
+def _statistics(
+    dout, dout_stride, out, out_stride, lse, result, batches, heads, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    half, inner = tl.program_id(1) // (batches * heads), tl.program_id(1) % (batches * heads)
+    batch, head = inner // heads, inner % heads
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    inside = (rows < n)[:, None] & (columns < d)[None, :]
+    # Both halves are one tensor [2n, b, h, d] with row stride n.
+    left = tl.load(_tile(dout, dout_stride, batch, head, half * n + rows, columns), inside, other=0.0).to(tl.float32)
+    right = tl.load(_tile(out, out_stride, batch, head, half * n + rows, columns), inside, other=0.0).to(tl.float32)
+    size = batches * heads * n
+    at = inner.to(tl.int64) * n + rows
+    base = result + half.to(tl.int64) * 2 * size
+    tl.store(base + at, tl.load(lse + half.to(tl.int64) * size + at, rows < n), rows < n)
+    tl.store(base + size + at, tl.sum(left * right, 1), rows < n)
+
+
+@triton.jit
+def _stand_in(
+    dout,
+    dout_stride,
+    delta,
+    delta_stride,
+    out,
+    out_stride,
+    batches,
+    heads,
+    n,
+    d,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    slot, inner = tl.program_id(1) // (batches * heads), tl.program_id(1) % (batches * heads)
+    batch, head = inner // heads, inner % heads
+    rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    inside = (rows < n)[:, None] & (columns < d)[None, :]
+    gradient = tl.load(_tile(dout, dout_stride, batch, head, slot * n + rows, columns), inside, other=0.0).to(
+        tl.float32
+    )
+    norm = tl.sum(gradient * gradient, 1)
+    wanted = tl.load(delta + slot.to(tl.int64) * delta_stride + inner.to(tl.int64) * n + rows, rows < n, other=0.0)
+    ratio = tl.where(norm == 0, 0.0, wanted / norm)
+    result = gradient * ratio[:, None]
+    tl.store(_tile(out, out_stride, batch, head, slot * n + rows, columns), result.to(out.dtype.element_ty), inside)
+
+
+def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
+    """See `merge.merge_partials`."""
+    n, b, h, d = out.shape
+    _merge[_programs(n, b * h)](
+        tuple(outs),
+        tuple(x.stride()[:3] for x in outs),
+        tuple(x.contiguous() for x in lses),
+        out,
+        out.stride()[:3],
+        lse,
+        lse.stride()[:2],
+        h,
+        n,
+        d,
+        **_blocks(d, *outs, out),
+    )
+
+
+def sum_partials(partials: Sequence[Tensor], total: Tensor) -> None:
+    """See `merge.sum_partials`."""
+    n, b, h, d = total.shape
+    _sum[_programs(n, b * h)](
+        tuple(partials),
+        tuple(x.stride()[:3] for x in partials),
+        total,
+        total.stride()[:3],
+        h,
+        n,
+        d,
+        **_blocks(d, *partials, total),
+    )
+
+
+def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """See `merge.row_statistics`."""
+    _, n, b, h, d = out.shape
+    result = lse.new_empty((2, 2, b, h, n))
+    dout, out = dout.flatten(0, 1), out.flatten(0, 1)
+    _statistics[_programs(n, 2 * b * h)](
+        dout, dout.stride()[:3], out, out.stride()[:3], lse, result, b, h, n, d, **_blocks(d, dout, out)
+    )
+    return result
+
+
+def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
+    """See `merge.stand_in`."""
+    slots, n, b, h, d = dout.shape
+    assert delta.stride()[1:] == (h * n, n, 1), "delta is contiguous but for its slots"
+    rows, out = dout.flatten(0, 1), torch.empty_like(dout)
+    result = out.flatten(0, 1)
+    _stand_in[_programs(n, slots * b * h)](
+        rows, rows.stride()[:3], delta, delta.stride(0), result, result.stride()[:3], b, h, n, d, **_blocks(d, rows)
+    )
+    return out
+
+
+def _programs(n: int, heads: int) -> tuple[int, int]:
+    return triton.cdiv(n, _BLOCK_N), heads
+
+
+def _blocks(d: int, *tensors: Tensor) -> dict[str, int]:
+    assert all(x.stride(-1) == 1 for x in tensors), "the head dim is contiguous"
+    return {"BLOCK_N": _BLOCK_N, "BLOCK_D": triton.next_power_of_2(d)}

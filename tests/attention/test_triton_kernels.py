@@ -1,0 +1,49 @@
+"""The Triton kernels in Triton's interpreter against their torch versions; on GPUs `tests/gpu` runs them compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from megatron_attn2d.attention import merge
+
+
+def compare(d: int) -> None:
+    """All four functions on tensors with strides of their own, empty rows and a row without gradient."""
+    from megatron_attn2d.attention import triton_kernels
+
+    torch.manual_seed(0)
+    n, b, h = 37, 2, 3
+    outs = [torch.randn(n, b, h, d), torch.randn(n, 2 * b, h, d)[:, b:], torch.randn(b, n, h, d).transpose(0, 1)]
+    lses = [torch.randn(b, h, n) * 5 for _ in outs]
+    lses[0][:, :, 3] = -torch.inf
+    outs[0][3] = torch.nan
+    for lse in lses:
+        lse[:, :, 5] = -torch.inf
+    results = []
+    dout, whole, whole_lse = torch.randn(2, n, b, h, d), torch.randn(2, n, b, h, d), torch.randn(2, b, h, n)
+    dout[0, 4] = 0
+    for module in (merge, triton_kernels):
+        out, lse = torch.empty(n, 2, b, h, d)[:, 1], torch.empty(b, 2 * h, n)[:, h:]
+        module.merge_partials(outs, lses, out, lse)
+        total = torch.empty(n, b, h, d)
+        module.sum_partials(outs[1:], total)
+        statistics = module.row_statistics(dout, whole, whole_lse)
+        results.append((out, lse, total, statistics, module.stand_in(dout, statistics[:, 1])))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not part of this torch")
+@pytest.mark.parametrize("d", [8, 80])
+def test_interpreted_kernels_agree_with_torch(d: int) -> None:
+    # The interpreter is chosen when Triton is imported, hence a process of its own.
+    code = f"from tests.attention.test_triton_kernels import compare; compare({d})"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,137 @@
+"""attention2d and the ring on GPUs against dense float64, by kernel, dtype, head dim, grid and head groups.
+
+Ranks beyond the GPUs at hand share them, each posing as a node of its own to NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_attn2d import Grid, attention2d, ring_attention
+from tests.attention.dense import zigzag
+from tests.pool import RankPool
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BOUNDS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 2e-5, torch.float64: 1e-12}
+GRIDS = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (2, 3), (3, 2), (2, 4), (4, 2)]
+
+
+def start(rank: int) -> None:
+    """A world over NCCL; a GPU may have several ranks."""
+    os.environ |= {
+        "NCCL_HOSTID": f"node{rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_P2P_DISABLE": "1",
+        "NCCL_SHM_DISABLE": "1",
+        "NCCL_NET": "Socket",
+    }
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    dist.init_process_group("nccl")
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> list[Tensor]:
+    """Output and gradients in float64 on the GPU."""
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    wide_q, wide_k, wide_v = (x.permute(1, 2, 0, 3) for x in leaves)
+    wide_k, wide_v = (x.repeat_interleave(q.size(2) // k.size(2), dim=1) for x in (wide_k, wide_v))
+    scores = wide_q @ wide_k.transpose(-1, -2) * q.size(3) ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    out = (scores.softmax(-1) @ wide_v).permute(2, 0, 1, 3)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
+
+
+def errors(
+    rank: int,
+    mode: str,
+    grid: tuple[int, int],
+    heads: tuple[int, int] = (4, 2),
+    dims: tuple[int, int] = (64, 64),
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    chunk: int = 128,
+    causal: bool = True,
+    backend: str = "auto",
+    head_groups: int = 1,
+    logits: float = 1.0,
+) -> list[float]:
+    """Relative errors (2-norm) of O, dQ, dK, dV on this rank; a second run must agree bit for bit."""
+    start(rank)
+    size = grid[0] * grid[1]
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1])]
+    whole = [
+        torch.randn(2 * size * chunk, batch, h, d, generator=generator, device="cuda").to(dtype) for h, d in shapes
+    ]
+    whole[0] *= logits
+    mine = zigzag(2 * size * chunk, size, rank).cuda()
+    assert dist.group.WORLD is not None
+    layout = Grid.from_group(dist.group.WORLD, rows=grid[0], cols=grid[1])
+    runs = []
+    for _ in range(2):
+        q, k, v = (x[mine].requires_grad_() for x in whole[:3])
+        if mode == "ring":
+            out = ring_attention(q, k, v, dist.group.WORLD, causal=causal, backend=backend)
+        else:
+            out = attention2d(q, k, v, layout, causal=causal, backend=backend, head_groups=head_groups)
+        runs.append([out.detach(), *torch.autograd.grad(out, (q, k, v), whole[3][mine])])
+    if backend != "flash":  # FlashAttention-2 adds dQ up in no fixed order
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), "two runs differ"
+    references = dense(*whole, causal=causal)
+    return [((a.double() - b[mine]).norm() / b[mine].norm()).item() for a, b in zip(runs[0], references, strict=True)]
+
+
+def check(pool: RankPool, mode: str, grid: tuple[int, int], **case: object) -> None:
+    found = pool.run(errors, grid[0] * grid[1], mode, grid, init_group=False, **case)
+    bound = BOUNDS[case.get("dtype", torch.bfloat16)]  # type: ignore[index]
+    worst = [max(column) for column in zip(*found, strict=True)]
+    print("O dQ dK dV:", *(f"{x:.2e}" for x in worst))
+    assert max(worst) <= bound
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
+def test_grids(pool: RankPool, grid: tuple[int, int], causal: bool) -> None:
+    check(pool, "attention2d", grid, causal=causal)
+
+
+@pytest.mark.parametrize("mode", ["attention2d", "ring"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_dtypes(pool: RankPool, mode: str, dtype: torch.dtype) -> None:
+    check(pool, mode, (2, 2), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)], ids=str
+)
+def test_head_dims(pool: RankPool, dims: tuple[int, int]) -> None:
+    check(pool, "attention2d", (2, 1), dims=dims)
+    check(pool, "attention2d", (1, 2), dims=dims)
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "reference"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
+def test_backends_and_grouped_heads(pool: RankPool, heads: tuple[int, int], backend: str) -> None:
+    check(pool, "attention2d", (2, 2), heads=heads, backend=backend)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 127])
+@pytest.mark.parametrize("mode", ["attention2d", "ring"])
+def test_odd_chunks(pool: RankPool, mode: str, chunk: int) -> None:
+    check(pool, mode, (2, 2), chunk=chunk)
+
+
+@pytest.mark.parametrize("head_groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_head_groups_and_batch(pool: RankPool, batch: int, head_groups: int) -> None:
+    check(pool, "attention2d", (2, 2), heads=(16, 8), batch=batch, head_groups=head_groups)
+
+
+def test_large_logits(pool: RankPool) -> None:
+    check(pool, "attention2d", (2, 2), logits=20.0, dtype=torch.float32)
