@@ -39,8 +39,10 @@ setup_venv
 cd "$repo_root"
 
 out=runs/quickstart
+chunks=$((2 * context)) # of the zigzag: the sequence is a multiple of them
 common=(
     "parallelism.tensor=$tensor" "parallelism.pipeline=$pipeline" "context_parallel.size=$context"
+    "training.seq_length=$(((512 + chunks - 1) / chunks * chunks))"
     "training.train_iters=$steps" "optimizer.lr_decay_iters=$((steps > 60 ? steps : 60))" "${overrides[@]}"
 )
 

@@ -215,10 +215,11 @@ def test_quickstart_trains_with_both_attentions_and_plots(sandbox):
     sandbox.run("scripts/setup.sh")
     sandbox.write(sandbox.repo / ".venv" / "bin" / "megatron-attn2d", CLI)
     sandbox.logged()
-    result = sandbox.run("scripts/quickstart.sh", "--tensor", "2", "--context", "2", "--steps", "90", "data.dir=/a b")
+    result = sandbox.run("scripts/quickstart.sh", "--tensor", "2", "--context", "3", "--steps", "90", "data.dir=/a b")
     assert result.returncode == 0, result.stderr
     attention2d, ring, plot = sandbox.logged()
-    sizes = "parallelism.tensor=2|parallelism.pipeline=2|context_parallel.size=2|training.train_iters=90|"
+    sizes = "parallelism.tensor=2|parallelism.pipeline=2|context_parallel.size=3|"
+    sizes += "training.seq_length=516|training.train_iters=90|"
     for run, mode in ((attention2d, "attention2d"), (ring, "ring")):
         assert run.startswith(f"train|configs/runs/quickstart.yaml|{sizes}optimizer.lr_decay_iters=90|data.dir=/a b|")
         assert f"context_parallel.mode={mode}|run.name={mode}|run.dir=runs/quickstart/{mode}|" in run
