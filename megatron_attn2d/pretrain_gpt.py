@@ -38,6 +38,7 @@ def main(megatron_args: Sequence[str]) -> None:
         stack.enter_context(compat.applied_fixes())
         stack.enter_context(cpu.seam())
         stack.callback(_reset_megatron, owns_process_group=not torch.distributed.is_initialized())
+        derive.set_environment(megatron_args)
         arguments = derive.with_derived_arguments(megatron_args)
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_gpt", *arguments]))
         try:
@@ -146,7 +147,7 @@ def _batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
 
 
 def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    """One micro-batch through this rank's stage: its output, and the function that turns the last stage's into a loss."""
+    """One micro-batch through this rank's stage: its output, and what turns that of the last stage into a loss."""
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_timers
 
@@ -164,7 +165,9 @@ def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> t
     return output, partial(_loss, batch["loss_mask"])
 
 
-def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def _loss(
+    mask: torch.Tensor | None, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the losses of this rank's tokens, their number, and both for the report, summed there over all ranks.
 
     Args:
@@ -174,6 +177,7 @@ def _loss(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import get_args
 
+    assert mask is not None
     total = torch.sum(losses.view(-1).float() * mask.view(-1).float())
     num_tokens = mask.sum().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:

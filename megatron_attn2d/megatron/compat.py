@@ -1,4 +1,4 @@
-"""What Megatron-Core needs on any device, GPUs included, when it comes from the wheel or lacks Apex and Transformer Engine.
+"""What Megatron-Core from the wheel, without Apex and Transformer Engine, needs on any device, GPUs included.
 
 `applied_fixes()` holds for as long as it is entered. What only CPU ranks need is in `cpu.py`.
 """
@@ -67,7 +67,7 @@ def _with_own_steps(load_state_dict: Any) -> Any:
 
 
 def _without_step(set_states: Any) -> Any:
-    """`_set_main_param_and_optimizer_states` that keeps the step: it was restored already, from the parameter groups."""
+    """`_set_main_param_and_optimizer_states` that keeps the step, restored before from the groups."""
 
     @functools.wraps(set_states)
     def set_all_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ FIXES = (
     Patch(
         f"{_OPTIMIZER}.sharded_state_dict",
         _with_initialized_states,
-        "loading reads the step of every parameter from Adam's state, which torch's Adam fills in at its first step only",
+        "loading reads the step of every parameter from Adam's state, which torch's Adam fills in at its first step",
     ),
     Patch(
         f"{_OPTIMIZER}.load_state_dict",

@@ -4,8 +4,8 @@ Megatron-Core 0.19 assumes CUDA: it places tensors on 'cuda', asks `torch.cuda` 
 and warms up and compiles fused kernels. `seam()` answers those questions for the CPU, in this process, for as long
 as it is entered. It does nothing where CUDA is available. Three kinds of entry:
 
-- tensors placed on 'cuda' land on the CPU: one torch function mode (`_CudaIsCpu`) covers every factory, `.cuda()`, `.to()`,
-  `pin_memory` and the type names that upstream compares with;
+- tensors placed on 'cuda' land on the CPU: one torch function mode (`_CudaIsCpu`) covers every factory, `.cuda()`,
+  `.to()`, `pin_memory` and the type names that upstream compares with;
 - `torch.cuda` questions that raise without a device (`PATCHES`, the first half);
 - decisions of Megatron's that are wrong or slow without a GPU (`PATCHES`, the second half).
 
@@ -133,7 +133,7 @@ PATCHES = (
     Patch(
         "megatron.training.training:set_jit_fusion_options",
         _constant(None),
-        "its warm-up draws random numbers of shape sequence/context ranks, so that fresh weights depend on their number",
+        "its warm-up draws random numbers of shape sequence/context ranks: fresh weights would depend on their number",
     ),
     Patch(
         "megatron.training.training:build_pretraining_data_loader",

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+_TOKENS_ALONE = "its attention isn't over whole sequences under one causal mask, which is what is supported so far"
+REFUSED = {
+    "--mtp-num-layers": "multi-token prediction is built by Megatron with an attention of its own choice",
+    "--hybrid-layer-pattern": "the model is a GPT; hybrid models are not supported so far",
+    "--hybrid-context-parallel": _TOKENS_ALONE,
+    "--dataloader-inter-document-masking": _TOKENS_ALONE,
+    "--reset-attention-mask": _TOKENS_ALONE,
+    "--sft": _TOKENS_ALONE,
+    "--yaml-cfg": "Megatron would discard every other argument",
+}
+"""Flags that would be ignored silently or lead to attention over other tokens than asked for, and why."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +33,18 @@ class Installed:
     cuda: bool
     transformer_engine: bool
     apex: bool
+    gradient_accumulation_kernel: bool
+    softmax_kernels: bool
 
     @classmethod
     def here(cls) -> Installed:
-        """As found on this host; a library counts where Megatron-Core could import it."""
+        """As found on this host."""
         return cls(
             cuda=torch.cuda.is_available(),
             transformer_engine=_has_module("transformer_engine"),
             apex=_has_module("apex"),
+            gradient_accumulation_kernel=_has_module("fused_weight_gradient_mlp_cuda"),
+            softmax_kernels=_has_module("scaled_masked_softmax_cuda"),
         )
 
 
@@ -38,57 +55,8 @@ class Derived:
     flag: str
     reason: str
     value: str | None = None
-    also_accepted: tuple[str, ...] = field(default=())
-    """Values that a user may give instead."""
-
-
-def _has_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def derived_arguments(arguments: Sequence[str], installed: Installed) -> list[Derived]:
-    """The arguments to add to `arguments`.
-
-    Raises:
-        ValueError: `arguments` contradicts what is installed or what this project supports.
-    """
-    always = "attention2d masks by position; the loader would build a dense mask of sequence x sequence for nothing"
-    wanted = [
-        Derived("--no-create-attention-mask-in-dataloader", always),
-        Derived("--calculate-per-token-loss", "weighs every token the same on any number of context ranks"),
-    ]
-    if not installed.transformer_engine:
-        no_te = "Transformer Engine is not installed"
-        wanted.append(Derived("--transformer-impl", no_te, "local"))
-        if not installed.apex:
-            no_te += ", nor is Apex"
-            wanted.append(Derived("--no-persist-layer-norm", f"{no_te}: the norm is torch's"))
-            wanted.append(Derived("--no-rope-fusion", f"{no_te}: its fused kernel is missing"))
-            if "--use-distributed-optimizer" in arguments:
-                reason = f"{no_te}: torch's Adam has no other format of its checkpoints that reshards"
-                wanted.append(Derived("--dist-ckpt-optim-fully-reshardable", reason))
-    if not _has_module("fused_weight_gradient_mlp_cuda"):
-        reason = "Apex's extension fused_weight_gradient_mlp_cuda is not installed"
-        wanted.append(Derived("--no-gradient-accumulation-fusion", reason))
-    if not _has_module("scaled_masked_softmax_cuda"):
-        wanted.append(Derived("--no-masked-softmax-fusion", "Megatron's fused softmax kernels are not installed"))
-    if not installed.cuda:
-        wanted.append(Derived("--distributed-backend", "no CUDA device: ranks run on the CPU", "gloo"))
-        reason = "CPU ranks share the cores with their data loaders: they load in the training process"
-        wanted.append(Derived("--num-workers", reason, "0", also_accepted=tuple(map(str, range(1, 65)))))
-
-    given = dict(zip(arguments, [*arguments[1:], ""], strict=True))
-    if given.get("--attention-backend") == "local":
-        raise ValueError(
-            "--attention-backend local: Megatron would silently replace context-parallel attention by its own, which "
-            "sees this rank's tokens only; choose auto, flash, fused or unfused"
-        )
-    if "--mtp-num-layers" in given:
-        raise ValueError("--mtp-num-layers: multi-token prediction is not supported yet; leave it out")
-    for one in wanted:
-        if one.flag in given and one.value is not None and given[one.flag] not in (one.value, *one.also_accepted):
-            raise ValueError(f"{one.flag} {given[one.flag]}: {one.reason}; the only valid choice is {one.value}")
-    return [one for one in wanted if one.flag not in given]
+    required: bool = True
+    """Whether another value, given explicitly, can't work and is refused."""
 
 
 def with_derived_arguments(arguments: Sequence[str], installed: Installed | None = None) -> list[str]:
@@ -102,3 +70,78 @@ def with_derived_arguments(arguments: Sequence[str], installed: Installed | None
         for one in derived:
             logger.info("derived %s%s: %s", one.flag, f" {one.value}" if one.value else "", one.reason)
     return [*arguments, *(token for one in derived for token in (one.flag, one.value) if token is not None)]
+
+
+def derived_arguments(arguments: Sequence[str], installed: Installed) -> list[Derived]:
+    """The arguments to add to `arguments`; what was given explicitly stays as it is.
+
+    Raises:
+        ValueError: `arguments` contradicts what is installed or what this project supports.
+    """
+    given = _with_values(arguments)
+    for flag, why in REFUSED.items():
+        if flag in given:
+            raise ValueError(f"{flag} is not supported: {why}; leave it out")
+    if given.get("--attention-backend") == "local":
+        raise ValueError(
+            "--attention-backend local is not supported: Megatron would silently replace context-parallel attention by "
+            "its own, which sees the tokens of one rank only; choose auto, flash, fused or unfused"
+        )
+    derived = []
+    for one in _consequences(given, installed):
+        if one.flag not in given:
+            derived.append(one)
+        elif one.required and one.value is not None and given[one.flag] != one.value:
+            raise ValueError(f"{one.flag} {given[one.flag]} can't work: {one.reason}; choose {one.value}")
+    return derived
+
+
+def _consequences(given: dict[str, str], installed: Installed) -> Iterator[Derived]:
+    """The arguments that follow, whether or not they were given."""
+    yield Derived(
+        "--no-create-attention-mask-in-dataloader",
+        "attention masks by position; the loader would build a dense mask of sequence x sequence for every sample",
+    )
+    yield Derived("--calculate-per-token-loss", "every token weighs the same, however many context ranks there are")
+
+    if not installed.transformer_engine:
+        yield Derived("--transformer-impl", "Transformer Engine is not installed", "local")
+    if not (installed.transformer_engine or installed.apex):
+        neither = "neither Transformer Engine nor Apex is installed"
+        yield Derived("--no-persist-layer-norm", f"{neither}: the norm is torch's")
+        yield Derived("--no-rope-fusion", f"{neither}: the fused kernel is missing")
+        if "--use-distributed-optimizer" in given:
+            yield Derived(
+                "--dist-ckpt-optim-fully-reshardable",
+                f"{neither}: it is the one checkpoint format that torch's Adam can be resumed from on other sizes",
+            )
+    if not installed.gradient_accumulation_kernel:
+        yield Derived(
+            "--no-gradient-accumulation-fusion", "Apex's extension fused_weight_gradient_mlp_cuda is not installed"
+        )
+    if not installed.softmax_kernels:
+        yield Derived("--no-masked-softmax-fusion", "the extension scaled_masked_softmax_cuda is not installed")
+
+    if not installed.cuda:
+        yield Derived("--distributed-backend", "there is no CUDA device, so ranks run on the CPU", "gloo")
+        yield Derived("--num-workers", "CPU ranks have no core to spare for loading data", "0", required=False)
+        if "--num-experts" in given:
+            yield Derived("--moe-token-dispatcher-type", "on CPU ranks the others fail", "allgather")
+
+
+def set_environment(arguments: Sequence[str], installed: Installed | None = None) -> None:
+    """Sets CUDA_DEVICE_MAX_CONNECTIONS=1, unless it is set, where Megatron asks for it; call it before CUDA starts."""
+    installed = installed or Installed.here()
+    given = _with_values(arguments)
+    split = any(given.get(f"--{kind}-parallel-size", "1") != "1" for kind in ("tensor-model", "context"))
+    if installed.cuda and split and not {"--use-torch-fsdp2", "--use-megatron-fsdp"} & set(given):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _with_values(arguments: Sequence[str]) -> dict[str, str]:
+    """Each argument, and what follows it: the value, where it is a flag that takes one."""
+    return dict(itertools.zip_longest(arguments, arguments[1:], fillvalue=""))
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None

@@ -1,19 +1,21 @@
 """Upstream's layer specs with context-parallel attention in them.
 
-`attention2d_layer_spec` is what Megatron's `--spec megatron_attn2d.megatron.layer_spec attention2d_layer_spec` names and
-what a `transformer_layer_spec=` takes (GPTModelBuilder, Megatron-Bridge). All surgery is in `with_context_parallelism`,
-which takes any of upstream's specs.
+`attention2d_layer_spec` is what `--spec megatron_attn2d.megatron.layer_spec attention2d_layer_spec` names and what a
+`transformer_layer_spec=` takes (GPTModelBuilder, Megatron-Bridge). All surgery is in `with_context_parallelism`, which
+takes any of upstream's specs.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -33,11 +35,15 @@ class CoreAttention:
     A class, since Megatron builds core attention from a class; instances are of the attention that was chosen.
     """
 
-    def __new__(cls, *args: Any, cp_comm_type: str | None = None, **kwargs: Any) -> Any:
+    def __new__(
+        cls, *, config: TransformerConfig, layer_number: int, cp_comm_type: str | None = None, **kwargs: Any
+    ) -> Any:
         """The attention module, constructed with the arguments that Megatron hands to any core attention."""
-        ours = cp_comm_type == "attention2d" or not HAVE_TE
-        module = ContextParallelAttention if ours else TEDotProductAttention
-        return module(*args, cp_comm_type=cp_comm_type, **kwargs)
+        mode = cp_comm_type or config.cp_comm_type  # the layer's own is not handed over without context parallelism
+        if isinstance(mode, list):
+            mode = mode[layer_number - 1]
+        module = ContextParallelAttention if mode == "attention2d" or not HAVE_TE else TEDotProductAttention
+        return module(config=config, layer_number=layer_number, cp_comm_type=cp_comm_type, **kwargs)
 
 
 class SequenceParallelTorchNorm:
@@ -47,7 +53,7 @@ class SequenceParallelTorchNorm:
     gradients over the tensor-parallel ranks, which see different tokens. Here they carry that mark.
     """
 
-    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> Any:
         """The norm, constructed with the arguments of upstream's `WrappedTorchNorm`."""
         without = copy.copy(config)
         without.sequence_parallel = False
@@ -58,23 +64,37 @@ class SequenceParallelTorchNorm:
         return norm
 
 
-_REPLACEMENTS: dict[Any, Any] = {
-    DotProductAttention: CoreAttention,
-    TEDotProductAttention: CoreAttention,
-    WrappedTorchNorm: SequenceParallelTorchNorm,
-}
-
-
 def with_context_parallelism(spec: Any) -> Any:
-    """`spec` (a ModuleSpec, any dataclass or list of them) with core attention, and torch's norm, replaced throughout."""
-    if isinstance(spec, type):
-        return _REPLACEMENTS.get(spec, spec)
+    """`spec` (a ModuleSpec, or what one is made of) with every core attention, and torch's norm, replaced.
+
+    Raises:
+        ValueError: a core attention is neither Megatron's own nor Transformer Engine's.
+    """
+    if spec is WrappedTorchNorm:
+        return SequenceParallelTorchNorm
     if isinstance(spec, list):
         return [with_context_parallelism(one) for one in spec]
-    if dataclasses.is_dataclass(spec):
-        fields = {f.name: with_context_parallelism(getattr(spec, f.name)) for f in dataclasses.fields(spec) if f.init}
-        return dataclasses.replace(spec, **fields)
+    if isinstance(spec, functools.partial):
+        return functools.partial(spec.func, *spec.args, **_replaced(spec.keywords))
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
+        return dataclasses.replace(spec, **_replaced(fields))
     return spec
+
+
+def _replaced(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _core_attention(value) if name == "core_attention" else with_context_parallelism(value)
+        for name, value in fields.items()
+    }
+
+
+def _core_attention(spec: Any) -> Any:
+    if spec not in (DotProductAttention, TEDotProductAttention):
+        raise ValueError(
+            f"core attention {spec} can't be replaced: only DotProductAttention and TEDotProductAttention can"
+        )
+    return CoreAttention
 
 
 def attention2d_layer_spec(
@@ -87,12 +107,14 @@ def attention2d_layer_spec(
         vp_stage: the virtual pipeline stage to build, None without virtual stages.
 
     Raises:
-        ValueError: the model asks for an attention that this replaces by something else.
+        ValueError: the model asks for what would attend otherwise.
     """
     model = config if isinstance(config, GPTModelConfig) else GPTModelConfig(transformer=config)
     transformer = model.transformer
-    if transformer.attention_backend.name == "local":
+    if transformer.attention_backend is AttnBackend.local:
         raise ValueError("attention_backend local: Megatron would replace context-parallel attention by its own")
+    if transformer.mtp_num_layers:
+        raise ValueError("mtp_num_layers: Megatron builds multi-token prediction with an attention of its own choice")
     spec = default_layer_spec(model, vp_stage)
     if isinstance(spec, ModuleSpec):  # a layer: as a block, so that the final norm is part of it
         layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)

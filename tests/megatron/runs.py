@@ -55,16 +55,18 @@ def arguments(**options: Any) -> list[str]:
 
 def train(pool: RankPool, nranks: int, run_dir: Path, **options: Any) -> list[dict[str, Any]]:
     """Trains on `nranks`; returns the recorded steps of `run_dir`."""
-    pool.run(_train, nranks, arguments(run_dir=run_dir, **options), timeout=120)
+    pool.run(_train, nranks, arguments(run_dir=run_dir, **options))
     return metrics(run_dir)
 
 
-def train_states(pool: RankPool, nranks: int, run_dir: Path, sigterm_at: int | None = None, **options: Any) -> list[Tensors]:
+def train_states(
+    pool: RankPool, nranks: int, run_dir: Path, sigterm_at: int | None = None, **options: Any
+) -> list[Tensors]:
     """Trains on `nranks`; returns each rank's parameters, optimizer states and random states at the end.
 
     With `sigterm_at` the last rank gets a SIGTERM during that step.
     """
-    return pool.run(_train_states, nranks, arguments(run_dir=run_dir, **options), sigterm_at, timeout=120)
+    return pool.run(_train_states, nranks, arguments(run_dir=run_dir, **options), sigterm_at)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

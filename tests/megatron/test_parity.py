@@ -11,6 +11,7 @@ from tests.pool import RankPool
 TOLERANCE = 1e-5
 
 TENSOR = {"tensor_model_parallel_size": 2}
+SEQUENCE = {"sequence_parallel": True}
 PIPELINE = {"pipeline_model_parallel_size": 2}
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -24,11 +25,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "attention2d 2x2": (4, context_parallel("attention2d", 2, 2)),
     "attention2d 4x1": (4, context_parallel("attention2d", 4, 1)),
     "TP2": (2, TENSOR),
-    "TP2 with sequence parallelism": (2, {**TENSOR, "sequence_parallel": True}),
+    "TP2 with sequence parallelism": (2, {**TENSOR, **SEQUENCE}),
     "PP2": (2, PIPELINE),
     "PP2 with 2 virtual stages": (2, {**PIPELINE, "num_layers_per_virtual_pipeline_stage": 1}),
     "DP2": (2, {}),
-    "TP2 x PP2 x attention2d 1x2": (8, {**TENSOR, "sequence_parallel": True, **PIPELINE, **context_parallel("attention2d", 1, 2)}),
+    "TP2 x PP2 x attention2d 1x2": (8, {**TENSOR, **SEQUENCE, **PIPELINE, **context_parallel("attention2d", 1, 2)}),
     "PP2 x attention2d 2x2": (8, {**PIPELINE, **context_parallel("attention2d", 2, 2)}),
     "DP2 x attention2d 2x1": (4, context_parallel("attention2d", 2, 1)),
 }

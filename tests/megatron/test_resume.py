@@ -21,7 +21,7 @@ SPREAD = {
 EXACT: dict[str, tuple[int, dict[str, Any]]] = {
     "attention2d 2x1, dropout": (2, {**context_parallel("attention2d", 2, 1), "hidden_dropout": 0.1}),
     "DP2, distributed optimizer, dropout": (2, {"use_distributed_optimizer": True, "hidden_dropout": 0.1}),
-    "TP2, bf16, distributed optimizer": (2, {"tensor_model_parallel_size": 2, "bf16": True, "use_distributed_optimizer": True}),
+    "TP2, bf16": (2, {"tensor_model_parallel_size": 2, "bf16": True, "use_distributed_optimizer": True}),
 }
 
 
@@ -33,25 +33,29 @@ def losses(steps: list[dict[str, Any]]) -> list[float]:
 def test_a_run_continues_in_another_mode(
     before: dict[str, Any], after: dict[str, Any], pool: RankPool, text: Path, start: Path, tmp_path: Path
 ) -> None:
-    expected = train(pool, 1, tmp_path / "undisturbed", data_path=text, load=start, train_iters=7)
+    expected = train(pool, 1, tmp_path / "undisturbed", data_path=text, load=start, exit_interval=7)
     checkpoint = tmp_path / "checkpoint"
-    train(pool, 4, tmp_path / "run", data_path=text, load=start, save=checkpoint, exit_interval=4, train_iters=7, **before)
-    steps = train(pool, 4, tmp_path / "run", data_path=text, load=checkpoint, train_iters=7, **after)
+    train(pool, 4, tmp_path / "run", data_path=text, load=start, save=checkpoint, exit_interval=4, **before)
+    steps = train(pool, 4, tmp_path / "run", data_path=text, load=checkpoint, exit_interval=7, **after)
     assert [step["step"] for step in steps] == [2, 3, 4, 5, 6, 7]
     assert losses(steps) == pytest.approx(losses(expected), abs=1e-5)
 
 
-def test_a_run_with_the_distributed_optimizer_continues_on_other_sizes(pool: RankPool, text: Path, tmp_path: Path) -> None:
+def test_a_run_with_the_distributed_optimizer_continues_on_other_sizes(
+    pool: RankPool, text: Path, tmp_path: Path
+) -> None:
     common = {"data_path": text, "use_distributed_optimizer": True, "train_iters": 9}
-    expected = train(pool, 1, tmp_path / "one", save=tmp_path / "one" / "checkpoint", save_interval=3, **common)
-    moved = tmp_path / "moved"
-    train(pool, 8, tmp_path / "run", load=tmp_path / "one" / "checkpoint", ckpt_step=3, save=moved, exit_interval=6, **common, **SPREAD)
+    saved, moved = tmp_path / "saved", tmp_path / "moved"
+    expected = train(pool, 1, tmp_path / "one", save=saved, save_interval=3, **common)
+    train(pool, 8, tmp_path / "run", load=saved, ckpt_step=3, save=moved, exit_interval=6, **common, **SPREAD)
     train(pool, 1, tmp_path / "run", load=moved, **common)
     assert losses(metrics(tmp_path / "run")) == pytest.approx(losses(expected)[3:], abs=1e-5)
 
 
 @pytest.mark.parametrize("case", EXACT)
-def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(case: str, pool: RankPool, text: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
+    case: str, pool: RankPool, text: Path, tmp_path: Path
+) -> None:
     nranks, options = EXACT[case]
     options = {**options, "data_path": text, "train_iters": 6}
     expected = train_states(pool, nranks, tmp_path / "undisturbed", **options)

@@ -1,0 +1,139 @@
+"""Derived arguments: what follows from the host, what stays as given, and what is refused."""
+
+import dataclasses
+import logging
+import os
+import re
+
+import pytest
+
+from megatron_attn2d.megatron.derive import (
+    REFUSED,
+    Installed,
+    derived_arguments,
+    set_environment,
+    with_derived_arguments,
+)
+
+BARE = Installed(
+    cuda=False,
+    transformer_engine=False,
+    apex=False,
+    gradient_accumulation_kernel=False,
+    softmax_kernels=False,
+)
+FULL = Installed(
+    cuda=True,
+    transformer_engine=True,
+    apex=True,
+    gradient_accumulation_kernel=True,
+    softmax_kernels=True,
+)
+ALWAYS = ["--no-create-attention-mask-in-dataloader", "--calculate-per-token-loss"]
+
+CASES = {
+    "everything there": (FULL, [], []),
+    "no Transformer Engine": (
+        dataclasses.replace(FULL, transformer_engine=False),
+        [],
+        ["--transformer-impl", "local"],
+    ),
+    "neither that nor Apex": (
+        dataclasses.replace(FULL, transformer_engine=False, apex=False),
+        [],
+        ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"],
+    ),
+    "torch's Adam, distributed": (
+        dataclasses.replace(FULL, transformer_engine=False, apex=False),
+        ["--use-distributed-optimizer", "--transformer-impl", "local"],
+        ["--no-persist-layer-norm", "--no-rope-fusion", "--dist-ckpt-optim-fully-reshardable"],
+    ),
+    "no kernels": (
+        dataclasses.replace(FULL, gradient_accumulation_kernel=False, softmax_kernels=False),
+        [],
+        ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"],
+    ),
+    "CPU": (
+        dataclasses.replace(FULL, cuda=False),
+        [],
+        ["--distributed-backend", "gloo", "--num-workers", "0"],
+    ),
+    "CPU, loader workers asked for": (
+        dataclasses.replace(FULL, cuda=False),
+        ["--num-workers", "2", "--distributed-backend", "gloo"],
+        [],
+    ),
+    "CPU, experts": (
+        dataclasses.replace(FULL, cuda=False),
+        ["--num-experts", "4", "--num-workers", "0"],
+        ["--distributed-backend", "gloo", "--moe-token-dispatcher-type", "allgather"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_arguments_follow_from_what_is_installed(case: str) -> None:
+    installed, given, derived = CASES[case]
+    assert with_derived_arguments(given, installed) == [*given, *ALWAYS, *derived]
+
+
+def test_deriving_twice_adds_nothing() -> None:
+    once = with_derived_arguments(["--use-distributed-optimizer"], BARE)
+    assert with_derived_arguments(once, BARE) == once
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--transformer-impl", "transformer_engine"],
+            "--transformer-impl transformer_engine can't work: Transformer Engine is not installed; choose local",
+        ),
+        (
+            ["--distributed-backend", "nccl"],
+            "--distributed-backend nccl can't work: there is no CUDA device, so ranks run on the CPU; choose gloo",
+        ),
+        (
+            ["--num-experts", "4", "--moe-token-dispatcher-type", "alltoall"],
+            "--moe-token-dispatcher-type alltoall can't work: on CPU ranks the others fail; choose allgather",
+        ),
+        (
+            ["--attention-backend", "local"],
+            "--attention-backend local is not supported: Megatron would silently replace context-parallel attention",
+        ),
+        *(([flag], f"{flag} is not supported: {why}; leave it out") for flag, why in REFUSED.items()),
+    ],
+)
+def test_a_contradiction_is_refused_by_name(given: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        derived_arguments(given, BARE)
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 2), ("1", 0)])
+def test_rank_0_logs_each_with_its_reason(
+    rank: str, lines: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with caplog.at_level(logging.INFO, "megatron_attn2d.megatron.derive"):
+        with_derived_arguments([], FULL)
+    assert len(caplog.messages) == lines
+    assert all(re.fullmatch(r"derived --[\w-]+( \w+)?: .{20,}", message) for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("installed", "given", "value"),
+    [
+        (FULL, ["--context-parallel-size", "4"], "1"),
+        (FULL, ["--tensor-model-parallel-size", "2"], "1"),
+        (FULL, ["--tensor-model-parallel-size", "1"], None),
+        (FULL, ["--context-parallel-size", "4", "--use-megatron-fsdp"], None),
+        (BARE, ["--context-parallel-size", "4"], None),
+    ],
+)
+def test_the_number_of_connections_is_set_where_megatron_asks_for_it(
+    installed: Installed, given: list[str], value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")  # so that it is restored
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    set_environment(given, installed)
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == value

@@ -1,0 +1,173 @@
+"""The layer spec: upstream's own, with our attention in it everywhere, or a refusal."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.megatron.runs import arguments, context_parallel, train
+from tests.pool import RankPool
+
+SPEC = ["megatron_attn2d.megatron.layer_spec", "attention2d_layer_spec"]
+MIXTURE = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 64, "disable_bias_linear": True}
+
+
+def config(**options: Any) -> Any:
+    """A transformer's configuration."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(num_layers=4, hidden_size=64, num_attention_heads=4, transformer_impl="local", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"spec": SPEC},
+        MIXTURE,
+        {"normalization": "RMSNorm", "qk_layernorm": True, "swiglu": True},
+        {"num_layers_per_virtual_pipeline_stage": 1, "pipeline_model_parallel_size": 2},
+        {**MIXTURE, "num_layers_per_virtual_pipeline_stage": 1, "pipeline_model_parallel_size": 2},
+    ],
+    ids=["dense", "--spec", "MoE", "norms", "virtual stages", "MoE, virtual stages"],
+)
+def test_every_layer_of_every_kind_of_model_gets_our_attention(
+    options: dict[str, Any], pool: RankPool, tmp_path: Path
+) -> None:
+    nranks = options.get("pipeline_model_parallel_size", 1)
+    ranks = pool.run(_modules, nranks, arguments(run_dir=tmp_path, mock_data=True, **options))
+    kinds = [kind for rank in ranks for kind in rank]
+    assert kinds.count("ContextParallelAttention") == 4
+    assert "DotProductAttention" not in kinds
+
+
+def test_a_mixture_of_experts_trains_the_same_on_a_grid(pool: RankPool, text: Path, tmp_path: Path) -> None:
+    options = {"data_path": text, "train_iters": 3, **MIXTURE}
+    expected = train(pool, 1, tmp_path / "one", **options)
+    actual = train(pool, 2, tmp_path / "grid", **options, **context_parallel("attention2d", 1, 2))
+    assert [step["loss"] for step in actual] == pytest.approx([step["loss"] for step in expected], abs=1e-5)
+
+
+def test_a_bare_transformer_config_stands_for_its_model() -> None:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from megatron_attn2d.megatron import layer_spec
+
+    with mock.patch.object(layer_spec, "get_num_layers_to_build", return_value=4):
+        spec = layer_spec.attention2d_layer_spec(config())
+    assert isinstance(spec, TransformerBlockSubmodules)
+    assert spec.layer_norm is layer_spec.SequenceParallelTorchNorm
+    assert len(spec.layer_specs) == 4
+    for layer in spec.layer_specs:
+        assert layer.submodules.self_attention.submodules.core_attention is layer_spec.CoreAttention
+        assert layer.submodules.input_layernorm is layer_spec.SequenceParallelTorchNorm
+
+
+def test_the_spec_of_multi_latent_attention_is_replaced_too() -> None:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from megatron_attn2d.megatron import layer_spec
+
+    transformer = MLATransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, transformer_impl="local")
+    with mock.patch.object(layer_spec, "get_num_layers_to_build", return_value=1):
+        [layer] = layer_spec.attention2d_layer_spec(transformer).layer_specs
+    assert layer.submodules.self_attention.submodules.core_attention is layer_spec.CoreAttention
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"attention_backend": "local"}, "attention_backend local"), ({"mtp_num_layers": 1}, "mtp_num_layers")],
+)
+def test_what_would_attend_otherwise_is_refused(options: dict[str, Any], message: str) -> None:
+    from megatron.core.transformer.enums import AttnBackend
+
+    from megatron_attn2d.megatron.layer_spec import attention2d_layer_spec
+
+    if "attention_backend" in options:
+        options = {"attention_backend": AttnBackend[options["attention_backend"]]}
+    with pytest.raises(ValueError, match=message):
+        attention2d_layer_spec(config(**options))
+
+
+def test_an_unknown_core_attention_is_refused() -> None:
+    from megatron.core.transformer.attention import SelfAttentionSubmodules
+
+    from megatron_attn2d.megatron.layer_spec import with_context_parallelism
+
+    with pytest.raises(ValueError, match=r"core attention <class 'torch.nn.*Identity'> can't be replaced"):
+        with_context_parallelism(
+            SelfAttentionSubmodules(linear_qkv=None, core_attention=torch.nn.Identity, linear_proj=None)
+        )
+
+
+@pytest.mark.parametrize(
+    ("transformer_engine", "given", "configured", "chosen"),
+    [
+        (False, "p2p", "p2p", "ours"),
+        (False, None, "p2p", "ours"),
+        (True, "p2p", "p2p", "theirs"),
+        (True, "all_gather", "all_gather", "theirs"),
+        (True, "attention2d", "attention2d", "ours"),
+        (True, None, "attention2d", "ours"),
+        (True, None, None, "theirs"),
+        (True, None, ["p2p", "attention2d"], "ours"),
+        (True, None, ["attention2d", "p2p"], "theirs"),
+    ],
+)
+def test_transformer_engine_keeps_its_own_modes(
+    transformer_engine: bool, given: str | None, configured: str | list[str] | None, chosen: str
+) -> None:
+    from megatron_attn2d.megatron import layer_spec
+
+    with (
+        mock.patch.object(layer_spec, "HAVE_TE", transformer_engine),
+        mock.patch.object(layer_spec, "ContextParallelAttention", return_value="ours"),
+        mock.patch.object(layer_spec, "TEDotProductAttention", return_value="theirs"),
+    ):
+        built: Any = layer_spec.CoreAttention(
+            config=SimpleNamespace(cp_comm_type=configured), layer_number=2, cp_comm_type=given
+        )
+    assert built == chosen
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("normalization", ["LayerNorm", "RMSNorm"])
+def test_torchs_norm_is_marked_for_the_sum_over_the_tensor_parallel_ranks(
+    normalization: str, sequence_parallel: bool
+) -> None:
+    from megatron_attn2d.megatron.layer_spec import SequenceParallelTorchNorm
+
+    transformer = config(normalization=normalization, sequence_parallel=sequence_parallel, tensor_model_parallel_size=2)
+    norm: Any = SequenceParallelTorchNorm(transformer, hidden_size=64, eps=1e-5)
+    assert isinstance(norm, getattr(torch.nn, normalization))
+    assert [parameter.sequence_parallel for parameter in norm.parameters()] == [sequence_parallel] * len(
+        list(norm.parameters())
+    )
+    assert transformer.sequence_parallel == sequence_parallel
+
+
+def test_upstreams_norm_still_refuses_sequence_parallelism() -> None:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    with pytest.raises(AssertionError, match="sequence parallel not supported"):
+        WrappedTorchNorm(config(sequence_parallel=True, tensor_model_parallel_size=2), hidden_size=64)
+
+
+def _modules(rank: int, args: list[str]) -> list[str]:
+    """The class names of the modules of this rank's model."""
+    from megatron.training import training
+
+    from megatron_attn2d import pretrain_gpt
+
+    names: list[str] = []
+
+    def instead_of_training(step: Any, model: Any, *rest: Any, **kwargs: Any) -> tuple[int, int]:
+        names.extend(type(module).__name__ for chunk in model for module in chunk.modules())
+        return 0, 0
+
+    with mock.patch.object(training, "train", instead_of_training):
+        pretrain_gpt.main(args)
+    return names
