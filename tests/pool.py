@@ -102,6 +102,9 @@ def _worker(connection: Connection) -> None:
             fn, rank, nranks, port, store, timeout, args, kwargs = connection.recv()
         except EOFError:
             return
+        # Not right after the last call: the other ranks of that world may still have been connecting to this one.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -126,8 +129,6 @@ def _worker(connection: Connection) -> None:
             connection.send(answer)
         except BrokenPipeError:
             return
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:

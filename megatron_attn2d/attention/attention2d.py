@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import gcd, sqrt
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from megatron_attn2d.attention.exchange import Axis, Pending, Returned, axes
 from megatron_attn2d.attention.grid import Grid
 from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.layout import LOWER, UPPER, TilePlan
+from megatron_attn2d.attention.local import local_attention
 from megatron_attn2d.attention.merge import (
     accumulation_dtype,
     merge_partials,
@@ -39,6 +40,7 @@ from megatron_attn2d.attention.merge import (
     sum_partials,
 )
 from megatron_attn2d.attention.tile import Queries, TileGradient, TileOutput, attend, differentiate
+from megatron_attn2d.attention.ulysses import check_heads, collect_heads, spread_heads
 
 
 def attention2d(
@@ -73,10 +75,17 @@ def attention2d(
     check_shards(q, k, v)
     if head_groups < 1 or k.size(2) % head_groups:
         raise ValueError(f"head_groups={head_groups} does not divide the {k.size(2)} key/value heads of this rank")
+    check_heads(q.size(2), k.size(2), grid.heads)
     kernel = choose_kernel(backend, q.device.type, q.dtype, q.size(3), v.size(3))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
-    out: Tensor = _Attention2D.apply(q, k, v, _Plan(*axes(grid, causal), kernel, scale, head_groups))
-    return out
+    if grid.heads > 1:
+        q, k, v = spread_heads(q, k, v, grid)
+    if grid.rows * grid.cols == 1:
+        out = local_attention(q, k, v, kernel, causal, scale)
+    else:
+        groups = gcd(head_groups, k.size(2))  # fewer where the head axis leaves a rank fewer heads
+        out = _Attention2D.apply(q, k, v, _Plan(*axes(grid, causal), kernel, scale, groups))
+    return collect_heads(out, grid) if grid.heads > 1 else out
 
 
 @dataclass(frozen=True)

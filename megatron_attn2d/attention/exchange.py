@@ -85,13 +85,18 @@ class Axis:
                 for buffer, shard in zip(buffers, shards, strict=True):
                     buffer[slot].copy_(shard[half])
         receives = [
-            (chunk.rank, buffer[slot])
+            (self.peers[chunk.rank], buffer[slot])
             for buffer in buffers
             for slot, chunk in enumerate(self.slots)
             if chunk.rank != self.own
         ]
-        sends = [(rank, shard[c.half]) for shard in shards for rank, chunks in self.holders.items() for c in chunks]
-        return buffers, self._launch(sends, receives, tag)
+        sends = [
+            (self.peers[rank], shard[chunk.half])
+            for shard in shards
+            for rank, chunks in self.holders.items()
+            for chunk in chunks
+        ]
+        return buffers, launch(self.group, sends, receives, tag)
 
     def give_back(self, partials: Sequence[Sequence[Tensor]], *, tag: int) -> Returned:
         """Start to return each slot's partial results to the chunk's owner.
@@ -114,26 +119,32 @@ class Axis:
                 for chunk in chunks:
                     buffer = next(landing)
                     received[kind][chunk.half].append(buffer)
-                    receives.append((rank, buffer))
+                    receives.append((self.peers[rank], buffer))
         sends = [
-            (chunk.rank, result.contiguous())
+            (self.peers[chunk.rank], result.contiguous())
             for results in partials
             for chunk, result in zip(self.slots, results, strict=True)
             if chunk.rank != self.own
         ]
-        return received, self._launch(sends, receives, tag)
+        return received, launch(self.group, sends, receives, tag)
 
-    def _launch(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], tag: int) -> Pending:
-        # The k-th message to a rank meets that rank's k-th from here: both sides list theirs in the tile's slot order.
-        operations = []
-        for call, messages in ((dist.irecv, receives), (dist.isend, sends)):
-            count = dict.fromkeys(self.peers, 0)
-            for rank, buffer in messages:
-                operations.append(dist.P2POp(call, buffer, self.peers[rank], self.group, tag * 4096 + count[rank]))
-                count[rank] += 1
-        if not operations:
-            return Pending()
-        return Pending(dist.batch_isend_irecv(operations), [buffer for _, buffer in (*sends, *receives)])
+
+def launch(
+    group: dist.ProcessGroup, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], tag: int
+) -> Pending:
+    """Start all messages, (global rank, contiguous tensor) each, as one batch.
+
+    The k-th message to a rank meets that rank's k-th from here.
+    """
+    operations = []
+    for call, messages in ((dist.irecv, receives), (dist.isend, sends)):
+        count: dict[int, int] = {}
+        for peer, buffer in messages:
+            k = count[peer] = count.get(peer, -1) + 1
+            operations.append(dist.P2POp(call, buffer, peer, group, tag * 4096 + k))
+    if not operations:
+        return Pending()
+    return Pending(dist.batch_isend_irecv(operations), [buffer for _, buffer in (*sends, *receives)])
 
 
 def axes(grid: Grid, causal: bool) -> tuple[TilePlan, Axis, Axis]:

@@ -1,11 +1,18 @@
 """The R x C grid of a context-parallel group: which ranks gather keys together and which gather queries.
 
-          column 0   column 1   column 2
-        +----------+----------+----------+      R = 2 rows, C = 3 columns. A row gathers queries over its
-row 0   |    0     |    2     |    4     |      C ranks (`q_group`), a column gathers keys and values over
-        +----------+----------+----------+      its R ranks (`kv_group`). Ranks are numbered down the columns:
-row 1   |    1     |    3     |    5     |      rank = column * R + row, so a column is a contiguous run of
-        +----------+----------+----------+      ranks, as in Megatron's hierarchical context-parallel groups.
+                  column 0   column 1   column 2
+                +----------+----------+----------+      R = 2 rows, C = 3 columns. A row gathers queries over its
+        row 0   |    0     |    2     |    4     |      C ranks (`q_group`), a column gathers keys and values over
+                +----------+----------+----------+      its R ranks (`kv_group`). Ranks are numbered down the columns:
+        row 1   |    1     |    3     |    5     |      rank = column * R + row, so a column is a contiguous run of
+                +----------+----------+----------+      ranks, as in Megatron's hierarchical context-parallel groups.
+
+A third axis may stand before the two: groups of U consecutive ranks (`head_group`) exchange sequence for heads as in
+DeepSpeed-Ulysses (arXiv 2309.14509), and each place of the grid is one such group: context-parallel rank =
+(column * R + row) * U + rank in the head group.
+
+Tiles: with `tile=(r, c)` consecutive ranks fill blocks of r x c places, so that a node of r * c GPUs is such a block
+and has fewer of its row's and column's ranks outside. Attention is exact in any order of the ranks.
 """
 
 from __future__ import annotations
@@ -24,11 +31,13 @@ class Grid:
     """A rank's view of the grid.
 
     Attributes:
-        ranks: `ranks[row][column]` is the context-parallel rank there, that is, its place in the zigzag layout.
+        ranks: `ranks[row][column]` is the rank there in the zigzag layout of the R x C places.
         row, column: where the calling process stands.
         kv_group: the process group of the calling process's column; None where the grid has one row.
         q_group: the process group of its row; None where the grid has one column.
         kv_peers, q_peers: global ranks of the column by row, and of the row by column.
+        head_group: the process group that exchanges sequence for heads; None where U = 1.
+        head_peers: its global ranks.
     """
 
     ranks: tuple[tuple[int, ...], ...]
@@ -38,6 +47,8 @@ class Grid:
     q_group: dist.ProcessGroup | None = field(repr=False)
     kv_peers: tuple[int, ...] = field(repr=False)
     q_peers: tuple[int, ...] = field(repr=False)
+    head_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    head_peers: tuple[int, ...] = field(default=(0,), repr=False)
 
     @property
     def rows(self) -> int:
@@ -50,14 +61,24 @@ class Grid:
         return len(self.ranks[0])
 
     @property
+    def heads(self) -> int:
+        """U: over how many ranks the heads are spread."""
+        return len(self.head_peers)
+
+    @property
     def size(self) -> int:
-        """P = R x C, the context-parallel size."""
-        return self.rows * self.cols
+        """P = U x R x C, the context-parallel size."""
+        return self.heads * self.rows * self.cols
 
     @property
     def rank(self) -> int:
-        """The calling process's context-parallel rank."""
+        """The calling process's rank in the zigzag layout of the R x C places."""
         return self.ranks[self.row][self.column]
+
+    @property
+    def context_rank(self) -> int:
+        """The calling process's context-parallel rank, that is, whose shard of the sequence it holds."""
+        return self.rank * self.heads + (0 if self.head_group is None else self.head_group.rank())
 
     @property
     def query_ranks(self) -> tuple[int, ...]:
@@ -74,57 +95,77 @@ class Grid:
         return cls(((0,),), 0, 0, None, None, (0,), (0,))
 
     @classmethod
-    def from_group(cls, group: dist.ProcessGroup, *, rows: int, cols: int) -> Grid:
-        """Lay a context-parallel group on a grid, creating the row's and the column's process groups.
+    def from_group(
+        cls,
+        group: dist.ProcessGroup,
+        *,
+        rows: int,
+        cols: int,
+        heads: int = 1,
+        tile: tuple[int, int] | None = None,
+    ) -> Grid:
+        """Lay a context-parallel group on a grid, creating the process groups of the caller's row, column and heads.
 
         Every rank of `group` must call it; ranks outside need not. Keep the grid: a call creates communicators.
 
+        Args:
+            rows, cols, heads: R, C and U.
+            tile: rows and columns of the blocks that consecutive ranks fill; whole columns by default.
+
         Raises:
-            ValueError: if rows x cols is not the group's size.
+            ValueError: if U x R x C is not the group's size or tiles don't fill the grid.
         """
-        _check_shape(rows, cols, group.size())
+        _check_shape(rows, cols, heads, group.size())
+        tile_rows, tile_cols = (rows, 1) if tile is None else tile
+        if tile_rows < 1 or tile_cols < 1 or rows % tile_rows or cols % tile_cols:
+            raise ValueError(f"tiles of {tile_rows}x{tile_cols} don't fill a grid of {rows}x{cols}")
+        ranks = _by_tiles(rows, cols, tile_rows, tile_cols)
+        place, head = divmod(group.rank(), heads)
+        row, column = next((r, line.index(place)) for r, line in enumerate(ranks) if place in line)
         members = dist.get_process_group_ranks(group)
-        column, row = divmod(group.rank(), rows)
-        kv_peers = tuple(members[column * rows : (column + 1) * rows])
-        q_peers = tuple(members[row::rows])
-        kv_group = group if cols == 1 else _new_group(kv_peers, group)
-        q_group = group if rows == 1 else _new_group(q_peers, group)
-        return cls(
-            _by_columns(rows, cols),
-            row,
-            column,
-            kv_group if rows > 1 else None,
-            q_group if cols > 1 else None,
-            kv_peers,
-            q_peers,
-        )
+        kv_peers = tuple(members[line[column] * heads + head] for line in ranks)
+        q_peers = tuple(members[rank * heads + head] for rank in ranks[row])
+        head_peers = tuple(members[place * heads : (place + 1) * heads])
+        kv_group, q_group, head_group = (_subgroup(peers, group) for peers in (kv_peers, q_peers, head_peers))
+        return cls(ranks, row, column, kv_group, q_group, kv_peers, q_peers, head_group, head_peers)
 
     @classmethod
-    def from_groups(cls, *, kv_group: dist.ProcessGroup, q_group: dist.ProcessGroup) -> Grid:
-        """Take existing groups: `kv_group`, the caller's column of R ranks, and `q_group`, its row of C ranks.
+    def from_groups(
+        cls,
+        *,
+        kv_group: dist.ProcessGroup,
+        q_group: dist.ProcessGroup,
+        head_group: dist.ProcessGroup | None = None,
+    ) -> Grid:
+        """Take existing groups: the caller's column of R ranks, its row of C ranks and, if any, its U ranks of heads.
 
-        The caller's context-parallel rank must be q_group.rank() * R + kv_group.rank(), as it is for
-        `[kv_group, q_group] = hierarchical context-parallel groups of sizes [R, C]` in Megatron-Core.
+        The caller's context-parallel rank must be (q_group.rank() * R + kv_group.rank()) * U + head_group.rank(), as
+        it is for Megatron-Core's hierarchical context-parallel groups of sizes [R, C] or [U, R, C].
 
         Raises:
-            ValueError: if the two groups share more than the calling rank.
+            ValueError: if two groups share more than the calling rank.
         """
-        kv_peers = tuple(dist.get_process_group_ranks(kv_group))
-        q_peers = tuple(dist.get_process_group_ranks(q_group))
-        if set(kv_peers) & set(q_peers) != {dist.get_rank()}:
-            raise ValueError(
-                f"kv_group (global ranks {list(kv_peers)}) and q_group (global ranks {list(q_peers)}) must share "
-                f"exactly the calling rank, {dist.get_rank()}: one is a column of the grid, the other a row"
-            )
+        me = dist.get_rank()
+        kv_peers, q_peers = (tuple(dist.get_process_group_ranks(group)) for group in (kv_group, q_group))
+        head_peers = (me,) if head_group is None else tuple(dist.get_process_group_ranks(head_group))
+        named = {"kv_group": kv_peers, "q_group": q_peers, "head_group": head_peers}
+        for first, second in (("kv_group", "q_group"), ("kv_group", "head_group"), ("q_group", "head_group")):
+            if set(named[first]) & set(named[second]) != {me}:
+                raise ValueError(
+                    f"{first} (global ranks {list(named[first])}) and {second} (global ranks {list(named[second])}) "
+                    f"must share exactly the calling rank, {me}: they are different axes of the grid"
+                )
         rows, cols = len(kv_peers), len(q_peers)
         return cls(
-            _by_columns(rows, cols),
+            _by_tiles(rows, cols, rows, 1),
             kv_group.rank(),
             q_group.rank(),
             kv_group if rows > 1 else None,
             q_group if cols > 1 else None,
             kv_peers,
             q_peers,
+            head_group if len(head_peers) > 1 else None,
+            head_peers,
         )
 
     @classmethod
@@ -160,24 +201,32 @@ class Grid:
             mesh.get_group(q_axis) if cols > 1 else None,
             tuple(line[column] for line in global_ranks),
             tuple(global_ranks[row]),
+            head_peers=(dist.get_rank(),),
         )
 
 
-def _by_columns(rows: int, cols: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(c * rows + r for c in range(cols)) for r in range(rows))
+def _by_tiles(rows: int, cols: int, tile_rows: int, tile_cols: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks [row][column] that fill tile after tile, down the columns within a tile and of tiles."""
+
+    def rank(row: int, column: int) -> int:
+        tile = (column // tile_cols) * (rows // tile_rows) + row // tile_rows
+        return (tile * tile_cols + column % tile_cols) * tile_rows + row % tile_rows
+
+    return tuple(tuple(rank(r, c) for c in range(cols)) for r in range(rows))
 
 
-def _check_shape(rows: int, cols: int, size: int) -> None:
-    if rows < 1 or cols < 1 or rows * cols != size:
+def _check_shape(rows: int, cols: int, heads: int, size: int) -> None:
+    if min(rows, cols, heads) < 1 or rows * cols * heads != size:
+        asked = f"rows={rows} x cols={cols}" + (f" x heads={heads}" if heads != 1 else "")
         valid = ", ".join(f"{r}x{size // r}" for r in range(1, size + 1) if size % r == 0)
-        raise ValueError(
-            f"a grid of rows={rows} x cols={cols} does not cover {size} context-parallel ranks: choose one of {valid}"
-        )
+        raise ValueError(f"a grid of {asked} does not cover {size} context-parallel ranks: choose one of {valid}")
 
 
-def _new_group(ranks: tuple[int, ...], parent: dist.ProcessGroup) -> dist.ProcessGroup | None:
+def _subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
+    if len(ranks) == parent.size():
+        return parent
     group = dist.new_group(list(ranks), backend=dist.get_backend(parent), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup), "the caller is among the ranks"
     return group

@@ -104,3 +104,109 @@ def many_grids(rank: int, count: int) -> int:
 
 def test_one_column_uses_the_group_itself(pool: RankPool) -> None:
     assert pool.run(many_grids, 4, 10) == [1] * 4
+
+
+AXES = [
+    (u, r, size // (u * r))
+    for size in (2, 4, 6, 8)
+    for u in range(1, size + 1)
+    for r in range(1, size // u + 1)
+    if size % (u * r) == 0
+]
+
+
+def head_axis(
+    rank: int, axes: tuple[int, int, int], heads: tuple[int, int], causal: bool, how: str = "group"
+) -> tuple[int, float]:
+    """Context-parallel rank and largest error of O and its gradients with heads spread over U ranks."""
+    u, r, c = axes
+    assert dist.group.WORLD is not None
+    if how == "group":
+        grid = Grid.from_group(dist.group.WORLD, rows=r, cols=c, heads=u)
+    else:
+        from megatron.core.parallel_state import create_hierarchical_groups
+
+        world = list(range(u * r * c))
+        (head_group, kv_group, q_group), _ = create_hierarchical_groups(rank, world, [u, r, c])
+        grid = Grid.from_groups(kv_group=kv_group, q_group=q_group, head_group=head_group)
+    assert grid.size == u * r * c
+    whole = inputs(6 * grid.size, 2, heads, dims=(8, 6))
+    mine = zigzag(6 * grid.size, grid.size, grid.context_rank)
+    q, k, v = (x[mine].requires_grad_() for x in whole[:3])
+    out = attention2d(q, k, v, grid, causal=causal, head_groups=heads[1])
+    results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
+    references = dense_gradients(*whole, causal)
+    return grid.context_rank, max((a - b[mine]).abs().max().item() for a, b in zip(results, references, strict=True))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 24])
+@pytest.mark.parametrize("axes", AXES, ids=lambda a: "x".join(map(str, a)))
+def test_the_head_axis_is_exact(pool: RankPool, axes: tuple[int, int, int], kv_heads: int, causal: bool) -> None:
+    if kv_heads % axes[0] and axes[0] % kv_heads:
+        kv_heads *= 3  # U = 3 and 6
+    found = pool.run(head_axis, axes[0] * axes[1] * axes[2], axes, (24, kv_heads), causal)
+    assert [rank for rank, _ in found] == list(range(len(found)))
+    assert max(error for _, error in found) <= 1e-12
+
+
+@pytest.mark.parametrize("axes", [(2, 2, 2), (2, 1, 4), (4, 2, 1)], ids=lambda a: "x".join(map(str, a)))
+def test_the_head_axis_on_megatrons_hierarchical_groups(pool: RankPool, axes: tuple[int, int, int]) -> None:
+    found = pool.run(head_axis, 8, axes, (8, 4), True, "hierarchical groups")
+    assert found == [(rank, pytest.approx(0.0, abs=1e-12)) for rank in range(8)]
+
+
+def tiled(rank: int, shape: tuple[int, int], tile: tuple[int, int], heads: int) -> tuple[int, tuple, float]:
+    """Context-parallel rank, the ranks on the grid, and the largest error."""
+    assert dist.group.WORLD is not None
+    grid = Grid.from_group(dist.group.WORLD, rows=shape[0], cols=shape[1], heads=heads, tile=tile)
+    whole = inputs(4 * grid.size, 1, (2, 2))
+    mine = zigzag(4 * grid.size, grid.size, grid.context_rank)
+    q, k, v = (x[mine].requires_grad_() for x in whole[:3])
+    out = attention2d(q, k, v, grid)
+    results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
+    error = max((a - b[mine]).abs().max().item() for a, b in zip(results, dense_gradients(*whole, True), strict=True))
+    return grid.context_rank, grid.ranks, error
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "heads", "ranks"),
+    [
+        ((2, 2), (2, 1), 1, ((0, 2), (1, 3))),
+        ((2, 2), (1, 2), 1, ((0, 1), (2, 3))),
+        ((4, 2), (2, 2), 1, ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ((2, 4), (1, 2), 1, ((0, 1, 4, 5), (2, 3, 6, 7))),
+        ((2, 2), (1, 2), 2, ((0, 1), (2, 3))),
+    ],
+)
+def test_tiles_keep_consecutive_ranks_together(
+    pool: RankPool, shape: tuple[int, int], tile: tuple[int, int], heads: int, ranks: tuple
+) -> None:
+    found = pool.run(tiled, shape[0] * shape[1] * heads, shape, tile, heads)
+    assert [rank for rank, *_ in found] == list(range(len(found)))
+    assert {layout for _, layout, _ in found} == {ranks}
+    assert max(error for *_, error in found) <= 1e-12
+
+
+def head_refusal(rank: int, heads: tuple[int, int], how: str) -> str:
+    try:
+        assert dist.group.WORLD is not None
+        if how == "tile":
+            Grid.from_group(dist.group.WORLD, rows=4, cols=1, tile=(3, 1))
+        grid = Grid.from_group(dist.group.WORLD, rows=1, cols=1, heads=4)
+        attention2d(torch.zeros(4, 1, heads[0], 8), *[torch.zeros(4, 1, heads[1], 8)] * 2, grid)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("heads", "how", "message"),
+    [
+        ((6, 6), "heads", "6 query heads don't divide by the 4 ranks of the grid's head axis (U)"),
+        ((12, 3), "heads", "3 key/value heads neither divide by the 4 ranks of the grid's head axis (U) nor into them"),
+        ((4, 4), "tile", "tiles of 3x1 don't fill a grid of 4x1"),
+    ],
+)
+def test_head_axis_refusals(pool: RankPool, heads: tuple[int, int], how: str, message: str) -> None:
+    assert pool.run(head_refusal, 4, heads, how) == [message] * 4

@@ -1,0 +1,123 @@
+"""Sequence for heads: the third axis of the grid (DeepSpeed-Ulysses, arXiv 2309.14509) in the zigzag layout.
+
+The U ranks of a head group hold neighbouring zigzag shards. After the exchange each holds all their tokens for 1/U of
+the heads, as one zigzag shard of the R x C grid: lower chunks in ascending, upper chunks in descending order of the
+ranks are the tokens in sequence.
+
+    rank 0: lower 0, upper 7      U = 2      rank 0: lower 0, lower 1, upper 6, upper 7   first half of the heads
+    rank 1: lower 1, upper 6     ------>     rank 1: lower 0, lower 1, upper 6, upper 7   second half
+
+Each rank receives (U-1)/U of its shard's size for every tensor, however large U is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_attn2d.attention.exchange import launch
+from megatron_attn2d.attention.grid import Grid
+from megatron_attn2d.attention.layout import LOWER, UPPER
+
+
+def check_heads(heads: int, kv_heads: int, parts: int) -> None:
+    """Raise ValueError unless `heads` query and `kv_heads` key/value heads spread over `parts` ranks."""
+    if heads % parts:
+        raise ValueError(f"{heads} query heads don't divide by the {parts} ranks of the grid's head axis (U)")
+    if kv_heads % parts and parts % kv_heads:
+        raise ValueError(
+            f"{kv_heads} key/value heads neither divide by the {parts} ranks of the grid's head axis (U) nor into them"
+        )
+
+
+def spread_heads(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Shards [s/cp, b, heads, d] -> [U * s/cp, b, heads/U, d], zigzag shards of the R x C grid.
+
+    Key/value heads fewer than U are repeated, so that each rank has those of its query heads; autograd sums their
+    gradients.
+    """
+    repeats = grid.heads // min(k.size(2), grid.heads)
+    if repeats > 1:
+        k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+    spread: tuple[Tensor, Tensor, Tensor] = _SpreadHeads.apply(grid, q, k, v)
+    return spread
+
+
+def collect_heads(out: Tensor, grid: Grid) -> Tensor:
+    """The way back: [U * s/cp, b, heads/U, d] -> [s/cp, b, heads, d]."""
+    (collected,) = _CollectHeads.apply(grid, out)
+    return collected
+
+
+class _SpreadHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grid: Grid, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.grid = grid
+        return tuple(_to_heads(shards, grid))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *_to_sequence(grads, ctx.grid))
+
+
+class _CollectHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grid: Grid, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.grid = grid
+        return tuple(_to_sequence(shards, grid))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *_to_heads(grads, ctx.grid))
+
+
+def _to_heads(shards: Sequence[Tensor], grid: Grid) -> list[Tensor]:
+    # [2n, b, heads, d] -> for each peer the contiguous [2, n, b, heads/U, d] that it is to have
+    parts = [torch.stack(x.unflatten(0, (2, -1)).chunk(grid.heads, dim=3)) for x in shards]
+    results = [part.new_empty((2, grid.heads, *part.shape[2:])) for part in parts]
+    places = [[_places(result, peer) for peer in range(grid.heads)] for result in results]
+    _exchange([part.unbind() for part in parts], places, grid)
+    return [result.flatten(0, 2) for result in results]
+
+
+def _to_sequence(shards: Sequence[Tensor], grid: Grid) -> list[Tensor]:
+    wide = [x.contiguous().unflatten(0, (2, grid.heads, -1)) for x in shards]
+    places = [[_places(x, peer) for peer in range(grid.heads)] for x in wide]
+    results = [x.new_empty((grid.heads, 2, *x.shape[2:])) for x in wide]
+    _exchange(places, [result.unbind() for result in results], grid)
+    # [U, 2, n, b, heads/U, d] -> [2n, b, heads, d]
+    return [result.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(0, 1) for result in results]
+
+
+def _places(wide: Tensor, peer: int) -> tuple[Tensor, Tensor]:
+    """Where a peer's two chunks stand in [2, U, n, ...]."""
+    return wide[LOWER, peer], wide[UPPER, wide.size(1) - 1 - peer]
+
+
+def _exchange(
+    outgoing: Sequence[Sequence[Sequence[Tensor] | Tensor]],
+    incoming: Sequence[Sequence[Sequence[Tensor] | Tensor]],
+    grid: Grid,
+) -> None:
+    """Send [tensor][peer] of lower and upper chunk, receive into the like."""
+    assert isinstance(grid.head_group, dist.ProcessGroup)
+    me = grid.head_group.rank()
+    sends, receives = (
+        [
+            (grid.head_peers[peer], chunks[half])
+            for tensor in side
+            for peer, chunks in enumerate(tensor)
+            if peer != me
+            for half in (LOWER, UPPER)
+        ]
+        for side in (outgoing, incoming)
+    )
+    pending = launch(grid.head_group, sends, receives, tag=0)
+    for mine, place in zip(outgoing, incoming, strict=True):
+        for half in (LOWER, UPPER):
+            place[me][half].copy_(mine[me][half])
+    pending.wait()
