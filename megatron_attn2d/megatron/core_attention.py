@@ -1,10 +1,11 @@
 """The attention module that Megatron-Core builds in each layer, in place of its DotProductAttention.
 
     cp_comm_type        what it runs
-    attention2d         ATTENTION2D on the grid of the hierarchical context-parallel groups: [R, C]
+    attention2d         ATTENTION2D on the grid of the hierarchical context-parallel groups: [R, C] or [U, R, C]
     p2p                 ring attention
     all_gather          ATTENTION2D with one column: all keys and values are gathered
-    a2a, a2a+p2p        refused: Transformer Engine has them
+    a2a                 ATTENTION2D with the head axis alone: Ulysses
+    a2a+p2p             refused: Transformer Engine has it
 
 It holds no parameters, so checkpoints interchange with every other vanilla-softmax attention.
 """
@@ -20,6 +21,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_attn2d.attention import Grid, attention2d, ring_attention
+from megatron_attn2d.attention.ulysses import check_heads
 
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 
@@ -59,13 +61,18 @@ class ContextParallelAttention(MegatronModule):
             self.ring = pg_collection.cp
         elif cp_comm_type == "all_gather":
             self.grid = Grid.from_group(pg_collection.cp, rows=pg_collection.cp.size(), cols=1)
+        elif cp_comm_type == "a2a":
+            self.grid = Grid.from_group(pg_collection.cp, rows=1, cols=1, heads=pg_collection.cp.size())
         elif cp_comm_type == "attention2d":
             self.grid = _hierarchical_grid(pg_collection)
         else:
             raise ValueError(
                 f"cp_comm_type {cp_comm_type!r} (context_parallel.mode) is not served without Transformer Engine: "
-                "choose attention2d, p2p (ring) or all_gather"
+                "choose attention2d, p2p (ring), all_gather or a2a (ulysses)"
             )
+
+        tensor = config.tensor_model_parallel_size
+        check_heads(config.num_attention_heads // tensor, max(1, config.num_query_groups // tensor), self.grid.heads)
 
     def forward(
         self,
@@ -100,14 +107,15 @@ class ContextParallelAttention(MegatronModule):
 
 
 def _hierarchical_grid(groups: ProcessGroupCollection) -> Grid:
-    levels = groups.hcp
-    if not levels or len(levels) != 2:
+    levels = groups.hcp or []
+    if len(levels) not in (2, 3):
         raise ValueError(
-            "cp_comm_type attention2d needs its grid: pass --hierarchical-context-parallel-sizes R C "
-            f"(context_parallel.grid) with R x C = {groups.cp.size()}, the context-parallel size"
+            "cp_comm_type attention2d needs its grid: pass --hierarchical-context-parallel-sizes R C or U R C "
+            f"(context_parallel.grid), whose product is {groups.cp.size()}, the context-parallel size"
         )
     # Sizes [R, C] make a contiguous group of R, a column of the grid, and a strided group of C, a row.
-    return Grid.from_groups(kv_group=levels[0], q_group=levels[1])
+    kv_group, q_group = levels[-2:]
+    return Grid.from_groups(kv_group=kv_group, q_group=q_group, head_group=levels[0] if len(levels) == 3 else None)
 
 
 def _refuse_unsupported(config: TransformerConfig, layer_number: int, attention_type: str, dropout: float) -> None:

@@ -25,10 +25,8 @@ def build(cp: int, cp_comm_type: str | None, sizes: list[int] | None, **changes:
     config = TransformerConfig(
         num_layers=2,
         hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=2,
         context_parallel_size=cp,
-        **{"attention_dropout": 0.0, **changes},
+        **{"num_attention_heads": 4, "num_query_groups": 2, "attention_dropout": 0.0, **changes},
     )
     return ContextParallelAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type=cp_comm_type)
 
@@ -58,6 +56,10 @@ def errors(rank: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None
         (8, 4, "attention2d", [2, 2]),  # two data-parallel replicas
         (4, 4, "p2p", None),
         (4, 4, "all_gather", None),
+        (4, 4, "a2a", None),
+        (4, 4, "attention2d", [2, 2, 1]),
+        (8, 8, "attention2d", [2, 2, 2]),
+        (8, 8, "attention2d", [4, 1, 2]),
     ],
 )
 def test_against_dense(pool: RankPool, ranks: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None) -> None:
@@ -83,15 +85,22 @@ def refusal(
 
 REFUSALS = [
     (
-        "a2a",
+        "a2a+p2p",
         None,
         {},
         {},
-        "cp_comm_type 'a2a' (context_parallel.mode) is not served without Transformer Engine: choose",
+        "cp_comm_type 'a2a+p2p' (context_parallel.mode) is not served without Transformer Engine: choose",
     ),
     (None, None, {}, {}, "cp_comm_type None"),
     ("attention2d", None, {}, {}, "needs its grid: pass --hierarchical-context-parallel-sizes R C"),
-    ("attention2d", [2, 1, 1], {}, {}, "needs its grid"),
+    ("attention2d", [2, 1, 1, 1], {}, {}, "needs its grid"),
+    (
+        "a2a",
+        None,
+        {"num_attention_heads": 3, "num_query_groups": 3, "kv_channels": 8},
+        {},
+        "3 query heads don't divide",
+    ),
     ("attention2d", [2, 1], {"attention_dropout": 0.1}, {}, "attention_dropout 0.1 is not supported"),
     ("attention2d", [2, 1], {"window_size": (4, 0)}, {}, "window_size (4, 0) is not supported"),
     ("attention2d", [2, 1], {"softmax_type": "off-by-one"}, {}, "softmax_type 'off-by-one' is not supported"),
