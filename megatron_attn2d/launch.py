@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Literal
 
-PRELOAD = (
+PRELOAD: tuple[str, ...] = (
     "megatron.training.arguments",
     "megatron.training.training",
     "megatron.core.datasets.gpt_dataset",

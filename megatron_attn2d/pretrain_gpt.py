@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 from unittest import mock
 
 import torch
@@ -69,10 +69,15 @@ def _pretrain(console: TextIO) -> None:
 
 
 def _add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
+    parser.error = _refuse  # type: ignore[method-assign]  # rather than exit, the message being in a log file
     parser.add_argument_group("megatron_attn2d").add_argument(
         "--run-dir", help="directory for metrics.jsonl and the logs of the ranks"
     )
     return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"Megatron's arguments: {message}")
 
 
 def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:

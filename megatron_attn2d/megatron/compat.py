@@ -30,6 +30,21 @@ def _unless_compiled(compile_helpers: Any) -> Any:
     return compile_if_possible
 
 
+def _refusing_no_tokens(get_num_epochs: Any) -> Any:
+    """`GPTDataset._get_num_epochs` that refuses to make up the samples asked for from a set without tokens."""
+
+    @functools.wraps(get_num_epochs)
+    def count(self: Any, num_tokens_per_epoch: int) -> int:
+        if num_tokens_per_epoch == 0:
+            raise ValueError(
+                f"the {self.index_split.name} split of {self.dataset_path} holds no document but has a weight in "
+                f"--split {self.config.split}: give it 0, or more of the documents"
+            )
+        return get_num_epochs(self, num_tokens_per_epoch)
+
+    return count
+
+
 def _uses_torch_adam(optimizer: Any) -> bool:
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
@@ -82,6 +97,11 @@ FIXES = (
         "megatron.core.datasets.utils:compile_helpers",
         _unless_compiled,
         "the wheel ships the compiled helpers without the Makefile, and upstream exits when `make` fails",
+    ),
+    Patch(
+        "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
+        _refusing_no_tokens,
+        "a split with a weight but without documents would be counted through for ever",
     ),
     Patch(
         f"{_OPTIMIZER}.sharded_state_dict",

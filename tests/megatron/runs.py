@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "micro_batch_size": 2,
-    "global_batch_size": 8,
+    "global_batch_size": 4,
     "train_iters": 11,
     "lr": 1e-3,
     "lr_decay_style": "constant",

@@ -1,6 +1,7 @@
 """The patches: each name exists, each is still needed, and none outlives its context."""
 
 import inspect
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ TESTED_BELOW = {
     "megatron.training.training:set_jit_fusion_options",
     "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
     "megatron.core.datasets.utils:compile_helpers",
+    "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
 }
 
 
@@ -207,6 +209,29 @@ def test_upstream_exits_for_want_of_a_makefile() -> None:
         utils.compile_helpers()
     with compat.applied_fixes():
         utils.compile_helpers()
+
+
+def test_upstream_counts_the_epochs_of_no_tokens_for_ever() -> None:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    config = SimpleNamespace(sequence_length=8, add_extra_token_to_sequence=1, split="9,1,0")
+    empty: Any = SimpleNamespace(
+        num_samples=1, config=config, index_split=SimpleNamespace(name="valid"), dataset_path="text"
+    )
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(TimeoutError):
+            GPTDataset._get_num_epochs(empty, 0)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    message = "the valid split of text holds no document but has a weight in --split 9,1,0"
+    with compat.applied_fixes(), pytest.raises(ValueError, match=message):
+        GPTDataset._get_num_epochs(empty, 0)
 
 
 @pytest.fixture(scope="module")
