@@ -6,14 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_attn2d.attention import Grid, attention2d, ring_attention
+    from megatron_attn2d.attention.attention2d import attention2d
+    from megatron_attn2d.attention.grid import Grid
+    from megatron_attn2d.attention.ring import ring_attention
+    from megatron_attn2d.megatron.layer_spec import attention2d_layer_spec
 
 __version__ = "0.1.0"
-__all__ = ["Grid", "attention2d", "ring_attention"]
+__all__ = ["Grid", "attention2d", "attention2d_layer_spec", "ring_attention"]
+
+_HOME = {
+    "Grid": "attention.grid",
+    "attention2d": "attention.attention2d",
+    "attention2d_layer_spec": "megatron.layer_spec",
+    "ring_attention": "attention.ring",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import; the command line's checks don't need it.
-    if name in __all__:
-        return getattr(import_module("megatron_attn2d.attention"), name)
+    # torch and Megatron take seconds to import; the command line's checks need neither.
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,14 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "megatron.core", "megatron_attn2d.attention", "tests.pool"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "megatron.core",
+    "megatron_attn2d.attention.attention2d",
+    "megatron_attn2d.attention.ring",
+    "tests.pool",
+]
 
 
 class RankFailed(AssertionError):

@@ -1,7 +1,5 @@
-"""The algorithm. Knows torch.distributed and attention kernels, nothing of Megatron."""
+"""The algorithm. Knows torch.distributed and attention kernels, nothing of Megatron.
 
-from megatron_attn2d.attention.attention2d import attention2d
-from megatron_attn2d.attention.grid import Grid
-from megatron_attn2d.attention.ring import ring_attention
-
-__all__ = ["Grid", "attention2d", "ring_attention"]
+The public names are those of `megatron_attn2d`. Nothing is imported here: `layout` needs no torch, and the planner and
+the command line's checks use it.
+"""

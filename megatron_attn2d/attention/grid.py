@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from megatron_attn2d.attention.layout import place_ranks
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -119,7 +121,7 @@ class Grid:
         tile_rows, tile_cols = (rows, 1) if tile is None else tile
         if tile_rows < 1 or tile_cols < 1 or rows % tile_rows or cols % tile_cols:
             raise ValueError(f"tiles of {tile_rows}x{tile_cols} don't fill a grid of {rows}x{cols}")
-        ranks = _by_tiles(rows, cols, tile_rows, tile_cols)
+        ranks = place_ranks(rows, cols, tile_rows, tile_cols)
         place, head = divmod(group.rank(), heads)
         row, column = next((r, line.index(place)) for r, line in enumerate(ranks) if place in line)
         members = dist.get_process_group_ranks(group)
@@ -157,7 +159,7 @@ class Grid:
                 )
         rows, cols = len(kv_peers), len(q_peers)
         return cls(
-            _by_tiles(rows, cols, rows, 1),
+            place_ranks(rows, cols, rows, 1),
             kv_group.rank(),
             q_group.rank(),
             kv_group if rows > 1 else None,
@@ -203,16 +205,6 @@ class Grid:
             tuple(global_ranks[row]),
             head_peers=(dist.get_rank(),),
         )
-
-
-def _by_tiles(rows: int, cols: int, tile_rows: int, tile_cols: int) -> tuple[tuple[int, ...], ...]:
-    """Ranks [row][column] that fill tile after tile, down the columns within a tile and of tiles."""
-
-    def rank(row: int, column: int) -> int:
-        tile = (column // tile_cols) * (rows // tile_rows) + row // tile_rows
-        return (tile * tile_cols + column % tile_cols) * tile_rows + row % tile_rows
-
-    return tuple(tuple(rank(r, c) for c in range(cols)) for r in range(rows))
 
 
 def _check_shape(rows: int, cols: int, heads: int, size: int) -> None:

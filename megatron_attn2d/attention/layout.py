@@ -110,3 +110,13 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], causal: 
         rectangles.append(Rectangle(slots[0], slots[-1] + 1, seen))
     longest = max(prefix.values())
     return TilePlan(queries, tuple(keys[:longest]), tuple(rectangles), diagonal=causal and bool(shared))
+
+
+def place_ranks(rows: int, cols: int, tile_rows: int, tile_cols: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks [row][column] that fill tile after tile, down the columns within a tile and of tiles."""
+
+    def rank(row: int, column: int) -> int:
+        tile = (column // tile_cols) * (rows // tile_rows) + row // tile_rows
+        return (tile * tile_cols + column % tile_cols) * tile_rows + row % tile_rows
+
+    return tuple(tuple(rank(r, c) for c in range(cols)) for r in range(rows))

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_attn2d.attention import Grid, attention2d, ring_attention
+from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.ulysses import check_heads
 
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}

@@ -1,0 +1,165 @@
+"""Which bytes cross between which context-parallel ranks, message by message, as the attention sends them.
+
+Counted from the same tile plans that the attention runs, so nothing here can drift from it: what the causal mask hides
+is not sent and not counted. Integers alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from megatron_attn2d.attention.layout import Chunk, place_ranks, tile_plan
+
+_STATISTIC_BYTES = 4  # log-sum-exp and delta are fp32
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One attention layer on one tensor-parallel rank.
+
+    Attributes:
+        seq: tokens of the whole sequence.
+        heads, kv_heads: query and key/value heads of the tensor-parallel rank.
+        head_dim: of queries, keys and values.
+        batch: sequences at once.
+        element_bytes: 2 for bf16.
+        causal: causal mask, or none.
+    """
+
+    seq: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int = 1
+    element_bytes: int = 2
+    causal: bool = True
+
+    def shard_bytes(self, ranks: int) -> float:
+        """u: one rank's shard of Q."""
+        return self.seq * self.batch * self.heads * self.head_dim * self.element_bytes / ranks
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Messages that fly at once, before or after a computation.
+
+    Attributes:
+        name: what is sent.
+        sent: bytes by (sender, receiver), context-parallel ranks.
+        messages: the most messages that a rank receives.
+    """
+
+    name: str
+    sent: dict[tuple[int, int], float]
+    messages: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All phases of a layer's forward and backward pass, in order; `steps` of them alternate with computation."""
+
+    forward: list[Phase] = field(default_factory=list)
+    backward: list[Phase] = field(default_factory=list)
+
+
+def attention2d_traffic(axes: tuple[int, int, int], work: Workload, *, tile: tuple[int, int] | None = None) -> Traffic:
+    """Messages of attention2d on U x R x C ranks: over heads, gathered, returned, over heads again."""
+    u, rows, cols = axes
+    places = rows * cols
+    token_head = work.batch * work.head_dim * work.element_bytes
+    chunk = work.seq / (2 * places) * work.batch  # tokens of a chunk of the R x C zigzag, of all sequences
+    heads, kv_heads = work.heads / u, max(work.kv_heads / u, 1.0)
+    q = chunk * heads * work.head_dim * work.element_bytes
+    kv = chunk * kv_heads * work.head_dim * work.element_bytes
+    row_statistic = chunk * heads * _STATISTIC_BYTES
+
+    queries, keys = _links(rows, cols, tile or (rows, 1), work.causal)
+    spread = work.seq / (places * u) * token_head  # one head of one rank's tokens
+    forward = [
+        _over_heads("q, k, v over heads", places, u, spread * (heads + 2 * kv_heads)),
+        _phase("gather q; k, v", u, [(queries, q, 1), (keys, 2 * kv, 2)]),
+        _phase("return o", u, [(_reverse(queries), q + row_statistic, 2)]),
+        _over_heads("o over heads", places, u, spread * heads),
+    ]
+    backward = [
+        _over_heads("do over heads", places, u, spread * heads),
+        _phase("gather q, do; k, v", u, [(queries, 2 * q + 2 * row_statistic, 3), (keys, 2 * kv, 2)]),
+        _phase("return dq; dk, dv", u, [(_reverse(queries), q, 1), (_reverse(keys), 2 * kv, 2)]),
+        _over_heads("dq, dk, dv over heads", places, u, spread * (heads + 2 * kv_heads)),
+    ]
+    return Traffic([p for p in forward if p.sent], [p for p in backward if p.sent])
+
+
+def ring_traffic(ranks: int, work: Workload) -> Traffic:
+    """Messages of ring attention: P-1 steps of keys and values, backward their gradients as well."""
+    kv = 2 * work.shard_bytes(ranks) * work.kv_heads / work.heads
+    steps = range(1, ranks)
+
+    def step(name: str, sent: float, messages: int) -> Phase:
+        return Phase(name, {(rank, (rank + 1) % ranks): sent for rank in range(ranks)}, messages)
+
+    return Traffic(
+        [step(f"k, v, step {i}", kv, 2) for i in steps],
+        [step(f"k, v, dk, dv, step {i}", 2 * kv, 4) for i in steps],
+    )
+
+
+def received_by_nodes(phases: Iterable[Phase], ranks: int, ranks_per_node: int) -> list[float]:
+    """Bytes that each node receives from other nodes over all phases; consecutive ranks share a node."""
+    received = [0.0] * -(-ranks // ranks_per_node)
+    for phase in phases:
+        for (sender, receiver), sent in phase.sent.items():
+            if sender // ranks_per_node != receiver // ranks_per_node:
+                received[receiver // ranks_per_node] += sent
+    return received
+
+
+@lru_cache(maxsize=256)
+def _links(
+    rows: int, cols: int, tile: tuple[int, int], causal: bool
+) -> tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]]:
+    """Chunks by (owner, reader), places of the grid: queries along rows, keys along columns."""
+    ranks = place_ranks(rows, cols, *tile)
+    queries: Counter[tuple[int, int]] = Counter()
+    keys: Counter[tuple[int, int]] = Counter()
+    for row in ranks:
+        for c, reader in enumerate(row):
+            plan = tile_plan(row, tuple(line[c] for line in ranks), causal)
+            queries.update(_owners(plan.queries, reader))
+            keys.update(_owners(plan.keys, reader))
+    return queries, keys
+
+
+def _owners(chunks: tuple[Chunk, ...], reader: int) -> Iterator[tuple[int, int]]:
+    return ((chunk.rank, reader) for chunk in chunks if chunk.rank != reader)
+
+
+def _reverse(links: Counter[tuple[int, int]]) -> Counter[tuple[int, int]]:
+    return Counter({(reader, owner): count for (owner, reader), count in links.items()})
+
+
+def _phase(name: str, u: int, parts: list[tuple[Counter[tuple[int, int]], float, int]]) -> Phase:
+    """Links between places, bytes a chunk and messages a chunk -> between context-parallel ranks."""
+    sent: Counter[tuple[int, int]] = Counter()
+    messages: Counter[int] = Counter()
+    for links, chunk_bytes, chunk_messages in parts:
+        for (sender, receiver), chunks in links.items():
+            messages[receiver] += chunks * chunk_messages
+            for head in range(u):
+                sent[sender * u + head, receiver * u + head] += chunks * chunk_bytes  # type: ignore[assignment]
+    return Phase(name, dict(sent), max(messages.values(), default=0))
+
+
+def _over_heads(name: str, places: int, u: int, sent: float) -> Phase:
+    """Every rank of a head group sends every other one its heads of its tokens."""
+    links = {
+        (place * u + sender, place * u + receiver): sent
+        for place in range(places)
+        for sender in range(u)
+        for receiver in range(u)
+        if sender != receiver
+    }
+    return Phase(name, links, 2 * (u - 1))
