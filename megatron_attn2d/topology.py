@@ -37,8 +37,10 @@ def _legend(run: RunConfig) -> Iterator[str]:
     if context.size == 1:
         yield "one context rank: attention stays on the rank"
     elif context.mode == "attention2d":
-        rows, columns = run.grid
+        heads, rows, columns = run.grid
         yield f"attention2d on {rows} rows x {columns} columns: a row gathers its queries, a column its keys and values"
+        if heads > 1:
+            yield f"a+b: {heads} context ranks that exchange sequence for heads"
     else:
         yield f"{context.mode}: each line is one context-parallel group"
     if run.parallelism.tensor > 1:
@@ -53,7 +55,8 @@ def _grid(run: RunConfig, cells: list[str]) -> Iterator[str]:
     if run.context_parallel.mode != "attention2d":
         yield "    " + "  ".join(cells)
         return
-    rows, columns = run.grid
+    heads, rows, columns = run.grid
+    cells = ["+".join(cells[place : place + heads]) for place in range(0, len(cells), heads)]
     width = max(len(f"column {columns - 1}"), *map(len, cells))
     yield " " * 12 + "  ".join(f"column {column}".rjust(width) for column in range(columns))
     for row in range(rows):

@@ -72,10 +72,18 @@ REFUSED = {
     "context_parallel.mode=p2p": (
         "context_parallel.mode = 'p2p': no such choice; choose attention2d, ring, all_gather or ulysses"
     ),
-    "context_parallel.grid=2x2": "context_parallel.grid = '2x2': not a grid; write auto or [rows, columns]",
-    "context_parallel.grid=[4]": "context_parallel.grid = [4]: not a grid; write auto or [rows, columns]",
-    "context_parallel.grid=[2, true]": "context_parallel.grid = [2, True]: not a grid; write auto or [rows, columns]",
-    "context_parallel.grid=[-2, -2]": "context_parallel.grid = [-2, -2]: not a grid; write auto or [rows, columns]",
+    "context_parallel.grid=2x2": (
+        "context_parallel.grid = '2x2': not a grid; write auto, [rows, columns] or [heads, rows, columns]"
+    ),
+    "context_parallel.grid=[4]": (
+        "context_parallel.grid = [4]: not a grid; write auto, [rows, columns] or [heads, rows, columns]"
+    ),
+    "context_parallel.grid=[2, true]": (
+        "context_parallel.grid = [2, True]: not a grid; write auto, [rows, columns] or [heads, rows, columns]"
+    ),
+    "context_parallel.grid=[-2, -2]": (
+        "context_parallel.grid = [-2, -2]: not a grid; write auto, [rows, columns] or [heads, rows, columns]"
+    ),
     "data.paths=corpus": (
         "data.paths = 'corpus': not a list of prefixes, nor a blend; write [prefix, ...] or {prefix: weight, ...}"
     ),
@@ -147,9 +155,13 @@ REFUSED = {
     "context_parallel.mode=ring context_parallel.grid=[2, 2]": (
         "context_parallel.grid = [2, 2]: context_parallel.mode = ring has no grid; choose auto"
     ),
-    "context_parallel.mode=ulysses": (
-        "context_parallel.mode = 'ulysses': needs Transformer Engine on CUDA devices, which is not here; "
-        "choose attention2d, ring or all_gather"
+    "context_parallel.mode=ulysses model.num_attention_heads=6 model.hidden_size=48": (
+        "context_parallel.size = 4: 6 query and 6 key/value heads a tensor rank don't spread over 4 ranks; "
+        "spread them over one of 1, 2, 3, 6"
+    ),
+    "context_parallel.grid=[4,1,1] model.num_attention_heads=12 model.num_query_groups=3 model.hidden_size=96": (
+        "context_parallel.grid = [4, 1, 1]: 12 query and 3 key/value heads a tensor rank don't spread over 4 ranks; "
+        "spread them over one of 1, 3"
     ),
     # world
     "environment.gpus_per_node=8": "environment.gpus_per_node = 8: environment.device = cpu has no GPUs; choose null",
@@ -469,6 +481,9 @@ def test_compiles_to_megatrons_arguments(base):
     [
         ("context_parallel.mode=ring", "--cp-comm-type p2p "),
         ("context_parallel.mode=all_gather", "--cp-comm-type all_gather "),
+        ("context_parallel.mode=ulysses", "--cp-comm-type a2a "),
+        ("context_parallel.grid=[2, 1, 2]", "--hierarchical-context-parallel-sizes 2 1 2 "),
+        ("context_parallel.grid=[1, 2, 2]", "--hierarchical-context-parallel-sizes 2 2 "),
         ("context_parallel.grid=[4, 1]", "--hierarchical-context-parallel-sizes 4 1 "),
         ("context_parallel.grid=[1, 4]", "--hierarchical-context-parallel-sizes 1 4 "),
         ("model.num_query_groups=1", "--hierarchical-context-parallel-sizes 4 1 "),

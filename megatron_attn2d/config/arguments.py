@@ -95,8 +95,9 @@ def _attention(run: RunConfig) -> list[str]:
         arguments += ["--group-query-attention", *_flag("num-query-groups", model.num_query_groups)]
     arguments += _flag("cp-comm-type", CP_COMM_TYPES[context.mode])
     if context.mode == "attention2d" and context.size > 1:
-        # Upstream's contiguous groups, the first size, are the columns; its strided groups, the second, are the rows.
-        arguments += _flag("hierarchical-context-parallel-sizes", *run.grid)
+        # Upstream's groups of the last size but one are the columns, those of the last, more strided, the rows.
+        heads, rows, columns = run.grid
+        arguments += _flag("hierarchical-context-parallel-sizes", *([heads] if heads > 1 else []), rows, columns)
     return arguments
 
 

@@ -111,20 +111,17 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
                 f"choose auto or one of {grids}",
             )
     transformer_engine = importlib.util.find_spec("transformer_engine") is not None and run.environment.device == "cuda"
-    if context.mode == "ulysses":
-        if not transformer_engine:
+    spread = {"ulysses": ("context_parallel.size", context.size), "attention2d": ("context_parallel.grid", run.grid[0])}
+    if context.mode in spread:
+        key, parts = spread[context.mode]
+        heads = max(run.model.num_attention_heads // run.parallelism.tensor, 1)
+        kv_heads = max((run.model.num_query_groups or run.model.num_attention_heads) // run.parallelism.tensor, 1)
+        repeats = not transformer_engine or context.mode == "attention2d"  # Transformer Engine does not repeat heads
+        if heads % parts or (kv_heads % parts and not (repeats and parts % kv_heads == 0)):
             yield (
-                "context_parallel.mode",
-                "needs Transformer Engine on CUDA devices, which is not here",
-                "choose attention2d, ring or all_gather",
-            )
-        heads = min(run.model.num_attention_heads, run.model.num_query_groups or run.model.num_attention_heads)
-        local = max(heads // run.parallelism.tensor, 1)
-        if local % context.size:
-            yield (
-                "context_parallel.size",
-                f"mode ulysses deals out {local} key/value heads a tensor rank",
-                f"choose one of {_divisors(local)}, or attention2d",
+                key,
+                f"{heads} query and {kv_heads} key/value heads a tensor rank don't spread over {parts} ranks",
+                f"spread them over one of {_divisors(kv_heads)}",
             )
     ours = context.mode == "attention2d" or not transformer_engine
     if run.model.attention_dropout and ours:

@@ -9,7 +9,7 @@ from megatron_attn2d.config.errors import ConfigError, nearest
 from megatron_attn2d.config.schema import RunConfig
 
 _BY_KEY = {
-    "context_parallel.grid": ("not a grid", "write auto or [rows, columns]"),
+    "context_parallel.grid": ("not a grid", "write auto, [rows, columns] or [heads, rows, columns]"),
     "data.paths": ("not a list of prefixes, nor a blend", "write [prefix, ...] or {prefix: weight, ...}"),
     "data.split": ("not three weights", "write 98,1,1"),
     "environment.variables": ("not environment variables", 'write {NAME: "value", ...}'),

@@ -26,6 +26,8 @@ Positive = Annotated[int, Field(gt=0, lt=2**53)]
 Ranks = Annotated[int, Field(gt=0, le=2**20)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$", max_length=100)]
 # Names and paths end up in file names, command lines and job scripts.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
 Path = Annotated[str, StringConstraints(pattern=r"^[^-\x00-\x1f][^\x00-\x1f]*$", max_length=4000)]
@@ -106,8 +108,9 @@ class ContextParallel(Section):
 
     size: Annotated[Ranks, Flag("context-parallel-size")] = 1
     mode: Annotated[Literal["attention2d", "ring", "all_gather", "ulysses"], NO_FLAG] = "attention2d"
-    grid: Annotated[Literal["auto"] | Annotated[list[Ranks], Field(min_length=2, max_length=2)], NO_FLAG] = "auto"
-    """Rows and columns for attention2d: a row gathers queries, a column keys and values. auto: see planner.py."""
+    grid: Annotated[Literal["auto"] | Annotated[list[Ranks], Field(min_length=2, max_length=3)], NO_FLAG] = "auto"
+    """[R, C] for attention2d: a row of C ranks gathers queries, a column of R keys and values; or [U, R, C], where
+    the heads are spread over U ranks first. auto: see planner."""
 
 
 class Data(Section):
@@ -222,6 +225,48 @@ class Environment(Section):
     """Environment variables for every rank."""
 
 
+class Cluster(Section):
+    """What the machines can do, for estimates alone: training reads none of it. A node's GPUs: environment.gpus_per_node.
+
+    Rates are what one GPU gets in one direction; 1 GB is 10^9 bytes, 1 GiB 2^30. None: not known.
+    """
+
+    memory_gib: Annotated[Rate | None, NO_FLAG] = None
+    """Memory of a GPU that processes can allocate, in GiB."""
+    peak_tflops: Annotated[Rate | None, NO_FLAG] = None
+    """Dense matrix products in training.precision, by the data sheet, in 10^12 FLOP/s: the base of the MFU."""
+    attention_forward_tflops: Annotated[Rate | None, NO_FLAG] = None
+    """Attention kernel on large rectangles, in 10^12 FLOP/s."""
+    attention_backward_tflops: Annotated[Rate | None, NO_FLAG] = None
+    intra_node_gb_per_s: Annotated[Rate | None, NO_FLAG] = None
+    """Links between the GPUs of a node, in GB/s."""
+    intra_node_latency_us: Annotated[Rate | None, NO_FLAG] = None
+    """Time of the smallest message within a node, in microseconds."""
+    nic_gb_per_s: Annotated[Rate | None, NO_FLAG] = None
+    """Network between nodes, in GB/s: the bandwidth of a node's cards over its GPUs."""
+    nic_latency_us: Annotated[Rate | None, NO_FLAG] = None
+    """Time of the smallest message between nodes, in microseconds."""
+
+
+class Slurm(Section):
+    """How `submit` asks Slurm for nodes."""
+
+    sbatch: Annotated[dict[Option, str | int | bool | None], NO_FLAG] = {}
+    """Options of sbatch by their long names: {partition: gpu, time: "24:00:00"}. true: no value; null: leave it out."""
+    grace_s: Annotated[Positive, NO_FLAG] = 300
+    """Seconds before the time limit at which the ranks are told to save and exit."""
+    max_failures: Annotated[Positive, NO_FLAG] = 3
+    """Failures in a row, without a new checkpoint in between, after which the job is not queued again."""
+    setup: Annotated[Path | None, NO_FLAG] = None
+    """Shell file that the job reads before it starts the ranks: modules, what the site needs."""
+    python: Annotated[Path | None, NO_FLAG] = None
+    """Interpreter of the ranks. None: the one of `submit`; in a container python3."""
+    container_image: Annotated[Path | None, NO_FLAG] = None
+    """Image for Pyxis, a file or registry#name:tag. None: no container."""
+    container_mounts: Annotated[list[Path], NO_FLAG] = []
+    """SOURCE:TARGET[:FLAGS], besides the working directory and the run's, which are mounted as they are."""
+
+
 class RunConfig(Section):
     """One run, whole."""
 
@@ -235,6 +280,8 @@ class RunConfig(Section):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     environment: Environment = Environment()
+    cluster: Cluster = Cluster()
+    slurm: Slurm = Slurm()
     megatron_args: dict[str, object] = {}
     """Any other argument of Megatron, by its name. null takes back what an extended file gave."""
 
@@ -254,12 +301,13 @@ class RunConfig(Section):
         return self.parallelism.data or 1
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of attention2d's process grid."""
+    def grid(self) -> tuple[int, int, int]:
+        """U, R and C of attention2d's process grid: ranks over heads, rows and columns."""
         chosen = self.context_parallel.grid
         if chosen == "auto":
-            return best_grid(self.context_parallel.size, self.model.queries_per_kv_head)
-        return chosen[0], chosen[1]
+            return 1, *best_grid(self.context_parallel.size, self.model.queries_per_kv_head)
+        heads, rows, columns = chosen if len(chosen) == 3 else (1, *chosen)
+        return heads, rows, columns
 
     @property
     def directory(self) -> str:
