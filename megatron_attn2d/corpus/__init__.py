@@ -1,0 +1,9 @@
+"""The user's text as Megatron's .bin/.idx pair: read it, tokenize it in several processes, write it, look at it.
+
+readers.py     text, JSONL and Parquet files -> raw documents, each with its place
+tokenizers.py  text -> token ids: bytes, or one of Megatron's own tokenizers
+build.py       raw documents -> PREFIX.bin, PREFIX.idx and PREFIX.json, whole or not at all
+inspect.py     what such a data set holds
+
+The embedded byte-level data set of the quick start is in `megatron_attn2d.data`.
+"""

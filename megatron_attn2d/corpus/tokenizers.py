@@ -1,0 +1,133 @@
+"""Text to token ids and back: bytes, or Megatron's own tokenizers, so that a data set fits the run that reads it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.corpus.readers import library
+from megatron_attn2d.corpus.upstream import hushed
+from megatron_attn2d.data import END_OF_DOCUMENT
+
+Kind = Literal["bytes", "huggingface", "sentencepiece", "tiktoken"]
+_LIBRARY = {"huggingface": "transformers", "sentencepiece": "sentencepiece", "tiktoken": "tiktoken"}
+_TYPE = {
+    "huggingface": "HuggingFaceTokenizer",
+    "sentencepiece": "SentencePieceTokenizer",
+    "tiktoken": "TikTokenizer",
+}
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Which tokenizer; kept beside a data set, so that it can be decoded."""
+
+    kind: Kind = "bytes"
+    model: str | None = None
+    """File or folder of the tokenizer, on local disk; None for bytes."""
+    vocab_size: int | None = None
+    """For tiktoken: how many ids to use, its 1000 special ones included. None: 131072, Megatron's default."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    eod: int
+    """The token that ends a document."""
+    vocab_size: int
+    """Ids are smaller than this."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text` and the one that ends the document."""
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of `ids`; bytes that are no UTF-8 show as U+FFFD."""
+
+
+class _Bytes:
+    eod = END_OF_DOCUMENT
+    vocab_size = END_OF_DOCUMENT + 1
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.append(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16), np.uint16(self.eod))
+
+    def decode(self, ids: np.ndarray) -> str:
+        parts = np.split(ids, np.flatnonzero(ids >= self.eod))
+        return "<end of document>".join(bytes(p[p < self.eod].astype(np.uint8)).decode(errors="replace") for p in parts)
+
+
+class _Megatron:
+    """One of Megatron's tokenizers; it ends a document once, also where the tokenizer itself adds that token."""
+
+    def __init__(self, tokenizer: Any, where: str) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = int(tokenizer.vocab_size)
+        eod = tokenizer.eod
+        if eod is None or not 0 <= eod < self.vocab_size:
+            raise UsageError(f"{where}: the tokenizer has no token that ends a text (eos), which parts documents")
+        self.eod = int(eod)
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = list(self._tokenizer.tokenize(text))
+        while ids and ids[-1] == self.eod:
+            ids.pop()
+        return np.array([*ids, self.eod], dtype=np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return str(self._tokenizer.detokenize(ids.tolist()))
+
+
+def load(choice: TokenizerChoice) -> Tokenizer:
+    """The tokenizer that `choice` names, from local files alone.
+
+    Raises:
+        UsageError: its file or its library isn't there, or it can't end a document.
+    """
+    if choice.kind == "bytes":
+        if choice.model:
+            raise UsageError(
+                f"tokenizer model {choice.model}: bytes need none; leave it out, or choose another tokenizer"
+            )
+        return _Bytes()
+    if not choice.model:
+        raise UsageError(f"tokenizer {choice.kind}: is read from local files; name its file or folder")
+    if not Path(choice.model).exists():
+        raise UsageError(f"tokenizer model {choice.model}: no such file or folder")
+    if choice.kind == "tiktoken" and Path(choice.model).suffix != ".json":
+        raise UsageError(
+            f"tokenizer model {choice.model}: Megatron reads tiktoken's vocabulary from a .json file, "
+            "a list of {rank, token_bytes, token_str}"
+        )
+    library(_LIBRARY[choice.kind], f"tokenizer {choice.kind}")
+    # Files come from local disk alone, and several processes tokenize: threads below them would only be in the way.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    with hushed():
+        from megatron.core.tokenizers import MegatronTokenizer
+
+        options: dict[str, Any] = {"vocab_size": choice.vocab_size} if choice.vocab_size else {}
+        try:
+            tokenizer = MegatronTokenizer.from_pretrained(
+                tokenizer_path=choice.model, metadata_path={"library": choice.kind}, **options
+            )
+        except Exception as error:  # each library raises its own kinds
+            reason = str(error) or "its contents are not as Megatron wants them"
+            raise UsageError(f"tokenizer model {choice.model}: can't be read as {choice.kind} ({reason})") from error
+        return _Megatron(tokenizer, choice.model)
+
+
+def yaml_section(choice: TokenizerChoice) -> dict[str, Any]:
+    """The keys of a run's `data:` section that make it read what `choice` wrote."""
+    if choice.kind == "bytes":
+        return {"tokenizer_type": "NullTokenizer", "vocab_size": 512, "null_tokenizer_eod_id": END_OF_DOCUMENT}
+    section: dict[str, Any] = {"tokenizer_type": _TYPE[choice.kind], "tokenizer_model": choice.model}
+    return section | ({"vocab_size": choice.vocab_size} if choice.vocab_size else {})
+
+
+def to_json(choice: TokenizerChoice) -> dict[str, Any]:
+    """`choice` as it is kept in PREFIX.json."""
+    return {name: value for name, value in asdict(choice).items() if value is not None}
