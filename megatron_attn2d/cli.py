@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_attn2d import environment
+from megatron_attn2d import checkpoints, environment, evaluate
+from megatron_attn2d import report as run_report
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments, resolved_yaml
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.config.errors import ConfigError, UsageError
+from megatron_attn2d.corpus import command as corpus
 from megatron_attn2d.topology import picture
 
 
@@ -40,11 +42,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     plot.add_argument("-o", "--output", default="loss.png", metavar="PNG", help="default: %(default)s")
     plot.set_defaults(command=_plot)
 
-    for command in (train, plot):
+    ours = [*corpus.add(commands), *run_report.add(commands), *evaluate.add(commands)]
+    for command in (train, plot, *ours):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # Intermixed, so that options may stand between overrides.
     known, extra = parser.parse_known_args(argv)
-    if unknown := [word for word in extra if word.startswith("-") or known.command is not _train]:
+    if unknown := [word for word in extra if word.startswith("-") or "overrides" not in known]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if extra:
         known.overrides += extra
@@ -90,15 +93,20 @@ def _train_alone(run: RunConfig, arguments: list[str]) -> int:
 
 def _prepare(run: RunConfig, write_config: bool) -> None:
     """The run's directory with its resolved configuration, and its data."""
+    from megatron_attn2d import data
+
+    for prefix in run.data.paths:
+        if not data.is_complete(Path(prefix)):
+            reason = f"{prefix}.bin and {prefix}.idx are not both there"
+            raise ConfigError("data.paths", prefix, reason, "build it: megatron-attn2d data build")
     directory = Path(run.directory)
     directory.mkdir(parents=True, exist_ok=True)
     if write_config:
         with tempfile.NamedTemporaryFile("w", dir=directory, prefix=".config-", delete=False) as scratch:
             scratch.write(resolved_yaml(run))
         Path(scratch.name).replace(directory / "config.yaml")
+        checkpoints.repair_tracker(directory / "checkpoints")
     if not (run.data.paths or run.data.mock):
-        from megatron_attn2d import data
-
         data.build_default(run.data.dir)
 
 

@@ -1,14 +1,13 @@
 """Loss curves of runs: a PNG, and a table to read side by side."""
 
-import json
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.metrics import read_steps
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
-_STYLES = (
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
+STYLES = (
     "-",
     (0, (5, 2)),
     (0, (1, 1.2)),
@@ -30,23 +29,8 @@ def read_curve(run_dir: Path) -> Curve:
     Raises:
         UsageError: there is none, or none that can be read.
     """
-    path = run_dir / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; give the directory of a run that has made a step") from error
-    losses = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            step = json.loads(line)
-            losses[int(step["step"])] = float(step["loss"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):  # a run was killed while writing it
-                continue
-            raise UsageError(f"{path}, line {number}: not a step ({error})") from error
-    if not losses:
-        raise UsageError(f"{path}: no step in it yet")
-    return Curve(run_dir.resolve().name, losses)
+    steps = read_steps(run_dir)
+    return Curve(run_dir.resolve().name, {number: step["loss"] for number, step in steps.items()})
 
 
 def table(curves: list[Curve], first: int = 10) -> str:
@@ -72,7 +56,7 @@ def draw(curves: list[Curve], output: Path, title: str = "Training loss") -> Non
 
     figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
     axes = figure.subplots()
-    for order, (curve, colour, style) in enumerate(zip(curves, cycle(_COLOURS), cycle(_STYLES), strict=False)):
+    for order, (curve, colour, style) in enumerate(zip(curves, cycle(COLOURS), cycle(STYLES), strict=False)):
         steps = sorted(curve.losses)
         axes.plot(
             steps,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NoReturn, TextIO
@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from megatron_attn2d.megatron import compat, cpu, derive, progress
+from megatron_attn2d.megatron.retention import retained
 
 Batch = dict[str, torch.Tensor | None]
 
@@ -31,6 +32,11 @@ def main(megatron_args: Sequence[str]) -> None:
     Raises:
         ValueError: an argument contradicts what is installed or what this project supports.
     """
+    run_in_megatron(_pretrain, megatron_args)
+
+
+def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]) -> None:
+    """Runs `body(console)` as this rank, with all that lets Megatron work here, and with its arguments completed."""
     rank = int(os.environ.get("RANK", "0"))
     run_dir = _add_own_arguments(ArgumentParser(allow_abbrev=False)).parse_known_args(megatron_args)[0].run_dir
     with ExitStack() as stack:
@@ -42,15 +48,14 @@ def main(megatron_args: Sequence[str]) -> None:
         arguments = derive.with_derived_arguments(megatron_args)
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_gpt", *arguments]))
         try:
-            _pretrain(console)
+            body(console)
         except SystemExit as end:  # upstream's way to end a run early, after a signal for one
             if end.code:
                 raise
 
 
-def _pretrain(console: TextIO) -> None:
-    from megatron.core.enums import ModelType
-    from megatron.training import training
+def parsed() -> tuple[Namespace, Any]:
+    """Megatron's arguments of the command line, and its configuration of the run with our attention in the model."""
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
@@ -60,19 +65,28 @@ def _pretrain(console: TextIO) -> None:
     model = gpt_config_from_args(args)
     if model.transformer_layer_spec is None:
         model.transformer_layer_spec = attention2d_layer_spec
-    config = pretrain_cfg_container_from_args(args, model)
+    return args, pretrain_cfg_container_from_args(args, model)
+
+
+def _pretrain(console: TextIO) -> None:
+    from megatron.core.enums import ModelType
+    from megatron.training import training
+
+    args, config = parsed()
     datasets = partial(_datasets)
     datasets.is_distributed = True  # type: ignore[attr-defined]  # the builder decides by itself on which ranks to build
     # the time stamps outlive a run, and ranks that hold some make one collective call more than ranks that don't
-    with progress.reported(args, console), mock.patch.dict(training._STARTUP_TIMESTAMPS):
+    with progress.reported(args, console), retained(args), mock.patch.dict(training._STARTUP_TIMESTAMPS):
         training.pretrain(config, datasets, ModelType.encoder_or_decoder, _forward_step)
 
 
 def _add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
     parser.error = _refuse  # type: ignore[method-assign]  # rather than exit, the message being in a log file
-    parser.add_argument_group("megatron_attn2d").add_argument(
-        "--run-dir", help="directory for metrics.jsonl and the logs of the ranks"
-    )
+    own = parser.add_argument_group("megatron_attn2d")
+    own.add_argument("--run-dir", help="directory for metrics.jsonl and the logs of the ranks")
+    own.add_argument("--keep-last", type=int, help="checkpoints to keep; default: all")
+    own.add_argument("--peak-tflops", type=float, help="of a GPU, in 10^12 FLOP/s, for the MFU")
+    own.add_argument("--log-attention-communication", action="store_true", help="measure waiting for its messages")
     return parser
 
 
@@ -114,7 +128,7 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
     ).build()
 
 
-def _batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
+def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
     """This rank's part of the next batch, [b, s/cp] each: its zigzag chunks, and only what its pipeline stage uses."""
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -158,7 +172,7 @@ def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> t
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = _batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch = next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     output = model(
         batch["tokens"],

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from megatron_attn2d.checkpoints import last_complete
 from megatron_attn2d.config.errors import ConfigError, nearest
 from megatron_attn2d.config.schema import NO_FLAG, Flag, RunConfig
 
@@ -31,6 +32,9 @@ _DECIDED_BY = {
     "save": "checkpoint.save",
     "save-interval": "checkpoint.save_interval",
     "load": "checkpoint.load",
+    "async-save": "checkpoint.async_save",
+    "use-persistent-ckpt-worker": "checkpoint.async_save",
+    "save-retain-interval": "checkpoint.keep_last",
     "tensorboard-dir": "logging.tensorboard",
     "wandb-exp-name": "run.name",
     "wandb-save-dir": "run.dir",
@@ -125,7 +129,7 @@ def _evaluation(run: RunConfig) -> list[str]:
 
 def _checkpoint(run: RunConfig) -> list[str]:
     checkpoint, own = run.checkpoint, Path(run.directory) / "checkpoints"
-    begun = (own / "latest_checkpointed_iteration.txt").is_file()
+    begun = last_complete(own) is not None
     arguments = _flag("load", own if begun or not checkpoint.load else checkpoint.load)
     if not checkpoint.save:
         return arguments if begun or checkpoint.load else []
@@ -133,13 +137,18 @@ def _checkpoint(run: RunConfig) -> list[str]:
         *arguments,
         *_flag("save", own),
         *_flag("save-interval", checkpoint.save_interval or run.training.train_iters),
+        *(["--async-save", "--use-persistent-ckpt-worker"] if checkpoint.async_save else []),
     ]
 
 
 def _logging(run: RunConfig) -> list[str]:
-    arguments = _flag("tensorboard-dir", Path(run.directory) / "tensorboard") if run.logging.tensorboard else []
+    directory, arguments = Path(run.directory), []
+    if run.logging.tensorboard or run.logging.wandb_project:  # upstream hands to W&B what it hands to TensorBoard
+        arguments += _flag("tensorboard-dir", directory / "tensorboard")
     if run.logging.wandb_project:
-        arguments += _flag("wandb-exp-name", run.run.name) + _flag("wandb-save-dir", Path(run.directory) / "wandb")
+        arguments += _flag("wandb-exp-name", run.run.name) + _flag("wandb-save-dir", directory / "wandb")
+    if run.cluster.peak_tflops:
+        arguments += _flag("peak-tflops", run.cluster.peak_tflops)
     return arguments
 
 

@@ -124,6 +124,12 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
                 f"spread them over one of {_divisors(kv_heads)}",
             )
     ours = context.mode == "attention2d" or not transformer_engine
+    if run.logging.attention_communication and not ours:
+        yield (
+            "logging.attention_communication",
+            f"context_parallel.mode = {context.mode} is Transformer Engine's, whose messages are not followed",
+            "choose false, or context_parallel.mode=attention2d",
+        )
     if run.model.attention_dropout and ours:
         yield (
             "model.attention_dropout",
@@ -231,3 +237,17 @@ def _check_rest(run: RunConfig) -> Iterator[Refusal]:
         yield "training.precision", "environment.device = cpu computes in fp32 or bf16", "choose fp32"
     if run.checkpoint.save_interval is not None and not run.checkpoint.save:
         yield "checkpoint.save_interval", "checkpoint.save is false", "choose null"
+    for key, wanted in (
+        ("checkpoint.keep_last", run.checkpoint.keep_last),
+        ("checkpoint.async_save", run.checkpoint.async_save),
+    ):
+        if wanted and not run.checkpoint.save:
+            yield key, "checkpoint.save is false", "leave it out"
+    if run.checkpoint.async_save and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        yield (
+            "checkpoint.async_save",
+            "Megatron saves in the background by nvidia_resiliency_ext, which is not installed",
+            "pip install 'nvidia-resiliency-ext>=0.6', or choose false",
+        )
+    if run.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+        yield "logging.wandb_project", "wandb is not installed", "pip install 'megatron-attn2d[wandb]', or choose null"

@@ -194,6 +194,10 @@ class Checkpoint(Section):
     """Steps between checkpoints. None: only at the end, and on SIGTERM."""
     load: Annotated[Path | None, NO_FLAG] = None
     """Checkpoints of another run to begin from, when this one has none yet."""
+    keep_last: Positive | None = None
+    """Checkpoints to keep, the newest complete ones. None: all."""
+    async_save: Annotated[bool, NO_FLAG] = False
+    """Write checkpoints in the background; needs nvidia_resiliency_ext."""
     exit_signal_handler: bool = True
     """Save and exit on SIGTERM."""
 
@@ -206,8 +210,10 @@ class Logging(Section):
     tensorboard: Annotated[bool, NO_FLAG] = False
     """Write TensorBoard logs into the run's directory."""
     wandb_project: Name | None = None
-    """Report to Weights & Biases under this project."""
+    """Report to Weights & Biases under this project; implies tensorboard, as Megatron reports to both or neither."""
     wandb_entity: Name | None = None
+    attention_communication: Annotated[bool, Flag("log-attention-communication")] = False
+    """Report the share of a step in which a rank waits for attention's messages."""
     timing_log_level: Annotated[int, Field(ge=0, le=2)] = 0
     """Detail of Megatron's timers."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
 from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.config.schema import Data
 from megatron_attn2d.corpus.readers import library
 from megatron_attn2d.corpus.upstream import hushed
 from megatron_attn2d.data import END_OF_DOCUMENT
@@ -126,6 +127,23 @@ def yaml_section(choice: TokenizerChoice) -> dict[str, Any]:
         return {"tokenizer_type": "NullTokenizer", "vocab_size": 512, "null_tokenizer_eod_id": END_OF_DOCUMENT}
     section: dict[str, Any] = {"tokenizer_type": _TYPE[choice.kind], "tokenizer_model": choice.model}
     return section | ({"vocab_size": choice.vocab_size} if choice.vocab_size else {})
+
+
+def from_yaml_section(data: Data) -> TokenizerChoice:
+    """The tokenizer of a run, by its `data:` section.
+
+    Raises:
+        UsageError: it only knows ids: a NullTokenizer that isn't over bytes.
+    """
+    if data.tokenizer_type != "NullTokenizer":
+        kind = next(kind for kind, type_ in _TYPE.items() if type_ == data.tokenizer_type)
+        return TokenizerChoice(cast(Kind, kind), data.tokenizer_model, data.vocab_size)
+    if (data.vocab_size, data.null_tokenizer_eod_id) != (512, END_OF_DOCUMENT):
+        raise UsageError(
+            f"data.tokenizer_type = NullTokenizer of {data.vocab_size} ids: not bytes, so text can't be tokenized; "
+            "give a data set of ids"
+        )
+    return TokenizerChoice()
 
 
 def to_json(choice: TokenizerChoice) -> dict[str, Any]:

@@ -18,7 +18,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+import torch
+
+from megatron_attn2d.megatron.attention_wait import AttentionWait
 from megatron_attn2d.megatron.patching import Patch, applied
+
+_ALWAYS = ("grad_norm", "lr")  # recorded as null too: the optimizer skipped the step
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,14 @@ class Step:
     """Tokens of the global batch over the seconds that the step took, all ranks together."""
     elapsed_s: float
     """Seconds since training began, without the time before a restart that was lost."""
+    tflops: float
+    """10^12 floating-point operations a second and rank, counted by upstream's formula."""
+    memory_gib: float
+    """Of the reporting rank, in GiB: the most that tensors took on its GPU so far; on CPU its resident memory."""
+    mfu: float | None = None
+    """Model FLOP/s utilization: `tflops` over the card's peak; None where the peak isn't known."""
+    attention_wait: float | None = None
+    """Share of the step in which the reporting rank waited for attention's messages; None where nobody asked."""
 
 
 @contextmanager
@@ -79,23 +93,27 @@ class Reporter:
         self._console = console
         self._reports = args.rank == args.world_size - 1
         self._metrics = Path(args.run_dir, "metrics.jsonl") if args.run_dir else None
+        self._wait = AttentionWait() if args.log_attention_communication else None
         self._step_seconds = 0.0
         self._mean_seconds: float | None = None
         self._began = time.perf_counter()
         self._started = False
 
     def patches(self) -> tuple[Patch, ...]:
-        """The three functions of upstream's loop that are followed; none is changed."""
+        """The three functions of upstream's loop that are followed, and attention's messages; none is changed."""
         reason = "each step is reported as it ends"
         return (
             Patch("megatron.training.training:train_step", self._timed, reason),
             Patch("megatron.training.training:training_log", self._followed, reason),
             Patch("megatron.training.training:save_checkpoint_and_time", self._announced, reason),
+            *([self._wait.patch()] if self._wait else []),
         )
 
     def _timed(self, train_step: Any) -> Any:
         @functools.wraps(train_step)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._wait:
+                self._wait.take()
             begin = time.perf_counter()
             result = train_step(*args, **kwargs)
             self._step_seconds = time.perf_counter() - begin
@@ -147,21 +165,29 @@ class Reporter:
 
     def _report(self, iteration: int, loss: float, grad_norm: float | None, lr: float | None) -> None:
         from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+        from megatron.training.training import num_floating_point_operations
 
         if not self._started:
             self._start(iteration)
-        tokens = get_current_running_global_batch_size() * self._args.seq_length
+        args, seconds, samples = self._args, self._step_seconds, get_current_running_global_batch_size()
+        tflops = num_floating_point_operations(args, samples) / seconds / args.world_size / 1e12
         step = Step(
             step=iteration,
             loss=loss,
             grad_norm=None if grad_norm is None else float(grad_norm),
             lr=None if lr is None else float(lr),
-            tokens_per_s=tokens / self._step_seconds,
+            tokens_per_s=samples * args.seq_length / seconds,
             elapsed_s=time.perf_counter() - self._began,
+            tflops=tflops,
+            memory_gib=_memory_bytes() / 2**30,
+            mfu=tflops / args.peak_tflops if args.peak_tflops else None,
+            attention_wait=self._wait.take() / seconds if self._wait else None,
         )
         if self._metrics is not None:
+            recorded = {name: value for name, value in asdict(step).items() if value is not None or name in _ALWAYS}
             with self._metrics.open("a") as metrics:
-                metrics.write(json.dumps(asdict(step)) + "\n")
+                metrics.write(json.dumps(recorded) + "\n")
+        _to_trackers(step, args.world_size)
         self._print(self._line(step))
 
     def _start(self, iteration: int) -> None:
@@ -187,13 +213,49 @@ class Reporter:
         left = timedelta(seconds=round(self._mean_seconds * (total - step.step)))
         norm = "skipped" if step.grad_norm is None else f"{step.grad_norm:.3f}"
         lr = "" if step.lr is None else f"  lr {step.lr:.2e}"
-        return (
-            f"step {step.step:{len(str(total))}d}/{total}  loss {step.loss:.4f}  grad norm {norm}{lr}"
-            f"  {step.tokens_per_s:,.0f} tokens/s  ETA {left}"
-        )
+        unit, ranks = "GPU" if torch.cuda.is_available() else "rank", self._args.world_size
+        fields = [
+            f"step {step.step:{len(str(total))}d}/{total}",
+            f"loss {step.loss:.4f}",
+            f"grad norm {norm}{lr}",
+            f"{step.tokens_per_s:,.0f} tokens/s" + (f" ({step.tokens_per_s / ranks:,.0f} a {unit})" * (ranks > 1)),
+            f"{step.tflops:.3g} TFLOP/s a {unit}",
+            None if step.mfu is None else f"MFU {step.mfu:.1%}",
+            f"{step.memory_gib:.2f} GiB",
+            None if step.attention_wait is None else f"attention waits {step.attention_wait:.1%}",
+            f"ETA {left}",
+        ]
+        return "  ".join(field for field in fields if field)
 
     def _print(self, line: str) -> None:
         print(line, file=self._console, flush=True)
+
+
+def _memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)
+
+
+def _to_trackers(step: Step, ranks: int) -> None:
+    """Adds what upstream doesn't log to its TensorBoard and Weights & Biases writers, which this same rank has."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    values = {
+        "tokens-per-second": step.tokens_per_s,
+        "tokens-per-second-per-gpu": step.tokens_per_s / ranks,
+        "tflops-per-gpu": step.tflops,
+        "mfu": step.mfu,
+        "memory-gib": step.memory_gib,
+        "attention-wait": step.attention_wait,
+    }
+    values = {name: value for name, value in values.items() if value is not None}
+    if writer:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step.step)
+    if wandb:
+        wandb.log(values, step.step)
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -1,0 +1,97 @@
+"""Which checkpoints in a run's directory are complete, which one a run continues from, and which are kept.
+
+Megatron writes CHECKPOINTS/iter_0000100/ and then that number into a tracker file. A process that is killed may leave
+a folder half-written or the tracker empty: what counts here is `metadata.json`, the last file of a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_LAST_WRITTEN = "metadata.json"
+_DELETED = ".deleted-"
+
+
+def folder(directory: Path, step: int) -> Path:
+    """Where Megatron keeps the checkpoint of `step`."""
+    return directory / f"iter_{step:07d}"
+
+
+def complete(directory: Path) -> list[int]:
+    """The steps of the complete checkpoints, ascending."""
+    steps = {_step(path): path for path in directory.glob("iter_*")}
+    return sorted(step for step, path in steps.items() if step is not None and _is_complete(path))
+
+
+def _step(path: Path) -> int | None:
+    number = path.name.removeprefix("iter_")
+    return int(number) if number.isdecimal() else None
+
+
+def _is_complete(path: Path) -> bool:
+    legacy = any(path.glob("mp_rank_*"))  # --ckpt-format torch: nothing tells whether it is whole
+    return legacy or ((path / _LAST_WRITTEN).is_file() and (path / ".metadata").is_file())
+
+
+def last_complete(directory: Path) -> int | None:
+    """The step to continue from: the tracker's, or where that isn't complete the newest that is; None: from scratch."""
+    steps = complete(directory)
+    tracked = _tracked(directory)
+    return tracked if tracked in steps else max(steps, default=None)
+
+
+def _tracked(directory: Path) -> int | None:
+    try:
+        return int((directory / TRACKER).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def repair_tracker(directory: Path) -> None:
+    """Makes the tracker name `last_complete`, or removes it where there is none; Megatron reads nothing else."""
+    step = last_complete(directory)
+    if step == _tracked(directory):
+        return
+    if step is None:
+        (directory / TRACKER).unlink(missing_ok=True)
+        return
+    with tempfile.NamedTemporaryFile("w", dir=directory, prefix=f".{TRACKER}-", delete=False) as scratch:
+        scratch.write(str(step))
+    os.replace(scratch.name, directory / TRACKER)
+
+
+def begin_save(directory: Path, step: int) -> None:
+    """To be called before `step` is saved: one that is overwritten is no longer complete."""
+    (folder(directory, step) / _LAST_WRITTEN).unlink(missing_ok=True)
+
+
+def prune(directory: Path, keep: int) -> threading.Thread:
+    """Deletes all but the last `keep` complete checkpoints, and what is half-written and older.
+
+    The tracker's checkpoint stays, and all that are newer: one of them may be being written. Nothing is deleted while
+    the tracker names no complete checkpoint.
+
+    Returns:
+        The thread that deletes: what it deletes has no longer the name of a checkpoint when this function returns.
+    """
+    assert keep >= 1
+    tracked, steps = _tracked(directory), complete(directory)
+    if tracked in steps:
+        kept = set([step for step in steps if step <= tracked][-keep:])
+        for path in directory.glob("iter_*"):
+            step = _step(path)
+            if step is not None and step < tracked and step not in kept and not path.is_symlink():
+                path.rename(directory / f"{_DELETED}{path.name}")
+    thread = threading.Thread(target=_delete, args=(list(directory.glob(f"{_DELETED}*")),))
+    thread.start()
+    return thread
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)

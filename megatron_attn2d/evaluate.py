@@ -1,0 +1,164 @@
+"""`megatron-attn2d eval`: loss and perplexity of a run's checkpoint by position, at a context of one's choice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_attn2d import checkpoints, environment
+from megatron_attn2d.config import ConfigError, RunConfig, load_run, megatron_arguments
+from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.config.loading import read_run
+from megatron_attn2d.config.run import build_run
+
+_FORWARD_ONLY = (
+    "training.micro_batch_size=1",
+    "training.global_batch_size=1",
+    "training.eval_iters=0",
+    "training.recompute_granularity=null",
+    "training.recompute_method=null",
+    "training.recompute_num_layers=null",
+    "parallelism.data=1",
+    "environment.nodes=null",
+    "environment.gpus_per_node=null",
+    "optimizer.use_distributed_optimizer=false",
+    "optimizer.overlap_grad_reduce=false",
+    "optimizer.overlap_param_gather=false",
+    "checkpoint.save=false",
+    "checkpoint.save_interval=null",
+    "checkpoint.keep_last=null",
+    "checkpoint.async_save=false",
+    "logging.tensorboard=false",
+    "logging.wandb_project=null",
+    "logging.attention_communication=false",
+    "data.mock=false",
+    "data.split=1,0,0",
+)
+"""What of a run's configuration is about training, replaced."""
+
+
+def add(commands: Any) -> list[argparse.ArgumentParser]:
+    """Adds `eval` to the command line's `commands`; returns its parser."""
+    parser = commands.add_parser("eval", help="loss by position at a long context", description=_evaluate.__doc__)
+    parser.add_argument("run", metavar="RUN_DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the run's config.yaml")
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="a data set, or a text, JSONL or Parquet file")
+    parser.add_argument("--context", required=True, type=int, metavar="N", help="tokens of a window")
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="windows at most (default: 16)")
+    parser.add_argument("--buckets", type=int, default=8, metavar="N", help="each twice as long as the one before it")
+    parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the last complete one)")
+    parser.add_argument("-o", "--output", metavar="JSON", help="default: RUN_DIR/eval-CONTEXT.json")
+    parser.set_defaults(command=_evaluate)
+    return [parser]
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    """Evaluate a run's checkpoint forward only, by position; context_parallel.* of the run may be overridden."""
+    world_size = environment.launched_world_size()
+    run = configuration(Path(args.run), args.context, args.overrides, world_size)
+    step = _checkpoint(Path(args.run), args.step)
+    output = args.output or str(Path(args.run) / f"eval-{args.context}.json")
+    environment.apply_variables(run.environment.device, run.environment.variables)
+    arguments = [
+        *megatron_arguments(run),
+        *("--skip-train", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"),
+        *("--ckpt-step", str(step)),
+    ]
+    with ExitStack() as stack:
+        prefix = args.data
+        if Path(prefix).is_file():
+            if world_size:
+                raise UsageError(f"{prefix}: under a launcher give a data set, made by megatron-attn2d data build")
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=args.run, prefix=".eval-"))
+            prefix = _built(Path(prefix), Path(folder) / "data", run)
+        samples = _samples(Path(prefix), args.context, args.samples)
+        from megatron_attn2d import launch
+        from megatron_attn2d.megatron import evaluation
+
+        request = evaluation.Request(prefix, samples, bucket_edges(args.context, args.buckets), output, step)
+        if world_size:
+            environment.adopt_slurm()
+            evaluation.main(request, arguments)
+            return 0
+        environment.check_devices(run.environment.device, run.world_size)
+        target = partial(evaluation.main, request)
+        return launch.run_local(run.world_size, target, arguments, device=run.environment.device)
+
+
+def configuration(run_dir: Path, context: int, overrides: list[str], world_size: int | None = None) -> RunConfig:
+    """The run in `run_dir` without what is about training, at another context.
+
+    Raises:
+        ConfigError: there is none, or the model has no positions beyond those that it was trained with.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give the directory of a run")
+    trained = build_run(read_run(path))
+    positions = trained.model.max_position_embeddings or trained.training.seq_length
+    if context < 1:
+        raise UsageError(f"--context {context}: choose 1 or more")
+    if trained.model.position_embedding_type == "learned_absolute":
+        if context > positions:
+            raise ConfigError(
+                "model.position_embedding_type",
+                "learned_absolute",
+                f"the run has learned {positions} positions, --context is {context}",
+                f"choose --context {positions} or less",
+            )
+    else:
+        positions = max(positions, context)
+    return load_run(
+        path,
+        [
+            *_FORWARD_ONLY,
+            f"training.seq_length={context}",
+            f"model.max_position_embeddings={positions}",
+            f"run.dir={json.dumps(str(run_dir))}",
+            *overrides,
+        ],
+        world_size=world_size,
+    )
+
+
+def _checkpoint(run_dir: Path, step: int | None) -> int:
+    directory = run_dir / "checkpoints"
+    there = checkpoints.complete(directory)
+    chosen = checkpoints.last_complete(directory) if step is None else step
+    if chosen is None or chosen not in there:
+        what = "no complete checkpoint" if step is None else f"no complete checkpoint of step {step}"
+        raise UsageError(f"{directory}: {what}; there are {', '.join(map(str, there)) or 'none'}")
+    return chosen
+
+
+def _built(file: Path, prefix: Path, run: RunConfig) -> str:
+    """`file` as a data set of the run's tokenizer."""
+    from megatron_attn2d.corpus.build import build
+    from megatron_attn2d.corpus.tokenizers import from_yaml_section
+
+    build([file], prefix, from_yaml_section(run.data))
+    return str(prefix)
+
+
+def _samples(prefix: Path, context: int, most: int) -> int:
+    """How many windows there are, up to `most`."""
+    from megatron_attn2d.corpus.inspect import open_indexed
+
+    if most < 1:
+        raise UsageError(f"--samples {most}: choose 1 or more")
+    tokens = int(open_indexed(prefix).sequence_lengths.sum())
+    if tokens <= context:
+        raise UsageError(f"{prefix}: {tokens:,} tokens, a window of --context {context:,} needs one more than that")
+    return min(most, (tokens - 1) // context)
+
+
+def bucket_edges(context: int, buckets: int) -> tuple[int, ...]:
+    """0, ..., context / 4, context / 2, context: buckets that double, as far as whole tokens allow."""
+    if buckets < 1:
+        raise UsageError(f"--buckets {buckets}: choose 1 or more")
+    return tuple(sorted({0} | {context >> i for i in range(buckets)}))
