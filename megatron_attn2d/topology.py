@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_attn2d.attention.layout import place_ranks
 from megatron_attn2d.config.schema import RunConfig
 
 _SHOWN = 4
@@ -56,10 +57,11 @@ def _grid(run: RunConfig, cells: list[str]) -> Iterator[str]:
         yield "    " + "  ".join(cells)
         return
     heads, rows, columns = run.grid
+    ranks = place_ranks(rows, columns, *run.tile)
     cells = ["+".join(cells[place : place + heads]) for place in range(0, len(cells), heads)]
     width = max(len(f"column {columns - 1}"), *map(len, cells))
     yield " " * 12 + "  ".join(f"column {column}".rjust(width) for column in range(columns))
     for row in range(rows):
         yield f"    row {row}".ljust(12) + "  ".join(
-            cells[column * rows + row].rjust(width) for column in range(columns)
+            cells[ranks[row][column]].rjust(width) for column in range(columns)
         )

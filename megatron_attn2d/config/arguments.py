@@ -100,8 +100,11 @@ def _attention(run: RunConfig) -> list[str]:
     arguments += _flag("cp-comm-type", CP_COMM_TYPES[context.mode])
     if context.mode == "attention2d" and context.size > 1:
         # Upstream's groups of the last size but one are the columns, those of the last, more strided, the rows.
-        heads, rows, columns = run.grid
-        arguments += _flag("hierarchical-context-parallel-sizes", *([heads] if heads > 1 else []), rows, columns)
+        (heads, rows, columns), (tile_rows, tile_columns) = run.grid, run.tile
+        sizes = [rows, columns]
+        if (tile_rows, tile_columns) != (rows, 1):
+            sizes = [tile_rows, tile_columns, rows // tile_rows, columns // tile_columns]
+        arguments += _flag("hierarchical-context-parallel-sizes", *([heads] if heads > 1 else []), *sizes)
     return arguments
 
 

@@ -110,6 +110,16 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
                 f"{prod(context.grid)} ranks, but context_parallel.size is {context.size}",
                 f"choose auto or one of {grids}",
             )
+    if context.tile is not None:
+        (_, rows, columns), (tile_rows, tile_columns) = run.grid, run.tile
+        if context.mode != "attention2d":
+            yield "context_parallel.tile", f"context_parallel.mode = {context.mode} has no grid", "choose null"
+        if rows % tile_rows or columns % tile_columns:
+            yield (
+                "context_parallel.tile",
+                f"does not fill the grid of {rows} rows x {columns} columns",
+                f"rows: one of {_divisors(rows)}; columns: one of {_divisors(columns)}",
+            )
     transformer_engine = importlib.util.find_spec("transformer_engine") is not None and run.environment.device == "cuda"
     spread = {"ulysses": ("context_parallel.size", context.size), "attention2d": ("context_parallel.grid", run.grid[0])}
     if context.mode in spread:

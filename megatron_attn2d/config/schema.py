@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from megatron_attn2d.planner import best_grid
+from megatron_attn2d.planner.run import chosen_grid
 
 
 class Flag(NamedTuple):
@@ -111,6 +111,9 @@ class ContextParallel(Section):
     grid: Annotated[Literal["auto"] | Annotated[list[Ranks], Field(min_length=2, max_length=3)], NO_FLAG] = "auto"
     """[R, C] for attention2d: a row of C ranks gathers queries, a column of R keys and values; or [U, R, C], where
     the heads are spread over U ranks first. auto: see planner."""
+    tile: Annotated[Annotated[list[Ranks], Field(min_length=2, max_length=2)] | None, NO_FLAG] = None
+    """Rows and columns of the block of the grid that consecutive ranks fill, such as those of a node. None: whole
+    columns, [R, 1], or with `grid: auto` the planner's choice."""
 
 
 class Data(Section):
@@ -309,11 +312,12 @@ class RunConfig(Section):
     @property
     def grid(self) -> tuple[int, int, int]:
         """U, R and C of attention2d's process grid: ranks over heads, rows and columns."""
-        chosen = self.context_parallel.grid
-        if chosen == "auto":
-            return 1, *best_grid(self.context_parallel.size, self.model.queries_per_kv_head)
-        heads, rows, columns = chosen if len(chosen) == 3 else (1, *chosen)
-        return heads, rows, columns
+        return chosen_grid(self)[0]
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of the block of the grid that consecutive ranks fill."""
+        return chosen_grid(self)[1]
 
     @property
     def directory(self) -> str:

@@ -1,7 +1,8 @@
 """The attention module that Megatron-Core builds in each layer, in place of its DotProductAttention.
 
     cp_comm_type        what it runs
-    attention2d         ATTENTION2D on the grid of the hierarchical context-parallel groups: [R, C] or [U, R, C]
+    attention2d         ATTENTION2D on the grid of the hierarchical context-parallel sizes: [R, C] or [U, R, C];
+                        [r, c, R/r, C/c] or [U, r, c, R/r, C/c] fill it tile by tile of r x c
     p2p                 ring attention
     all_gather          ATTENTION2D with one column: all keys and values are gathered
     a2a                 ATTENTION2D with the head axis alone: Ulysses
@@ -18,6 +19,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
+from functools import lru_cache
+
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
@@ -108,14 +112,28 @@ class ContextParallelAttention(MegatronModule):
 
 def _hierarchical_grid(groups: ProcessGroupCollection) -> Grid:
     levels = groups.hcp or []
-    if len(levels) not in (2, 3):
+    if len(levels) not in (2, 3, 4, 5):
         raise ValueError(
             "cp_comm_type attention2d needs its grid: pass --hierarchical-context-parallel-sizes R C or U R C "
             f"(context_parallel.grid), whose product is {groups.cp.size()}, the context-parallel size"
         )
+    if len(levels) > 3:
+        return _tiled_grid(groups.cp, tuple(level.size() for level in levels))
     # Sizes [R, C] make a contiguous group of R, a column of the grid, and a strided group of C, a row.
     kv_group, q_group = levels[-2:]
     return Grid.from_groups(kv_group=kv_group, q_group=q_group, head_group=levels[0] if len(levels) == 3 else None)
+
+
+@lru_cache(maxsize=8)  # one grid for all layers: each makes communicators
+def _tiled_grid(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> Grid:
+    heads, tile_rows, tile_cols, tiles_down, tiles_across = sizes if len(sizes) == 5 else (1, *sizes)
+    return Grid.from_group(
+        group,
+        rows=tile_rows * tiles_down,
+        cols=tile_cols * tiles_across,
+        heads=heads,
+        tile=(tile_rows, tile_cols),
+    )
 
 
 def _refuse_unsupported(config: TransformerConfig, layer_number: int, attention_type: str, dropout: float) -> None:

@@ -60,6 +60,9 @@ def errors(rank: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None
         (4, 4, "attention2d", [2, 2, 1]),
         (8, 8, "attention2d", [2, 2, 2]),
         (8, 8, "attention2d", [4, 1, 2]),
+        (8, 8, "attention2d", [2, 2, 2, 1]),
+        (4, 4, "attention2d", [1, 2, 2, 1]),
+        (8, 8, "attention2d", [2, 1, 2, 2, 1]),
     ],
 )
 def test_against_dense(pool: RankPool, ranks: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None) -> None:
@@ -93,7 +96,7 @@ REFUSALS = [
     ),
     (None, None, {}, {}, "cp_comm_type None"),
     ("attention2d", None, {}, {}, "needs its grid: pass --hierarchical-context-parallel-sizes R C"),
-    ("attention2d", [2, 1, 1, 1], {}, {}, "needs its grid"),
+    ("attention2d", [2, 1, 1, 1, 1, 1], {}, {}, "needs its grid"),
     (
         "a2a",
         None,

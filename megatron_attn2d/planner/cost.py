@@ -1,0 +1,232 @@
+"""How long a layer's attention takes on a cluster, and how much memory, for every mode, grid and placement.
+
+A phase of messages takes as long as its busiest link: the cards of a node together, those that one rank can use, or a
+rank's links within the node, in the busier direction; each message that the busiest rank receives adds a latency.
+Kernels run at the given
+rates. Then, with m the time of the messages around a tile and c that of its kernels,
+
+    attention2d in G groups of heads     (m + c) / G + (G - 1) / G max(m, c)     the first gather and last return show
+    ring of P ranks                      c / P + (P - 1) max(m / (P - 1), c / P) each step hides the next one's messages
+
+and the exchange over heads, before and after, hides behind nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_attn2d.attention.layout import place_ranks
+from megatron_attn2d.planner.traffic import (
+    Phase,
+    Traffic,
+    Workload,
+    attention2d_traffic,
+    received_by_nodes,
+    ring_traffic,
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a context-parallel rank has; rates in one direction.
+
+    Attributes:
+        ranks_per_node: context-parallel ranks on a node: its GPUs over the tensor-parallel size.
+        intra_bytes_per_s: of one rank's links within its node.
+        nic_bytes_per_s: of the cards of a node, over its ranks.
+        rank_nic_bytes_per_s: what one rank alone gets of the cards: its own, or all of those that the node shares.
+        intra_latency_s, nic_latency_s: what a message costs besides its bytes.
+        forward_flops, backward_flops: of the attention kernel, FLOP/s.
+    """
+
+    ranks_per_node: int
+    intra_bytes_per_s: float
+    nic_bytes_per_s: float
+    rank_nic_bytes_per_s: float
+    intra_latency_s: float
+    nic_latency_s: float
+    forward_flops: float
+    backward_flops: float
+
+
+class Candidate(NamedTuple):
+    """A way to run context parallelism. `axes` are U, R, C; None for the ring."""
+
+    mode: str
+    axes: tuple[int, int, int] | None
+    tile: tuple[int, int] | None
+
+    @property
+    def label(self) -> str:
+        """As people write it: 'attention2d 2x4x4, tile 4x2'."""
+        if self.axes is None:
+            return self.mode
+        u, r, c = self.axes
+        shape = f"{r}x{c}" if u == 1 else f"{u}x{r}x{c}"
+        tiled = "" if self.tile in (None, (r, 1)) else f", tile {self.tile[0]}x{self.tile[1]}"  # type: ignore[index]
+        return self.mode if self.mode in ("all_gather", "ulysses") else f"{self.mode} {shape}{tiled}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a layer's attention costs on the slowest rank.
+
+    Attributes:
+        head_groups: the number of head groups that the time assumes.
+        forward_s, backward_s: seconds.
+        messages_s: seconds of its messages alone, both passes.
+        kernels_s: seconds of its kernels alone, both passes.
+        intra_bytes, nic_bytes: received a rank within a node and from other nodes, mean over the ranks, both passes.
+        transient_bytes: gathered buffers and partial results at their peak.
+    """
+
+    candidate: Candidate
+    head_groups: int
+    forward_s: float
+    backward_s: float
+    messages_s: float
+    kernels_s: float
+    intra_bytes: float
+    nic_bytes: float
+    transient_bytes: float
+
+    @property
+    def total_s(self) -> float:
+        """Forward and backward."""
+        return self.forward_s + self.backward_s
+
+
+def predict(candidate: Candidate, ranks: int, work: Workload, cluster: Cluster) -> Prediction:
+    """Predict one candidate with its best number of head groups."""
+    traffic = (
+        ring_traffic(ranks, work)
+        if candidate.axes is None
+        else attention2d_traffic(candidate.axes, work, tile=candidate.tile)
+    )
+    flops = 4 * work.seq**2 * work.batch * work.heads * work.head_dim / ranks / (2 if work.causal else 1)
+    kernels = flops / cluster.forward_flops, 2.5 * flops / cluster.backward_flops
+    nic = sum(received_by_nodes([*traffic.forward, *traffic.backward], ranks, cluster.ranks_per_node)) / ranks
+    received = sum(sum(phase.sent.values()) for phase in (*traffic.forward, *traffic.backward)) / ranks
+    if candidate.axes is None:
+        groups = 1
+        forward, backward = (
+            _ring_seconds(side, ranks, c, cluster)
+            for side, c in zip((traffic.forward, traffic.backward), kernels, strict=True)
+        )
+    else:
+        kv_heads = max(1, work.kv_heads // candidate.axes[0])
+        groups, forward, backward = min(
+            ((g, *_grouped_seconds(traffic, kernels, g, cluster)) for g in (1, 2, 4, 8) if kv_heads % g == 0),
+            key=lambda timed: timed[1] + timed[2],
+        )
+    messages = sum(phase_seconds(phase, cluster) for phase in (*traffic.forward, *traffic.backward))
+    return Prediction(
+        candidate,
+        groups,
+        forward,
+        backward,
+        messages,
+        sum(kernels),
+        received - nic,
+        nic,
+        transient_bytes(candidate, ranks, work, groups),
+    )
+
+
+def candidates(ranks: int, heads: int, kv_heads: int, ranks_per_node: int) -> Iterator[Candidate]:
+    """The ring, the gather of all keys, Ulysses, and attention2d on every U x R x C with every tile of a node."""
+    yield Candidate("ring", None, None)
+    yield Candidate("all_gather", (1, ranks, 1), None)
+    for u in _divisors(ranks):
+        if heads % u or (kv_heads % u and u % kv_heads):
+            continue
+        if u == ranks:
+            yield Candidate("ulysses", (u, 1, 1), None)
+            continue
+        for rows in _divisors(ranks // u):
+            cols = ranks // u // rows
+            for tile in _tiles(rows, cols, max(1, ranks_per_node // u)):
+                yield Candidate("attention2d", (u, rows, cols), tile)
+
+
+def plan(ranks: int, work: Workload, cluster: Cluster) -> list[Prediction]:
+    """Predictions of all candidates, the fastest first; of equally fast ones, that with less memory."""
+    found = [
+        predict(candidate, ranks, work, cluster)
+        for candidate in candidates(ranks, work.heads, work.kv_heads, cluster.ranks_per_node)
+    ]
+    return sorted(found, key=lambda p: (p.total_s, p.transient_bytes))
+
+
+def phase_seconds(phase: Phase, cluster: Cluster) -> float:
+    """Seconds of messages that fly at once."""
+    busiest: dict[tuple[str, int], float] = {}
+
+    def load(link: str, owner: int, sent: float) -> None:
+        busiest[link, owner] = busiest.get((link, owner), 0.0) + sent
+
+    for (sender, receiver), sent in phase.sent.items():
+        source, target = sender // cluster.ranks_per_node, receiver // cluster.ranks_per_node
+        if source == target:
+            load("out of a rank, within", sender, sent)
+            load("into a rank, within", receiver, sent)
+            continue
+        load("out of a node", source, sent)
+        load("into a node", target, sent)
+        load("out of a rank", sender, sent)
+        load("into a rank", receiver, sent)
+    node_rate = cluster.nic_bytes_per_s * cluster.ranks_per_node
+    rates = {"node": node_rate, "rank": cluster.rank_nic_bytes_per_s, "within": cluster.intra_bytes_per_s}
+    seconds = max((sent / rates[link.split()[-1]] for (link, _), sent in busiest.items()), default=0.0)
+    between = any(link.endswith("node") for link, _ in busiest)
+    return seconds + phase.messages * (cluster.nic_latency_s if between else cluster.intra_latency_s)
+
+
+def transient_bytes(candidate: Candidate, ranks: int, work: Workload, groups: int) -> float:
+    """Gathered tensors and partial results of the backward pass, where they are largest, in bytes.
+
+    Ring: two sets of K, V and their gradients. attention2d on U x R x C: Q, dO and dQ of a row, K, V, dK, dV of a
+    column, one head group computed and the next gathered.
+    """
+    u = work.shard_bytes(ranks)
+    kv = u * work.kv_heads / work.heads
+    if candidate.axes is None:
+        return 8 * kv
+    _, rows, cols = candidate.axes
+    in_flight = 1 if groups == 1 else 2
+    return (3 * cols * u + 4 * rows * kv) * in_flight / groups
+
+
+def _grouped_seconds(
+    traffic: Traffic, kernels: tuple[float, float], groups: int, cluster: Cluster
+) -> tuple[float, float]:
+    seconds = []
+    for side, compute in zip((traffic.forward, traffic.backward), kernels, strict=True):
+        spread = sum(phase_seconds(p, cluster) for p in side if "over heads" in p.name)
+        inner = [p for p in side if "over heads" not in p.name]
+        # Groups share the bytes, but each sends all the messages.
+        latency = sum(p.messages for p in inner) * cluster.nic_latency_s * (groups - 1)
+        messages = sum(phase_seconds(p, cluster) for p in inner) + latency
+        seconds.append(spread + (messages + compute) / groups + (groups - 1) / groups * max(messages, compute))
+    return seconds[0], seconds[1]
+
+
+def _ring_seconds(side: Sequence[Phase], ranks: int, compute: float, cluster: Cluster) -> float:
+    step = compute / ranks
+    return step + sum(max(phase_seconds(phase, cluster), step) for phase in side)
+
+
+def _tiles(rows: int, cols: int, places: int) -> list[tuple[int, int]]:
+    """Tiles of at most `places` places, none contained in another; whole columns first."""
+    fitting = [(r, c) for r in _divisors(rows) for c in _divisors(cols) if r * c <= places]
+    largest = [t for t in fitting if not any(t != o and t[0] <= o[0] and t[1] <= o[1] for o in fitting)]
+    orders = {}
+    for tile in sorted({(rows, 1), *largest}, key=lambda tile: (tile != (rows, 1), tile)):
+        orders.setdefault(place_ranks(rows, cols, *tile), tile)  # several tiles may be one order of the ranks
+    return list(orders.values())
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,87 @@
+"""The planner's view of a run: what each context-parallel rank works on, what it works with, and the grid to take."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from megatron_attn2d.planner import best_grid
+from megatron_attn2d.planner.cost import Cluster, Prediction, plan
+from megatron_attn2d.planner.traffic import Workload
+
+if TYPE_CHECKING:
+    from megatron_attn2d.config.schema import RunConfig
+
+type Shape = tuple[tuple[int, int, int], tuple[int, int]]
+"""U, R, C of a grid and the rows and columns of its tile."""
+
+_RATES = (
+    "attention_forward_tflops",
+    "attention_backward_tflops",
+    "intra_node_gb_per_s",
+    "intra_node_latency_us",
+    "nic_gb_per_s",
+    "nic_latency_us",
+)
+
+
+def workload(run: RunConfig) -> Workload:
+    """One layer's attention on one tensor-parallel rank."""
+    model, tensor = run.model, run.parallelism.tensor
+    return Workload(
+        seq=run.training.seq_length,
+        heads=max(1, model.num_attention_heads // tensor),
+        kv_heads=max(1, (model.num_query_groups or model.num_attention_heads) // tensor),
+        head_dim=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        batch=run.training.micro_batch_size,
+        element_bytes=4 if run.training.precision == "fp32" else 2,
+    )
+
+
+def missing_rates(run: RunConfig) -> list[str]:
+    """Keys that a prediction needs and the YAML leaves out."""
+    missing = [f"cluster.{name}" for name in _RATES if getattr(run.cluster, name) is None]
+    return missing + (["environment.gpus_per_node"] if run.environment.gpus_per_node is None else [])
+
+
+def cluster(run: RunConfig) -> Cluster:
+    """What a context-parallel rank has, by the YAML's cluster section; `missing_rates` must be empty."""
+    rates = {name: getattr(run.cluster, name) for name in _RATES}
+    nic = rates["nic_gb_per_s"] * 1e9
+    return Cluster(
+        ranks_per_node=max(1, (run.environment.gpus_per_node or 1) // run.parallelism.tensor),
+        intra_bytes_per_s=rates["intra_node_gb_per_s"] * 1e9,
+        nic_bytes_per_s=nic,
+        rank_nic_bytes_per_s=nic,
+        intra_latency_s=rates["intra_node_latency_us"] * 1e-6,
+        nic_latency_s=rates["nic_latency_us"] * 1e-6,
+        forward_flops=rates["attention_forward_tflops"] * 1e12,
+        backward_flops=rates["attention_backward_tflops"] * 1e12,
+    )
+
+
+@lru_cache(maxsize=64)
+def predictions(ranks: int, work: Workload, machines: Cluster) -> tuple[Prediction, ...]:
+    """`cost.plan`, computed once."""
+    return tuple(plan(ranks, work, machines))
+
+
+def chosen_grid(run: RunConfig) -> Shape:
+    """The grid of a run: as written, or for `auto` the planner's choice.
+
+    Where the YAML does not describe the cluster, the choice is the R x C with the fewest bytes (`best_grid`).
+    """
+    context = run.context_parallel
+    if context.grid != "auto":
+        heads, rows, cols = context.grid if len(context.grid) == 3 else (1, *context.grid)
+    elif context.mode != "attention2d" or context.size == 1 or missing_rates(run):
+        heads, (rows, cols) = 1, best_grid(context.size, run.model.queries_per_kv_head)
+    else:
+        found = predictions(context.size, workload(run), cluster(run))
+        best = next(p.candidate for p in found if p.candidate.axes is not None)
+        assert best.axes is not None
+        heads, rows, cols = best.axes
+        if context.tile is None:
+            return best.axes, best.tile or (rows, 1)
+    tile = (context.tile[0], context.tile[1]) if context.tile else (rows, 1)
+    return (heads, rows, cols), tile

@@ -1,0 +1,104 @@
+"""The cost model at its limits, where the answer is known, and what the command prints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_attn2d.cli import main
+from megatron_attn2d.config import load_run
+from megatron_attn2d.planner.cost import Candidate, Cluster, candidates, plan, predict
+from megatron_attn2d.planner.report import verdict
+from megatron_attn2d.planner.traffic import Workload
+
+NODES = Cluster(8, 360e9, 45e9, 45e9, 5e-6, 12e-6, 620e12, 550e12)
+MHA = Workload(seq=32768, heads=40, kv_heads=40, head_dim=128)
+RING = Candidate("ring", None, None)
+
+
+def best(ranks: int, work: Workload, cluster: Cluster = NODES) -> Candidate:
+    return plan(ranks, work, cluster)[0].candidate
+
+
+def test_an_infinitely_fast_network_leaves_the_kernels() -> None:
+    free = replace(NODES, intra_bytes_per_s=1e30, nic_bytes_per_s=1e30, rank_nic_bytes_per_s=1e30)
+    free = replace(free, intra_latency_s=0.0, nic_latency_s=0.0)
+    for prediction in plan(16, MHA, free):
+        assert prediction.total_s == pytest.approx(prediction.kernels_s)
+
+
+def test_an_infinitely_fast_kernel_leaves_the_messages() -> None:
+    """A ring's speed over attention2d is then the ratio of their bytes through the busiest card."""
+    fast = replace(NODES, ranks_per_node=1, forward_flops=1e30, backward_flops=1e30, nic_latency_s=0.0)
+    ring = predict(RING, 64, MHA, fast)
+    grid = predict(Candidate("attention2d", (1, 8, 8), (8, 1)), 64, MHA, fast)
+    assert ring.total_s == pytest.approx(6 * 63 * MHA.shard_bytes(64) / 45e9)
+    assert ring.total_s / grid.total_s == pytest.approx(378 / 77, rel=0.02)
+
+
+def test_long_sequences_a_rank_hide_a_rings_messages() -> None:
+    long = replace(MHA, seq=2**22)
+    one_node = plan(8, long, NODES)
+    assert "Take the ring" in verdict(one_node)
+
+
+def test_few_key_heads_make_gathering_them_the_best() -> None:
+    one_head = Workload(seq=65536, heads=16, kv_heads=1, head_dim=128)
+    narrow = replace(NODES, ranks_per_node=1)
+    found = {
+        p.candidate.label: p.total_s
+        for p in plan(16, one_head, narrow)
+        if p.candidate.axes and p.candidate.axes[0] == 1
+    }
+    assert min(found, key=lambda label: found[label]) in ("all_gather", "attention2d 16x1", "attention2d 8x2")
+
+
+def test_small_messages_over_slow_links_want_the_grid() -> None:
+    choice = best(64, MHA)
+    assert choice.mode == "attention2d"
+    assert "Take attention2d" in verdict(plan(64, MHA, NODES))
+
+
+def test_candidates_hold_every_mode_once() -> None:
+    found = list(candidates(8, 8, 4, 4))
+    assert len(found) == len(set(found))
+    assert {c.mode for c in found} == {"ring", "all_gather", "ulysses", "attention2d"}
+    assert {c.axes for c in found if c.axes} == {
+        (u, r, 8 // u // r) for u in (1, 2, 4, 8) for r in (1, 2, 4, 8) if 8 % (u * r) == 0
+    }
+
+
+def test_heads_that_dont_divide_are_no_candidates() -> None:
+    assert {c.axes[0] for c in candidates(8, 6, 6, 8) if c.axes} == {1, 2}
+
+
+def test_a_tile_of_rows_wins_where_keys_are_cheap() -> None:
+    """16 x 4 on 8-GPU nodes with 8 query heads a key head: rows within a node beat columns within it."""
+    work = Workload(seq=65536, heads=8, kv_heads=1, head_dim=128)
+    columns, rows = (predict(Candidate("attention2d", (1, 16, 4), tile), 64, work, NODES) for tile in ((16, 1), (2, 4)))
+    assert rows.nic_bytes < 0.6 * columns.nic_bytes
+    assert rows.total_s < columns.total_s
+
+
+RUN = "configs/runs/gpt3_175b_32k.yaml"
+
+
+def test_the_command_prints_a_table_and_draws(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", RUN, "-o", str(tmp_path / "plan.png")]) == 0
+    printed = capsys.readouterr().out
+    for word in ("ring", "all_gather", "attention2d", "NIC", "Take "):
+        assert word in printed
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_auto_takes_the_planners_choice() -> None:
+    run = load_run(RUN, ["context_parallel.grid=auto"])
+    assert run.grid[0] * run.grid[1] * run.grid[2] == run.context_parallel.size
+    without = load_run(RUN, ["context_parallel.grid=auto", "cluster.nic_gb_per_s=null"])
+    assert without.grid == (1, 4, 4)
+
+
+def test_a_plan_without_a_cluster_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "configs/runs/quickstart.yaml"]) == 2
+    assert "the planner needs it; extend one of configs/clusters" in capsys.readouterr().err

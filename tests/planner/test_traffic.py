@@ -1,0 +1,115 @@
+"""The counted messages against the formulas, and against what the attention really hands to torch.distributed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention import exchange
+from megatron_attn2d.attention import ring as ring_module
+from megatron_attn2d.planner.traffic import Traffic, Workload, attention2d_traffic, received_by_nodes, ring_traffic
+from tests.attention.dense import inputs, zigzag
+from tests.pool import RankPool
+
+SHAPES = [(1, 2, 2), (1, 4, 1), (1, 1, 4), (1, 2, 3), (2, 2, 1), (2, 2, 2), (4, 1, 1), (1, 2, 4)]
+
+
+def units(traffic: Traffic, ranks: int, unit: float) -> tuple[float, float]:
+    """Mean received a rank in u, forward and backward, leaving out the few bytes of log-sum-exps and deltas."""
+    return tuple(  # type: ignore[return-value]
+        sum(sum(phase.sent.values()) for phase in side) / ranks / unit for side in (traffic.forward, traffic.backward)
+    )
+
+
+def test_ring_is_the_formula() -> None:
+    work = Workload(seq=4096, heads=8, kv_heads=2, head_dim=64)
+    assert units(ring_traffic(16, work), 16, work.shard_bytes(16)) == pytest.approx((2 * 15 / 4, 4 * 15 / 4))
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(4, 4), (8, 8), (16, 4), (2, 8), (1, 16), (16, 1)])
+def test_attention2d_is_the_formula_without_a_mask(rows: int, cols: int) -> None:
+    """2(C-1) + 2(R-1)/g forward, 3(C-1) + 4(R-1)/g backward."""
+    work = Workload(seq=2**20, heads=16, kv_heads=4, head_dim=4096, causal=False)  # statistics vanish beside the rows
+    forward, backward = units(attention2d_traffic((1, rows, cols), work), rows * cols, work.shard_bytes(rows * cols))
+    assert forward == pytest.approx(2 * (cols - 1) + 2 * (rows - 1) / 4, rel=1e-3)
+    assert backward == pytest.approx(3 * (cols - 1) + 4 * (rows - 1) / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(4, 4), (8, 8), (16, 4), (2, 8), (1, 16), (16, 1)])
+def test_the_causal_mask_saves_messages(rows: int, cols: int) -> None:
+    causal, full = (
+        sum(units(attention2d_traffic((1, rows, cols), Workload(2**16, 8, 8, 128, causal=c)), rows * cols, 1.0))
+        for c in (True, False)
+    )
+    assert causal < full
+
+
+def test_ulysses_is_the_formula() -> None:
+    work = Workload(seq=4096, heads=16, kv_heads=8, head_dim=128)
+    forward, backward = units(attention2d_traffic((8, 1, 1), work), 8, work.shard_bytes(8))
+    assert forward == backward == pytest.approx((2 + 2 / 2) * 7 / 8)
+
+
+def test_tiles_decide_what_leaves_a_node() -> None:
+    """8 x 8 ranks of 8-GPU nodes: columns within nodes leave the queries outside, 5 * 7 u at most; rows the keys."""
+    work = Workload(seq=2**20, heads=8, kv_heads=8, head_dim=4096, causal=False)
+    outside = {}
+    for tile in ((8, 1), (1, 8), (4, 2)):
+        traffic = attention2d_traffic((1, 8, 8), work, tile=tile)
+        received = received_by_nodes([*traffic.forward, *traffic.backward], 64, 8)
+        outside[tile] = sum(received) / 64 / work.shard_bytes(64)
+    assert outside == pytest.approx({(8, 1): 5 * 7, (1, 8): 6 * 7, (4, 2): 5 * 6 + 6 * 4}, rel=1e-3)
+
+
+def sent_bytes(rank: int, axes: tuple[int, int, int] | None, heads: tuple[int, int], causal: bool) -> list[Counter]:
+    """Bytes by receiver that this rank hands to torch.distributed, forward and backward."""
+    sent: Counter[int] = Counter()
+    original = dist.batch_isend_irecv
+
+    def counting(operations):
+        for operation in operations:
+            if operation.op is dist.isend:
+                sent[operation.peer] += operation.tensor.nbytes
+        return original(operations)
+
+    size = dist.get_world_size()
+    whole = inputs(8 * size, 1, heads, dtype=torch.float32)
+    q, k, v = (x[zigzag(8 * size, size, rank)].requires_grad_() for x in whole[:3])
+    assert dist.group.WORLD is not None
+    grid = None
+    if axes is not None:
+        grid = Grid.from_group(dist.group.WORLD, heads=axes[0], rows=axes[1], cols=axes[2])
+    assert exchange.dist is ring_module.dist is dist
+    dist.batch_isend_irecv = counting
+    try:
+        if grid is None:
+            out = ring_attention(q, k, v, dist.group.WORLD, causal=causal)
+        else:
+            out = attention2d(q, k, v, grid, causal=causal)
+        forward = Counter(sent)
+        torch.autograd.grad(out.sum(), (q, k, v))
+    finally:
+        dist.batch_isend_irecv = original
+    return [forward, sent - forward]
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["MHA", "GQA"])
+@pytest.mark.parametrize("axes", [*SHAPES, None], ids=str)
+def test_every_byte_that_is_sent_is_counted(
+    pool: RankPool, axes: tuple[int, int, int] | None, heads: tuple[int, int], causal: bool
+) -> None:
+    size = 4 if axes is None else axes[0] * axes[1] * axes[2]
+    work = Workload(seq=8 * size, heads=heads[0], kv_heads=heads[1], head_dim=8, element_bytes=4, causal=causal)
+    traffic = ring_traffic(size, work) if axes is None else attention2d_traffic(axes, work)
+    found = pool.run(sent_bytes, size, axes, heads, causal)
+    for side, phases in enumerate((traffic.forward, traffic.backward)):
+        expected: Counter[tuple[int, int]] = Counter()
+        for phase in phases:
+            expected.update(phase.sent)
+        really = {(rank, peer): sent for rank, sides in enumerate(found) for peer, sent in sides[side].items()}
+        assert really == dict(expected)
