@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,16 +13,15 @@ from tests.attention.dense import dense_gradients, inputs, zigzag
 from tests.pool import RankPool
 
 
-def build(cp: int, cp_comm_type: str | None, sizes: list[int] | None, **changes: Any) -> Any:
-    """The core attention of a two-layer model, on Megatron's groups."""
+@contextmanager
+def built(cp: int, cp_comm_type: str | None, sizes: list[int] | None, **changes: Any) -> Iterator[Any]:
+    """The core attention of a two-layer model, on Megatron's groups, which end with the block."""
     from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 
-    parallel_state.destroy_model_parallel()
-    parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = None  # upstream keeps the last case's
     parallel_state.initialize_model_parallel(context_parallel_size=cp, hierarchical_context_parallel_sizes=sizes)
     config = TransformerConfig(
         num_layers=2,
@@ -28,20 +29,23 @@ def build(cp: int, cp_comm_type: str | None, sizes: list[int] | None, **changes:
         context_parallel_size=cp,
         **{"num_attention_heads": 4, "num_query_groups": 2, "attention_dropout": 0.0, **changes},
     )
-    return ContextParallelAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type=cp_comm_type)
+    try:
+        yield ContextParallelAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type=cp_comm_type)
+    finally:
+        parallel_state.destroy_model_parallel()
+        parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = None  # upstream keeps them
 
 
 def errors(rank: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None) -> float:
     from megatron.core import parallel_state
 
-    module = build(cp, cp_comm_type, sizes)
-    assert list(module.parameters()) == []
-    whole = inputs(6 * cp, 2, (4, 2), dims=(8, 8))
-    mine = zigzag(6 * cp, cp, parallel_state.get_context_parallel_rank())
-    q, k, v = (x[mine].requires_grad_() for x in whole[:3])
-    out = module(q, k, v, None).unflatten(2, (4, 8))
-    results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
-    parallel_state.destroy_model_parallel()
+    with built(cp, cp_comm_type, sizes) as module:
+        assert list(module.parameters()) == []
+        whole = inputs(6 * cp, 2, (4, 2), dims=(8, 8))
+        mine = zigzag(6 * cp, cp, parallel_state.get_context_parallel_rank())
+        q, k, v = (x[mine].requires_grad_() for x in whole[:3])
+        out = module(q, k, v, None).unflatten(2, (4, 8))
+        results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
     return max((a - b[mine]).abs().max().item() for a, b in zip(results, dense_gradients(*whole, True), strict=True))
 
 
@@ -75,11 +79,10 @@ def refusal(
     from megatron.core.transformer.enums import AttnMaskType
 
     try:
-        module = build(2, cp_comm_type, sizes, **changes)
-        if call:
-            q = torch.zeros(4, 1, 4, 8)
+        with built(2, cp_comm_type, sizes, **changes) as module:
             if "attn_mask_type" in call:
                 call = {"attn_mask_type": AttnMaskType[call["attn_mask_type"]]}
+            q = torch.zeros(4, 1, 4, 8)
             module(q, q, q, None, **call)
     except ValueError as error:
         return str(error)
