@@ -151,7 +151,8 @@ def _samples(prefix: Path, context: int, most: int) -> int:
 
     if most < 1:
         raise UsageError(f"--samples {most}: choose 1 or more")
-    tokens = int(open_indexed(prefix).sequence_lengths.sum())
+    indexed = open_indexed(prefix)  # named: its arrays are views of a mapping that ends with it
+    tokens = int(indexed.sequence_lengths.sum())
     if tokens <= context:
         raise UsageError(f"{prefix}: {tokens:,} tokens, a window of --context {context:,} needs one more than that")
     return min(most, (tokens - 1) // context)

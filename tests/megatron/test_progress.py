@@ -2,19 +2,27 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_attn2d.attention.exchange import Pending
+from megatron_attn2d.config import load_run, megatron_arguments
+from megatron_attn2d.megatron import progress
+from megatron_attn2d.megatron.attention_wait import AttentionWait
+from megatron_attn2d.megatron.patching import applied
 from megatron_attn2d.megatron.progress import Reporter, quiet
-from tests.megatron.runs import train
+from tests.megatron.runs import context_parallel, train
 from tests.pool import RankPool
 
-KEYS = ["step", "loss", "grad_norm", "lr", "tokens_per_s", "elapsed_s"]
+QUICKSTART = Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml"
+KEYS = ["step", "loss", "grad_norm", "lr", "tokens_per_s", "elapsed_s", "tflops", "memory_gib"]
 
 
 def test_each_step_is_recorded_once_and_shown_in_a_line(pool: RankPool, text: Path, tmp_path: Path) -> None:
@@ -33,6 +41,7 @@ def test_each_step_is_recorded_once_and_shown_in_a_line(pool: RankPool, text: Pa
 def reporter(run_dir: Path | None, console: Any = None, **options: Any) -> Reporter:
     """A reporter of a run of 20 steps, whose steps take 2 s."""
     settings = {"rank": 1, "world_size": 2, "seq_length": 100, "train_iters": 20, "save": "there", "run_dir": run_dir}
+    settings |= {"peak_tflops": None, "log_attention_communication": False}
     made = Reporter(Namespace(**{**settings, **options}), console or io.StringIO())
     made._step_seconds = 2.0
     return made
@@ -41,8 +50,11 @@ def reporter(run_dir: Path | None, console: Any = None, **options: Any) -> Repor
 @pytest.fixture(autouse=True)
 def _batch(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core import num_microbatches_calculator
+    from megatron.training import training
 
     monkeypatch.setattr(num_microbatches_calculator, "get_current_running_global_batch_size", lambda: 8)
+    monkeypatch.setattr(training, "num_floating_point_operations", lambda args, batch: batch * 1e12)
+    monkeypatch.setattr(progress, "_memory_bytes", lambda: 3 * 2**29)
 
 
 def test_a_line_says_how_far_how_good_how_fast_and_how_long() -> None:
@@ -50,8 +62,89 @@ def test_a_line_says_how_far_how_good_how_fast_and_how_long() -> None:
     reporter(None, console)._report(8, 2.5, 1.25, 1e-3)
     assert console.getvalue().splitlines() == [
         "resumed after step 7",
-        "step  8/20  loss 2.5000  grad norm 1.250  lr 1.00e-03  400 tokens/s  ETA 0:00:24",
+        "step  8/20  loss 2.5000  grad norm 1.250  lr 1.00e-03  400 tokens/s (200 a rank)  2 TFLOP/s a rank  1.50 GiB"
+        "  ETA 0:00:24",
     ]
+
+
+def test_utilization_and_waiting_are_shown_where_they_are_known(tmp_path: Path) -> None:
+    console = io.StringIO()
+    one = reporter(tmp_path, console, peak_tflops=5.0, log_attention_communication=True)
+    one._wait._seconds = 0.5
+    one._report(1, 2.5, 1.25, 1e-3)
+    assert "  MFU 40.0%  1.50 GiB  attention waits 25.0%  ETA" in console.getvalue()
+    recorded = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert (recorded["tflops"], recorded["mfu"], recorded["attention_wait"]) == (2.0, 0.4, 0.25)
+
+
+def test_one_rank_needs_no_rate_a_rank() -> None:
+    console = io.StringIO()
+    reporter(None, console, rank=0, world_size=1)._report(1, 2.5, 1.25, 1e-3)
+    assert "  400 tokens/s  4 TFLOP/s a rank  " in console.getvalue()
+
+
+def test_waiting_for_messages_is_measured_where_attention_waits() -> None:
+    class Message:
+        def wait(self) -> None:
+            time.sleep(0.05)
+
+    wait = AttentionWait()
+    with applied([wait.patch()]):
+        Pending([Message(), Message()]).wait()
+        assert wait.take() == pytest.approx(0.1, abs=0.08)
+        Pending().wait()
+        assert wait.take() == 0.0
+    Pending([Message()]).wait()
+    assert wait.take() == 0.0
+
+
+def test_tensorboard_and_offline_wandb_get_upstreams_values_and_ours(
+    pool: RankPool, text: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = load_run(QUICKSTART, ["logging.wandb_project=project", f"run.dir={tmp_path}", "run.name=mine"])
+    arguments = megatron_arguments(run)
+    options = {"tensorboard_dir": tmp_path / "tensorboard", "wandb_project": "project", "wandb_exp_name": "mine"}
+    options["wandb_save_dir"] = tmp_path / "wandb"
+    for name, value in options.items():  # what the YAML compiles to
+        assert arguments[arguments.index(f"--{name.replace('_', '-')}") + 1] == str(value)
+    pool.run(set_environment, 2, {"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    steps = train(
+        pool,
+        2,
+        tmp_path,
+        data_path=text,
+        num_layers=1,
+        train_iters=3,
+        log_attention_communication=True,
+        peak_tflops=0.5,
+        **options,
+        **context_parallel("attention2d", 2, 1),
+    )
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    recorded = {
+        "lm loss": "loss",
+        "grad-norm": "grad_norm",
+        "tokens-per-second": "tokens_per_s",
+        "tflops-per-gpu": "tflops",
+        "mfu": "mfu",
+        "memory-gib": "memory_gib",
+        "attention-wait": "attention_wait",
+    }
+    for tag, key in recorded.items():
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx([step[key] for step in steps], rel=1e-5), tag
+    assert all(0 < step["attention_wait"] < 1 for step in steps)
+    assert all(step["mfu"] == pytest.approx(step["tflops"] / 0.5) for step in steps)
+    (log,) = (tmp_path / "wandb").glob("wandb/offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert all(tag.encode() in content for tag in recorded)
+
+
+def set_environment(rank: int, values: dict[str, str]) -> None:
+    os.environ.update(values)
 
 
 def test_a_skipped_step_is_recorded_without_a_norm(tmp_path: Path) -> None:
