@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_attn2d import checkpoints, environment, evaluate
+from megatron_attn2d import checkpoints, environment, evaluate, memory
 from megatron_attn2d import report as run_report
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments, resolved_yaml
 from megatron_attn2d.config.errors import ConfigError, UsageError
 from megatron_attn2d.corpus import command as corpus
+from megatron_attn2d.slurm import submit
 from megatron_attn2d.topology import picture
 
 
@@ -42,7 +43,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     plot.add_argument("-o", "--output", default="loss.png", metavar="PNG", help="default: %(default)s")
     plot.set_defaults(command=_plot)
 
-    ours = [*corpus.add(commands), *run_report.add(commands), *evaluate.add(commands)]
+    ours = [*corpus.add(commands), *run_report.add(commands), *evaluate.add(commands), *submit.add(commands)]
     for command in (train, plot, *ours):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # Intermixed, so that options may stand between overrides.
@@ -71,7 +72,10 @@ def _train(args: argparse.Namespace) -> int:
 
 def _described(run: RunConfig, arguments: list[str]) -> str:
     lines = " ".join(arguments).replace(" --", "\n--")
-    return f"# Run\n{resolved_yaml(run)}\n# Megatron's arguments\n{lines}\n\n# Process grid\n{picture(run)}"
+    return (
+        f"# Run\n{resolved_yaml(run)}\n# Megatron's arguments\n{lines}\n\n# Process grid\n{picture(run)}\n\n"
+        f"# Memory\n{memory.report(run)}"
+    )
 
 
 def _train_as_rank(run: RunConfig, arguments: list[str]) -> int:

@@ -1,0 +1,319 @@
+"""Jobs as Slurm would run them, on stubs of its commands: the batch file is the real one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_attn2d import cli
+from megatron_attn2d.config import load_run
+from tests.slurm.cluster import Cluster, wait_until
+
+ROOT = Path(__file__).parents[2]
+NASTY = """it's "$(touch pwned)" `touch pwned`; touch pwned & %j \\ #x*"""
+
+RUN = """
+extends: {root}/configs/clusters/cpu.yaml
+run: {{name: job, dir: {dir}}}
+model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 2, position_embedding_type: rope}}
+context_parallel: {{size: 2}}
+data: {{mock: true, vocab_size: 512, null_tokenizer_eod_id: 256}}
+optimizer: {{lr: 1e-3, lr_decay_style: constant}}
+training: {{train_iters: 60, seq_length: 32, global_batch_size: 2}}
+"""
+# Stands for torchrun: tells what it was given, then does what the test says.
+PYTHON = '#!/bin/bash\nprintf "%s\\n" "$@" >"$STUBS/given-$SLURM_NODEID"\nsource "$STUBS/ranks"\n'
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("SLURM_") or name in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+            monkeypatch.delenv(name)
+    stubs = Cluster(tmp_path)
+    for name, value in stubs.environ.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return stubs
+
+
+def submit(cluster, *args, directory="runs/job"):
+    path = Path("run.yaml")
+    path.write_text(RUN.format(root=ROOT, dir=json.dumps(directory)))
+    return cli.main(["submit", str(path), *args])
+
+
+def with_ranks(cluster, script):
+    """The override that has `script`, in bash, run in place of torchrun."""
+    (cluster.root / "ranks").write_text(script)
+    return f"slurm.python={cluster.executable(cluster.root / 'python', PYTHON)}"
+
+
+def losses(directory):
+    return [(s["step"], s["loss"]) for s in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())]
+
+
+def steps_in(metrics):
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+# --- with real ranks ---
+
+
+def test_a_job_preempted_twice_ends_with_the_losses_of_an_undisturbed_run(cluster, capsys):
+    assert submit(cluster, "--nodes", "2") == 0
+    directory = Path("runs/job").absolute()
+    log = directory / f"slurm-{cluster.job_id}.log"
+    assert capsys.readouterr().out == f"job {cluster.job_id}: {directory}/jobs/001/job.sbatch\nlog: {log}\n"
+    stopped_at = []
+
+    def preempt(attempt, batch):
+        metrics = directory / "metrics.jsonl"
+        done = steps_in(metrics)
+        if attempt < 2:
+            wait_until(lambda: batch.poll() is not None or steps_in(metrics) >= done + 3, "no steps")
+            batch.terminate()
+            batch.wait(timeout=240)
+            stopped_at.append(losses(directory)[-1][0])
+
+    assert cluster.run(preempt) == 0
+    text = log.read_text()
+    assert 0 < stopped_at[0] < stopped_at[1] < 60, text
+    assert [int(step) for step in re.findall(r"nodes from step (\d+) of 60", text)] == [0, *stopped_at]
+    assert text.count("asked to stop: ranks save and exit") == 2
+    assert "finished: step 60 of 60" in text
+    assert (directory / "finished").exists()
+
+    environ = {name: value for name, value in os.environ.items() if name != "PATH"} | {"PATH": os.defpath}
+    command = [sys.executable, "-m", "megatron_attn2d.cli", "train", "run.yaml", "run.dir=undisturbed"]
+    subprocess.run(command, check=True, env=environ | {"PYTHONPATH": str(ROOT)}, timeout=240, capture_output=True)
+    assert losses(directory) == losses(Path("undisturbed"))
+    assert len(losses(directory)) == 60
+
+    assert cluster.run() == 0  # Slurm may start a job once more
+    assert "nothing to do" in log.read_text()
+    assert submit(cluster, "--nodes", "2") == 2
+    assert "this run has finished" in capsys.readouterr().err
+
+
+# --- with a stand-in for torchrun ---
+
+TRACKER = "runs/job/checkpoints/latest_checkpointed_iteration.txt"
+
+
+def attempts(cluster):
+    return cluster.log().read_text().count(": start ")
+
+
+def test_a_job_that_fails_without_progress_stops_after_so_many_times(cluster):
+    assert submit(cluster, "--nodes", "1", "slurm.max_failures=4", with_ranks(cluster, "exit 7")) == 0
+    assert cluster.run() == 1
+    assert attempts(cluster) == 4
+    assert "failed with exit code 7 after step 0, 4 of at most 4 in a row" in cluster.log().read_text()
+    assert cluster.run() == 1  # submitted again as it is: once
+    assert attempts(cluster) == 5
+
+
+def test_a_new_checkpoint_starts_the_count_again(cluster):
+    Path(TRACKER).parent.mkdir(parents=True)
+    ranks = f'echo >>"$STUBS/tries"; mapfile -t n <"$STUBS/tries"; ((${{#n[@]}} == 3)) && echo 8 >{TRACKER}; exit 1'
+    assert submit(cluster, "--nodes", "1", "slurm.max_failures=3", with_ranks(cluster, ranks)) == 0
+    assert cluster.run() == 1
+    assert attempts(cluster) == 5
+    assert re.findall(r"(\d) of at most 3", cluster.log().read_text()) == ["1", "2", "1", "2", "3"]
+
+
+def test_ranks_that_end_well_without_a_step_are_a_failure(cluster):
+    assert submit(cluster, "--nodes", "1", "slurm.max_failures=2", with_ranks(cluster, "exit 0")) == 0
+    assert cluster.run() == 1
+    assert attempts(cluster) == 2
+
+
+RANK = """
+trap ': >"$STUBS/torchrun-signalled"' TERM
+bash -c 'trap "exit 0" TERM; : >"$STUBS/ready-$SLURM_NODEID"; while :; do sleep 0.05; done' &
+wait
+"""
+
+
+def test_preemption_is_no_failure_and_reaches_the_ranks_but_not_torchrun(cluster):
+    (cluster.bin / "sleep").symlink_to("/bin/sleep")
+    Path(TRACKER).parent.mkdir(parents=True)
+    assert submit(cluster, "--nodes", "2", "slurm.max_failures=1", with_ranks(cluster, RANK)) == 0
+    ready = [cluster.root / "ready-0", cluster.root / "ready-1"]
+
+    def preempt(attempt, batch):
+        wait_until(lambda: all(path.exists() for path in ready), "no ranks")
+        for path in ready:
+            path.unlink()
+        if attempt:  # the first time there was nothing to save
+            Path(TRACKER).write_text(f"{30 * attempt}\n")
+        batch.terminate()
+
+    assert cluster.run(preempt) == 0
+    assert attempts(cluster) == 3
+    assert not (cluster.root / "torchrun-signalled").exists()
+    assert Path("runs/job/failures").read_text() == "0\n"
+
+
+def test_the_time_limit_of_a_site_that_signals_the_tasks_alone(cluster):
+    """The batch script hears nothing: it sees ranks that end well, with progress."""
+    (cluster.bin / "sleep").symlink_to("/bin/sleep")
+    Path(TRACKER).parent.mkdir(parents=True)
+    assert submit(cluster, "--nodes", "1", "slurm.max_failures=1", with_ranks(cluster, RANK)) == 0
+
+    def preempt(attempt, batch):
+        wait_until((cluster.root / "ready-0").exists, "no rank")
+        (cluster.root / "ready-0").unlink()
+        Path(TRACKER).write_text(f"{30 * (attempt + 1)}\n")
+        subprocess.run(["scancel", "--signal=TERM", str(cluster.job_id)], check=True, env=cluster.environ)
+
+    assert cluster.run(preempt) == 0
+    assert attempts(cluster) == 2
+
+
+# --- names and paths ---
+
+
+def test_nothing_that_a_path_holds_is_run(cluster):
+    """Directories, image, interpreter and option values that a shell would love to expand."""
+    nasty = cluster.root / "work" / NASTY
+    nasty.mkdir()
+    (nasty / "setup.sh").write_text('export FROM_SETUP="$UNSET yes"\n')
+    python = cluster.executable(nasty / "python", PYTHON)
+    (cluster.root / "ranks").write_text('echo "$FROM_SETUP $PYTHONPATH" >"$STUBS/environment"; exit 1')
+    overrides = {
+        "slurm.python": str(python),
+        "slurm.setup": f"{NASTY}/setup.sh",
+        "slurm.container_image": f"/images/{NASTY}.sqsh",
+        "slurm.container_mounts": [f"/data {NASTY}:/data:ro"],
+        "slurm.sbatch": {"comment": NASTY, "account": "a,b"},
+        "slurm.max_failures": 1,
+    }
+    assert (
+        submit(
+            cluster,
+            "--nodes",
+            "2",
+            *(f"{key}={json.dumps(value)}" for key, value in overrides.items()),
+            directory=NASTY,
+        )
+        == 0
+    )
+    options = cluster.options()
+    assert options["comment"] == NASTY
+    assert cluster.log() == nasty / f"slurm-{cluster.job_id}.log"
+    assert cluster.run() == 1
+    assert not list(cluster.root.rglob("pwned"))
+
+    workdir, job = str(cluster.root / "work"), nasty / "jobs" / "001"
+    given = (cluster.root / "given-1").read_text().splitlines()
+    port = 20000 + cluster.job_id % 20000
+    launcher = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr localhost --master-port {port}"
+    assert given[:-1] == f"{launcher} --node-rank 1 -m megatron_attn2d.cli train".split()
+    assert given[-1] == str(job / "config.yaml")
+    assert (cluster.root / "environment").read_text() == f" yes {job}/code\n"
+    given = (cluster.root / "srun-arguments").read_text().splitlines()
+    assert f"--container-image=/images/{NASTY}.sqsh" in given
+    mounts = f"{workdir}:{workdir},{nasty}:{nasty},/data {NASTY}:/data:ro"
+    assert f"--container-mounts={mounts}" in given
+    assert f"--container-workdir={workdir}" in given
+
+
+def test_a_job_keeps_the_code_and_configuration_of_its_submission(cluster):
+    assert submit(cluster, "--nodes", "2", "training.train_iters=9") == 0
+    first = cluster.script.parent
+    assert submit(cluster, "--nodes", "1") == 0
+    assert (first.name, cluster.script.parent.name) == ("001", "002")
+    run = load_run(first / "config.yaml")
+    assert (run.training.train_iters, run.run.dir) == (9, str(Path("runs/job").absolute()))
+    code = (first / "code" / "megatron_attn2d" / "cli.py").read_text()
+    assert code == (ROOT / "megatron_attn2d" / "cli.py").read_text()
+    assert (first / "code" / "megatron_attn2d" / "slurm" / "job.sbatch").exists()
+
+
+# --- the batch file ---
+
+OPTIONS_OF_175B = """
+#SBATCH --job-name=gpt3_175b_32k
+#SBATCH --dependency=singleton
+#SBATCH --nodes=64
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --gpus-per-node=8
+#SBATCH --signal=B:TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+"""
+
+
+def test_dry_run_prints_the_batch_file_and_leaves_nothing(cluster, capsys):
+    path = str(ROOT / "configs" / "runs" / "gpt3_175b_32k.yaml")
+    args = ['slurm.sbatch={partition: gpu, time: "1-00:00:00"}', "--dry-run", "slurm.container_image=/a.sqsh"]
+    assert cli.main(["submit", path, *args]) == 0
+    text = capsys.readouterr().out
+    assert OPTIONS_OF_175B in text
+    assert "#SBATCH --partition=gpu\n#SBATCH --time=1-00:00:00\n" in text
+    assert "\npython=python3\nranks_per_node=8\ntrain_iters=70000\nmax_failures=3\n" in text
+    assert not list(Path().iterdir())
+    assert cli.main(["submit", path, *args, "--nodes", "128", "slurm.sbatch.exclusive=null"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --nodes=128\n" in text
+    assert "exclusive" not in text
+
+
+@pytest.mark.parametrize("container", ["", "slurm.container_image=/images/attn2d.sqsh"])
+def test_shellcheck_is_content_with_the_batch_file(cluster, capsys, tmp_path, container):
+    assert submit(cluster, "--nodes", "2", "--dry-run", *filter(None, [container])) == 0
+    (tmp_path / "job.sbatch").write_text(capsys.readouterr().out)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    result = subprocess.run([shellcheck, tmp_path / "job.sbatch"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout
+
+
+REFUSED = {
+    "--nodes 0": "--nodes 0: must be at least 1",
+    "--nodes 3": "--nodes 3: 2 ranks do not spread evenly over them",
+    "training.train_iters=9": "on how many nodes? give --nodes, or environment.nodes in the YAML",
+    "--nodes 1 checkpoint.save=false": (
+        "checkpoint.save = false: a job that is queued again continues from its checkpoint; choose true"
+    ),
+    "--nodes 1 checkpoint.exit_signal_handler=false": "checkpoint.exit_signal_handler = false: a job ...",
+    "--nodes 1 training.exit_interval=5": (
+        "training.exit_interval = 5: a job goes on until training.train_iters; choose null"
+    ),
+    "--nodes 1 slurm.sbatch.signal=USR1": (
+        "slurm.sbatch.signal = 'USR1': the batch file rests on this option; leave it out"
+    ),
+    '--nodes 1 slurm.sbatch.comment="a\\nb"': "slurm.sbatch.comment = 'a\\nb': holds a line break; ...",
+    "--nodes 1 slurm.sbatch={'a b': c}": "slurm.sbatch = {'a b': 'c'}: not options of sbatch; ...",
+    "--nodes 1 slurm.container_mounts=[/a:/b]": "slurm.container_mounts = ['/a:/b']: there is no container; choose []",
+    "--nodes 1 slurm.container_image=i slurm.container_mounts=[/a]": (
+        "slurm.container_mounts = '/a': not a mount; write SOURCE:TARGET or SOURCE:TARGET:ro"
+    ),
+    "--nodes 1 slurm.container_image=i run.dir=a,b": "slurm.container_image = 'i': ...",
+}
+
+
+@pytest.mark.parametrize("args", REFUSED)
+def test_refused_with_its_reason(cluster, capsys, args):
+    assert submit(cluster, *re.split(r" (?=[a-z_]+\.)|(?<=--nodes) ", args)) == 2
+    error = capsys.readouterr().err.strip().removeprefix("megatron-attn2d: ")
+    expected = REFUSED[args]
+    assert error.startswith(expected.removesuffix("...")) if expected.endswith("...") else error == expected
+    assert not Path("runs").exists()
+
+
+def test_without_slurm_and_when_sbatch_refuses(cluster, capsys):
+    cluster.executable(cluster.bin / "sbatch", '#!/bin/bash\necho "sbatch: error: invalid account" >&2; exit 1\n')
+    assert submit(cluster, "--nodes", "2") == 2
+    assert "sbatch: error: invalid account" in capsys.readouterr().err
+    (cluster.bin / "sbatch").unlink()
+    assert submit(cluster, "--nodes", "2") == 2
+    assert "sbatch is not on the PATH" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""The estimate of memory, and every run that we ship against it."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_attn2d.config import load_run
+from megatron_attn2d.memory import GIB, estimate, parameters, report
+
+ROOT = Path(__file__).parents[1]
+RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+MODELS = sorted((ROOT / "configs" / "models").glob("*_*[0-9][bm].yaml"))
+ON_GPUS = [path for path in RUNS if path.stem != "quickstart"]
+MODES = ("attention2d", "ring", "all_gather")
+RUN = """
+extends: {model}
+optimizer: {{lr: 1e-4}}
+training: {{train_iters: 10, seq_length: 2048, global_batch_size: 1}}
+data: {{mock: true}}
+"""
+
+
+def size_in_name(name):
+    """'gpt3_2.7b_16gpus' -> 2.7e9"""
+    size = name.split("_")[1]
+    return float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+
+
+@pytest.fixture
+def of_model(tmp_path):
+    def load(model, *overrides):
+        (tmp_path / "run.yaml").write_text(RUN.format(model=model))
+        return load_run(tmp_path / "run.yaml", overrides)
+
+    return load
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_model_has_as_many_parameters_as_its_name_says(path, of_model):
+    assert parameters(of_model(path)).total == pytest.approx(size_in_name(path.stem), rel=0.03)
+
+
+def test_the_models_are_the_family():
+    names = {path.stem for path in MODELS}
+    gpt3 = {f"gpt3_{size}" for size in ("125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b")}
+    assert names == gpt3 | {"llama_8b", "llama_70b"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("path", ON_GPUS, ids=lambda path: path.stem)
+def test_a_run_that_we_ship_fits_its_cards(path, mode):
+    run = load_run(path, [f"context_parallel.mode={mode}"])
+    assert estimate(run).total < 0.9 * run.cluster.memory_gib * GIB
+    assert "fits" in report(run)
+    assert run.world_size == (run.environment.nodes or 1) * 8
+    assert run.model.num_attention_heads % run.parallelism.tensor == 0
+    assert run.model.num_layers % run.parallelism.pipeline == 0
+    assert parameters(run).total == pytest.approx(size_in_name(path.stem), rel=0.03)
+
+
+@pytest.mark.parametrize("length", [8192, 16384, 32768, 65536, 131072])
+@pytest.mark.parametrize("gpus", [16, 64])
+@pytest.mark.parametrize("model", ["760m", "2.7b", "13b"])
+def test_the_papers_cases_at_each_length(model, gpus, length):
+    path = ROOT / "configs" / "runs" / f"gpt3_{model}_{gpus}gpus.yaml"
+    for mode in MODES:
+        run = load_run(path, [f"training.seq_length={length}", f"context_parallel.mode={mode}"])
+        assert run.world_size == gpus
+        assert estimate(run).total < 0.9 * run.cluster.memory_gib * GIB
+
+
+def test_a_run_that_does_not_fit_is_told_so():
+    run = load_run(ROOT / "configs" / "runs" / "gpt3_175b_32k.yaml", ["parallelism.pipeline=1", "environment.nodes=16"])
+    assert "of 79: DOES NOT FIT" in report(run)
+    # 174.6 B weights over 8 tensor ranks: 6 bytes each, and 12 over 16 context ranks.
+    held = estimate(run)
+    assert held.weights + held.gradients + held.optimizer == pytest.approx(174.6e9 / 8 * 6.75, rel=0.01)
+
+
+def test_what_makes_memory_grow():
+    """The dominating terms, one at a time."""
+
+    def of(*overrides):
+        path = ROOT / "configs" / "runs" / "gpt3_2.7b_16gpus.yaml"
+        return estimate(load_run(path, ["context_parallel.grid=[4, 4]", *overrides]))
+
+    base, twice = of(), of("training.seq_length=65536")
+    assert (twice.activations, twice.attention) == (2 * base.activations, 2 * base.attention)
+    assert twice.weights == base.weights
+    assert of("optimizer.use_distributed_optimizer=false").optimizer == 16 * base.optimizer
+    full = of(*(f"training.recompute_{key}" for key in ("granularity=full", "method=uniform", "num_layers=1")))
+    assert full.activations < base.activations / 8
+    # 16 ranks, MHA: tiles of queries are 4 shards long and 5 in number, of keys 4 and 6; one column has long keys.
+    assert of("context_parallel.grid=[16, 1]").attention / base.attention == (5 * 1 + 6 * 16) / (5 * 4 + 6 * 4)
+    assert of("context_parallel.mode=ring", "context_parallel.grid=auto").attention < base.attention
+    # A shared table is held once on one stage, by the first and the last on two.
+    two = of("parallelism.pipeline=2", "context_parallel.size=8", "context_parallel.grid=[4, 2]")
+    assert two.weights == pytest.approx((base.weights + 2 * 50304 * 2560) / 2, rel=1e-3)
+
+
+def test_what_is_not_estimated_is_said():
+    path = ROOT / "configs" / "runs" / "gpt3_125m_8k.yaml"
+    assert "no estimate of memory with it" in report(load_run(path, ["megatron_args.num_experts=8"]))
+    words = ["data.tokenizer_type=HuggingFaceTokenizer", "data.tokenizer_model=/t", "data.vocab_size=null"]
+    words += ["data.null_tokenizer_eod_id=null"]
+    assert "vocabulary of HuggingFaceTokenizer is not known" in report(load_run(path, words))
