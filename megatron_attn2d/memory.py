@@ -93,7 +93,8 @@ def estimate(run: RunConfig) -> Memory:
 
 def report(run: RunConfig) -> str:
     """The estimate for people: parts, total, and whether the card of `cluster` holds them."""
-    count = f"{parameters(run).total / 1e9:.3g} B parameters"
+    weights = parameters(run).total
+    count = f"{weights / 1e9:.3g} B parameters" if weights >= 1e9 else f"{weights / 1e6:.3g} M parameters"
     if reasons := [name for name in NOT_ESTIMATED if run.megatron_args.get(name)]:
         return f"{count} without {reasons[0]}; no estimate of memory with it"
     memory, room = estimate(run), run.cluster.memory_gib

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_attn2d import cli
 from megatron_attn2d.config import load_run
+from megatron_attn2d.slurm.submit import render
 from tests.slurm.cluster import Cluster, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -266,6 +267,15 @@ def test_dry_run_prints_the_batch_file_and_leaves_nothing(cluster, capsys):
     text = capsys.readouterr().out
     assert "#SBATCH --nodes=128\n" in text
     assert "exclusive" not in text
+
+
+def test_the_example_is_what_is_rendered(monkeypatch):
+    """scripts/slurm/README.md says how it was made."""
+    overrides = ["run.dir=/shared/runs/gpt3_175b_32k", "slurm.container_image=/shared/images/megatron-attn2d.sqsh"]
+    overrides += ["slurm.container_mounts=[/data:/data:ro]", "slurm.sbatch={partition: gpu, time: '1-00:00:00'}"]
+    run = load_run(ROOT / "configs" / "runs" / "gpt3_175b_32k.yaml", overrides)
+    script = render(run, 64, Path("/shared/runs/gpt3_175b_32k/jobs/001"), Path("/shared/megatron_attn2d"))
+    assert (ROOT / "scripts" / "slurm" / "example.sbatch").read_text() == script
 
 
 @pytest.mark.parametrize("container", ["", "slurm.container_image=/images/attn2d.sqsh"])
