@@ -1,7 +1,9 @@
 import contextlib
+import importlib.util
 import re
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -223,6 +225,13 @@ REFUSED = {
     ),
     "checkpoint.save=false checkpoint.save_interval=5": (
         "checkpoint.save_interval = 5: checkpoint.save is false; choose null"
+    ),
+    "checkpoint.save=false checkpoint.keep_last=2": (
+        "checkpoint.keep_last = 2: checkpoint.save is false; leave it out"
+    ),
+    "checkpoint.keep_last=0": "checkpoint.keep_last = 0: must be greater than 0",
+    "megatron_args.async_save=true": (
+        "megatron_args.async_save = true: checkpoint.async_save decides about --async-save; set checkpoint.async_save"
     ),
     # overrides themselves
     "model.num_layers": "model.num_layers: not an override; write key.sub=value",
@@ -496,6 +505,10 @@ def test_compiles_to_megatrons_arguments(base):
         ("data.split='98,2,0' training.eval_iters=3 training.eval_interval=20", "--eval-iters 3 "),
         ("training.eval_interval=20", "--eval-interval 20 "),
         ("logging.tensorboard=true run.dir=/x/y", "--tensorboard-dir /x/y/tensorboard "),
+        ("logging.wandb_project=p run.name=n", "--tensorboard-dir runs/n/tensorboard "),
+        ("logging.attention_communication=true", "--log-attention-communication "),
+        ("cluster.peak_tflops=989", "--peak-tflops 989"),
+        ("checkpoint.keep_last=3", "--keep-last 3 "),
         ("logging.wandb_project=p run.name=n", "--wandb-project p --timing-log-level 0 "),
         ("logging.wandb_project=p run.name=n", "--wandb-exp-name n --wandb-save-dir runs/n/wandb "),
         ("checkpoint.save_interval=7", "--save-interval 7 "),
@@ -533,16 +546,38 @@ def test_a_run_continues_from_its_own_checkpoint_before_anothers(base, tmp_path)
     overrides = [f"run.dir={tmp_path}/mine", "checkpoint.load=/theirs"]
     assert "--load /theirs " in arguments(base, *overrides)
     assert "--load" not in arguments(base, f"run.dir={tmp_path}/mine", "checkpoint.save=false")
-    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "mine" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+    begun = tmp_path / "mine" / "checkpoints" / "iter_0000004"
+    begun.mkdir(parents=True)
+    (begun / ".metadata").touch()
+    assert "--load /theirs " in arguments(base, *overrides), "killed in its first save"
+    (begun / "metadata.json").touch()
     assert f"--load {tmp_path}/mine/checkpoints " in arguments(base, *overrides)
+
+
+def test_libraries_that_a_key_needs_are_named_when_missing(base, monkeypatch):
+    find_spec = importlib.util.find_spec
+    missing = {"wandb", "nvidia_resiliency_ext"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find_spec(name))
+    with pytest.raises(ConfigError, match=r"wandb_project = 'p': wandb is not installed; pip install 'megatron-attn2d"):
+        load_run(base, ["logging.wandb_project=p"])
+    with pytest.raises(ConfigError, match=r"async_save = true: .* by nvidia_resiliency_ext, which is not installed"):
+        load_run(base, ["checkpoint.async_save=true"])
+    missing.clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
+    assert "--async-save --use-persistent-ckpt-worker " in arguments(base, "checkpoint.async_save=true")
+    key, cuda = "logging.attention_communication=true", "environment.device=cuda"
+    with pytest.raises(ConfigError, match="mode = ring is Transformer Engine's, whose messages are not followed"):
+        load_run(base, [key, cuda, "context_parallel.mode=ring"])
+    assert load_run(base, [key, cuda]).logging.attention_communication
 
 
 def test_every_flag_is_one_of_megatrons(base):
     """A renamed argument of upstream's must not wait for a run to be found."""
     from megatron_attn2d.config.arguments import _owners, _upstream_flags
+    from megatron_attn2d.pretrain_gpt import _add_own_arguments
 
-    known = {flag.removeprefix("--") for flag in _upstream_flags()} | {"run-dir"}
+    own = _add_own_arguments(ArgumentParser())._option_string_actions
+    known = {flag.removeprefix("--") for flag in (*_upstream_flags(), *own)}
     assert {flag: key for flag, key in _owners().items() if flag not in known} == {}
 
 

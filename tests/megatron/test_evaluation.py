@@ -1,0 +1,170 @@
+"""Loss by position, against the same weights applied directly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_attn2d import cli, evaluate, launch
+from megatron_attn2d.config import load_run, megatron_arguments, resolved_yaml
+from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.corpus.build import build
+from megatron_attn2d.corpus.tokenizers import TokenizerChoice
+from megatron_attn2d.megatron import evaluation
+from tests.pool import RankPool
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml"
+CONTEXT, SAMPLES = 96, 3
+
+
+def call(rank: int, target: Any, args: list[str]) -> None:
+    target(args)
+
+
+@pytest.fixture(scope="module")
+def run_dir(pool: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps at 64 tokens, as `train` leaves it behind."""
+    from megatron_attn2d import pretrain_gpt
+
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    run = load_run(
+        QUICKSTART,
+        [
+            *("model.num_layers=2", "model.hidden_size=64", "model.num_query_groups=2", "model.ffn_hidden_size=128"),
+            *("training.seq_length=64", "training.train_iters=2", "optimizer.lr_warmup_iters=0"),
+            *("parallelism.pipeline=1", "context_parallel.size=1", "checkpoint.save=true", "checkpoint.keep_last=3"),
+            *(f"data.paths=[{text}]", f"run.dir={directory}", "optimizer.use_distributed_optimizer=true"),
+            "logging.attention_communication=true",
+        ],
+    )
+    pool.run(call, 1, pretrain_gpt.main, megatron_arguments(run), init_group=False)
+    (directory / "config.yaml").write_text(resolved_yaml(run))
+    return directory
+
+
+@pytest.fixture
+def in_pool(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's processes are the ranks."""
+
+    def run_local(nprocs: int, target: Any, args: list[str], device: str) -> int:
+        pool.run(call, nprocs, target, list(args), init_group=False)
+        return 0
+
+    monkeypatch.setattr(launch, "run_local", run_local)
+
+
+def evaluated(run_dir: Path, data: Path, output: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    options = {"context": CONTEXT, "samples": SAMPLES, "buckets": 4, "data": data, "output": output, **options}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["eval", str(run_dir), *overrides, *flags]) == 0
+    return json.loads(output.read_text())
+
+
+def direct_losses(rank: int, args: list[str], windows: np.ndarray, target: Path) -> None:
+    """The loss of each token of `windows` [n, context + 1], by the logits of the model on one rank."""
+    from megatron_attn2d import pretrain_gpt
+
+    def body(console: Any) -> None:
+        from megatron.core.enums import ModelType
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.training import training
+
+        _, config = pretrain_gpt.parsed()
+        training.initialize_megatron()
+        (model,), _, _ = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            checkpointing_context={},
+            cfg_container=config,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        model.eval()
+        tokens = torch.from_numpy(windows.astype(np.int64))
+        with torch.no_grad():
+            logits = model(tokens[:, :-1], torch.arange(CONTEXT).expand(len(windows), -1), None)
+        np.save(target, torch.nn.functional.cross_entropy(logits.mT.double(), tokens[:, 1:], reduction="none").numpy())
+
+    pretrain_gpt.run_in_megatron(body, args)
+
+
+def test_buckets_equal_a_direct_computation_on_any_grid(
+    run_dir: Path, pool: RankPool, in_pool: None, text: Path, tmp_path: Path
+) -> None:
+    one = evaluated(run_dir, text, tmp_path / "one.json", "context_parallel.size=1", "context_parallel.grid=auto")
+    grid = evaluated(run_dir, text, tmp_path / "grid.json", "context_parallel.size=4", "context_parallel.grid=[2, 2]")
+
+    stream = np.fromfile(f"{text}.bin", dtype=np.uint16)
+    windows = np.stack([stream[i * CONTEXT : (i + 1) * CONTEXT + 1] for i in range(SAMPLES)])
+    args = [*megatron_arguments(evaluate.configuration(run_dir, CONTEXT, [])), "--skip-train", "--no-load-rng"]
+    target = tmp_path / "losses.npy"
+    pool.run(direct_losses, 1, [*args, "--no-load-optim"], windows, target, init_group=False)
+    losses = np.load(target)
+
+    places = [(bucket["from"], bucket["to"]) for bucket in one["buckets"]]
+    assert places == [(0, 12), (12, 24), (24, 48), (48, 96)]
+    for result in (one, grid):
+        assert result["loss"] == pytest.approx(losses.mean(), abs=1e-5)
+        assert result["perplexity"] == pytest.approx(np.exp(losses.mean()), rel=1e-5)
+        assert (result["tokens"], result["samples"], result["step"]) == (CONTEXT * SAMPLES, SAMPLES, 2)
+        for bucket in result["buckets"]:
+            assert bucket["loss"] == pytest.approx(losses[:, bucket["from"] : bucket["to"]].mean(), abs=1e-5)
+            assert bucket["tokens"] == SAMPLES * (bucket["to"] - bucket["from"])
+    assert np.ptp([bucket["loss"] for bucket in one["buckets"]]) > 1e-3, "buckets differ, so a mix-up would show"
+
+
+def test_pipelines_tensors_and_a_text_file(run_dir: Path, in_pool: None, tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("Ring attention passes every key by every rank. " * 20)
+    build([text], tmp_path / "set", TokenizerChoice())
+    base = evaluated(run_dir, tmp_path / "set", tmp_path / "set.json")
+    assert base["samples"] == SAMPLES
+    spread = ("parallelism.tensor=2", "parallelism.pipeline=2", "context_parallel.size=2")
+    result = evaluated(run_dir, text, tmp_path / "file.json", *spread)
+    assert [bucket["loss"] for bucket in result["buckets"]] == pytest.approx(
+        [bucket["loss"] for bucket in base["buckets"]], abs=1e-5
+    )
+    assert not list(run_dir.glob(".eval-*"))
+
+
+def test_as_many_windows_as_there_are(run_dir: Path, text: Path) -> None:
+    tokens = np.fromfile(f"{text}.bin", dtype=np.uint16).size
+    assert evaluate._samples(text, tokens - 1, 16) == 1
+    with pytest.raises(UsageError, match=rf"a window of --context {tokens:,} needs one more than that"):
+        evaluate._samples(text, tokens, 16)
+    assert len(list(evaluation.windows(text, (tokens - 1) // 3, 512))) == 3
+    with pytest.raises(ValueError, match="token 256 is not in the model's vocabulary of 256"):
+        list(evaluation.windows(text, 64, 256))
+
+
+@pytest.mark.parametrize(
+    ("context", "buckets", "edges"),
+    [(96, 4, (0, 12, 24, 48, 96)), (100, 3, (0, 25, 50, 100)), (3, 8, (0, 1, 3)), (64, 1, (0, 64))],
+)
+def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> None:
+    assert evaluate.bucket_edges(context, buckets) == edges
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--context", "0"], "--context 0: choose 1 or more"),
+        (["--context", "64", "--step", "9"], "no complete checkpoint of step 9; there are 2"),
+        (["--context", "64", "--samples", "0"], "--samples 0: choose 1 or more"),
+        (["--context", "64", "--buckets", "0"], "--buckets 0: choose 1 or more"),
+        (["--context", "64", "--data", "missing"], "missing: no data set"),
+        (["--context", "65", "context_parallel.size=2", "context_parallel.grid=auto"], "training.seq_length = 65: not"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str, run_dir: Path, text: Path, capsys) -> None:
+    assert cli.main(["eval", str(run_dir), "--data", str(text), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_learned_positions_end_where_training_did(run_dir: Path, tmp_path: Path) -> None:
+    config = (run_dir / "config.yaml").read_text().replace("type: rope", "type: learned_absolute")
+    (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(UsageError, match="the run has learned 64 positions, --context is 96; choose --context 64 or"):
+        evaluate.configuration(tmp_path, 96, [])
+    assert evaluate.configuration(tmp_path, 32, []).model.max_position_embeddings == 64
