@@ -53,6 +53,7 @@ def attention2d(
     softmax_scale: float | None = None,
     backend: str = "auto",
     head_groups: int = 1,
+    label: str = "attention2d",
 ) -> Tensor:
     """Attention of the whole sequence, from and to shards in the zigzag layout.
 
@@ -65,12 +66,14 @@ def attention2d(
         softmax_scale: factor on the scores; 1/sqrt(d) by default.
         backend: attention kernel: "auto", "cudnn", "flash" or "reference".
         head_groups: in how many groups of heads communication and kernels overlap; must divide g.
+        label: names the call, a layer say, in errors.
 
     Returns:
         [s/cp, b, h, dv], like q.
 
     Raises:
         ValueError: for shapes, dtypes or devices that don't fit each other, or a backend that can't serve them.
+        ExchangeError: on CPU ranks, when a peer hangs beyond its group's timeout or is gone.
     """
     check_shards(q, k, v)
     if head_groups < 1 or k.size(2) % head_groups:
@@ -79,13 +82,13 @@ def attention2d(
     kernel = choose_kernel(backend, q.device.type, q.dtype, q.size(3), v.size(3))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
     if grid.heads > 1:
-        q, k, v = spread_heads(q, k, v, grid)
+        q, k, v = spread_heads(q, k, v, grid, label)
     if grid.rows * grid.cols == 1:
         out = local_attention(q, k, v, kernel, causal, scale)
     else:
         groups = gcd(head_groups, k.size(2))  # fewer where the head axis leaves a rank fewer heads
-        out = _Attention2D.apply(q, k, v, _Plan(*axes(grid, causal), kernel, scale, groups))
-    return collect_heads(out, grid) if grid.heads > 1 else out
+        out = _Attention2D.apply(q, k, v, _Plan(*axes(grid, causal, label), kernel, scale, groups))
+    return collect_heads(out, grid, label) if grid.heads > 1 else out
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tens
         (q_all,), (k_all, v_all) = gathered.wait()
         own = queries[i], keys[i], values[i]
         tile = attend(plan.tile, plan.kernel, plan.scale, q_all, k_all, v_all, own)
-        return tile, plan.row.give_back([tile.outs, tile.lses], tag=1)
+        return tile, plan.row.give_back([tile.outs, tile.lses], _merged, tag=1)
 
     def finish(i: int, results: tuple[TileOutput, Returned]) -> None:
         tile, ((far_outs, far_lses), pending) = results
@@ -169,7 +172,11 @@ def _backward(
         lse_own, delta_own = statistics[i].unbind(1)
         own = Queries(queries[i], douts[i], lse_own, delta_own, outs[i]), keys[i], values[i]
         tile = differentiate(plan.tile, plan.kernel, plan.scale, needed, k_all, v_all, own)
-        return tile, plan.row.give_back([tile.dq], tag=1), plan.column.give_back([tile.dk, tile.dv], tag=1)
+        return (
+            tile,
+            plan.row.give_back([tile.dq], _summed, tag=1),
+            plan.column.give_back([tile.dk, tile.dv], _summed, tag=1),
+        )
 
     def finish(i: int, results: tuple[TileGradient, Returned, Returned]) -> None:
         tile, ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
@@ -229,6 +236,22 @@ class _Gathered:
         for _, pending in (self._row, self._column):
             pending.wait()
         return self._row[0], self._column[0]
+
+
+def _merged(kinds: list[list[Tensor]]) -> list[Tensor]:
+    """Partial outputs and log-sum-exps of one chunk from several ranks of a node, as one of each."""
+    outs, lses = kinds
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    merge_partials(outs, lses, out, lse)
+    return [out, lse]
+
+
+def _summed(kinds: list[list[Tensor]]) -> list[Tensor]:
+    """Partial gradients of one chunk from several ranks of a node, as one of each kind."""
+    totals = [torch.empty_like(partials[0]) for partials in kinds]
+    for partials, total in zip(kinds, totals, strict=True):
+        sum_partials(partials, total)
+    return totals
 
 
 def _partials(axis: Axis, half: int, slots: list[Tensor], own: list[Tensor], far: list[list[Tensor]]) -> list[Tensor]:

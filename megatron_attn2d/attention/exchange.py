@@ -2,7 +2,8 @@
 
 One `Axis` is a row (its chunks are queries) or a column (keys and values). `gather` brings the chunks a tile needs
 into one buffer, in the order of the tile's plan; `give_back` returns one partial result a slot to the chunk's owner.
-Both put all their messages into one batched launch and return at once: kernels may run until `Pending.wait`.
+Both put all their messages into one batched launch, two where ranks share nodes (see `routes`), and kernels may run
+until `Pending.wait`.
 
 Point-to-point messages rather than all-gathers, for they place each chunk where the plan wants it, so that no buffer is
 permuted by a copy, and they leave out what the causal mask hides. The bytes a rank moves are an all-gather's at most.
@@ -10,7 +11,8 @@ permuted by a copy, and they leave out what the causal mask hides. The bytes a r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -18,25 +20,53 @@ from torch import Tensor
 
 from megatron_attn2d.attention.grid import Grid
 from megatron_attn2d.attention.layout import LOWER, UPPER, Chunk, TilePlan, tile_plan
+from megatron_attn2d.attention.routes import Message, Routes, by_nodes, plan_routes
+
+_BETWEEN, _WITHIN = 0, 1
+
+
+class ExchangeError(RuntimeError):
+    """Messages were not delivered: a peer hangs beyond the group's timeout, or is gone."""
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what torch.distributed raises, whatever the backend
+        raise ExchangeError(f"{what} failed on rank {dist.get_rank()}: {error}") from error
 
 
 @dataclass
 class Pending:
-    """Messages in flight. They keep their buffers alive until `wait`."""
+    """Messages in flight. They keep their buffers alive until `wait`; `what` they are stands in errors."""
 
     works: list[dist.Work] = field(default_factory=list)
     buffers: list[Tensor] = field(default_factory=list)
+    then: Callable[[], Pending] | None = None
+    what: str = "exchange of chunks"
 
     def wait(self) -> None:
-        """Make the current stream (on CPU: the caller) wait for the messages."""
-        for work in self.works:
-            work.wait()
+        """Make the current stream (on CPU: the caller) wait for the messages, and for those that follow on them.
+
+        Raises:
+            ExchangeError: on CPU ranks, naming the messages. On GPUs NCCL's watchdog ends the process instead.
+        """
+        with _named(self.what):
+            for work in self.works:
+                work.wait()
         self.works.clear()
         self.buffers.clear()
+        if self.then is not None:
+            following, self.then = self.then, None
+            following().wait()
 
 
 type Returned = tuple[list[list[list[Tensor]]], Pending]
 """What `Axis.give_back` returns: the tensors on their way, [kind][half], and the messages to wait for."""
+
+type Combine = Callable[[list[list[Tensor]]], list[Tensor]]
+"""Partial results of one chunk, [kind][partial], into one of each kind."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +77,25 @@ class Axis:
         group: process group of the axis; None if it has one rank.
         own: context-parallel rank of the caller.
         slots: the chunks that the caller's tile needs, by slot.
-        holders: for every other rank of the axis, the caller's chunks that its tile needs, in that tile's order.
+        routes: the messages of all ranks of the axis.
         peers: global rank of each context-parallel rank of the axis.
+        label: whose axis it is, in errors.
     """
 
     group: dist.ProcessGroup | None
     own: int
     slots: tuple[Chunk, ...]
-    holders: dict[int, tuple[Chunk, ...]]
+    routes: Routes
     peers: dict[int, int]
+    label: str = "attention, axis"
+
+    def describe(self, what: str) -> str:
+        """What is exchanged, and between which global ranks."""
+        return f"{self.label} of ranks {list(self.peers.values())}: {what}"
 
     def own_slot(self, half: int) -> int | None:
         """Slot of the caller's own chunk; None where the tile has no use for it."""
-        chunk = Chunk(self.own, half)
-        return self.slots.index(chunk) if chunk in self.slots else None
+        return self._slot(Chunk(self.own, half))
 
     def gather(self, shards: Sequence[Tensor], *, tag: int) -> tuple[list[Tensor], Pending]:
         """Start to gather the tile's chunks of each tensor.
@@ -79,60 +114,115 @@ class Axis:
             first = halves[0] if halves else LOWER
             return [shard[first : first + len(halves)] for shard in shards], Pending()
         buffers = [shard.new_empty((len(self.slots), *shard.shape[1:])) for shard in shards]
+        # Chunks to carry that the own tile has no use for.
+        carried = {
+            m.chunk: [x[0].clone() for x in shards] for m in self._to_me(_BETWEEN) if self._slot(m.chunk) is None
+        }
+
+        def place(kind: int, chunk: Chunk) -> Tensor:
+            if chunk.rank == self.own:
+                return shards[kind][chunk.half]
+            slot = self._slot(chunk)
+            return carried[chunk][kind] if slot is None else buffers[kind][slot]
+
+        def start(stage: int) -> Pending:
+            sends, receives = (
+                [(self.peers[other(m)], place(kind, m.chunk)) for kind in range(len(shards)) for m in messages]
+                for messages, other in ((self._from_me(stage), _receiver), (self._to_me(stage), _sender))
+            )
+            assert self.group is not None
+            return launch(self.group, sends, receives, 2 * tag + stage, self.describe("gathering"))
+
+        pending = start(_BETWEEN)
         for half in (LOWER, UPPER):
-            slot = self.own_slot(half)
-            if slot is not None:
+            if (slot := self.own_slot(half)) is not None:
                 for buffer, shard in zip(buffers, shards, strict=True):
                     buffer[slot].copy_(shard[half])
-        receives = [
-            (self.peers[chunk.rank], buffer[slot])
-            for buffer in buffers
-            for slot, chunk in enumerate(self.slots)
-            if chunk.rank != self.own
-        ]
-        sends = [
-            (self.peers[rank], shard[chunk.half])
-            for shard in shards
-            for rank, chunks in self.holders.items()
-            for chunk in chunks
-        ]
-        return buffers, launch(self.group, sends, receives, tag)
+        if self.routes.within:
+            pending.then = lambda: start(_WITHIN)
+        return buffers, pending
 
-    def give_back(self, partials: Sequence[Sequence[Tensor]], *, tag: int) -> Returned:
+    def give_back(self, partials: Sequence[Sequence[Tensor]], combine: Combine, *, tag: int) -> Returned:
         """Start to return each slot's partial results to the chunk's owner.
 
         Args:
             partials: for each kind of result, a tensor for each slot; all of one kind have one shape.
+            combine: makes one partial result of those that several ranks of a node have of one chunk.
             tag: as in `gather`.
 
         Returns:
-            For each kind the received tensors, [kind][half]: a list in the order of the axis's ranks.
+            For each kind the received tensors, [kind][half]: a list in a fixed order of their senders.
         """
-        received: list[list[list[Tensor]]] = [[[], []] for _ in partials]
+        kinds = range(len(partials))
+        received: list[list[list[Tensor]]] = [[[], []] for _ in kinds]
         if self.group is None:
             return received, Pending()
-        receives = []
-        for kind, results in enumerate(partials):
-            count = sum(map(len, self.holders.values()))
-            landing = iter(results[0].new_empty((count, *results[0].shape)).unbind())
-            for rank, chunks in self.holders.items():
-                for chunk in chunks:
-                    buffer = next(landing)
-                    received[kind][chunk.half].append(buffer)
-                    receives.append((self.peers[rank], buffer))
+        mine = {chunk: [partials[kind][slot] for kind in kinds] for slot, chunk in enumerate(self.slots)}
+        # The way back: what came to me goes out again, what I sent returns.
+        near = self._landing(self._from_me(_WITHIN), partials)
+        if self.routes.within:
+            self._return(_WITHIN, mine, near, tag).wait()
+        combined = {}
+        for message in self._to_me(_BETWEEN):
+            found = [mine[message.chunk]] if message.chunk in mine else []
+            found += [tensors for m, tensors in near.items() if m.chunk == message.chunk]
+            combined[message.chunk] = (
+                found[0] if len(found) == 1 else combine([list(x) for x in zip(*found, strict=True)])
+            )
+        far = self._landing(self._from_me(_BETWEEN), partials)
+        pending = self._return(_BETWEEN, combined, far, tag)
+        for message, tensors in (*near.items(), *far.items()):
+            if message.chunk.rank == self.own:
+                for kind, tensor in enumerate(tensors):
+                    received[kind][message.chunk.half].append(tensor)
+        return received, pending
+
+    def _return(
+        self, stage: int, results: dict[Chunk, list[Tensor]], landing: dict[Message, list[Tensor]], tag: int
+    ) -> Pending:
+        """Send `results` against the direction of the stage's messages, receive into `landing`."""
+        kinds = range(len(next(iter((results or landing).values())))) if results or landing else range(0)
         sends = [
-            (self.peers[chunk.rank], result.contiguous())
-            for results in partials
-            for chunk, result in zip(self.slots, results, strict=True)
-            if chunk.rank != self.own
+            (self.peers[m.sender], results[m.chunk][kind].contiguous()) for kind in kinds for m in self._to_me(stage)
         ]
-        return received, launch(self.group, sends, receives, tag)
+        receives = [(self.peers[m.receiver], tensors[kind]) for kind in kinds for m, tensors in landing.items()]
+        assert self.group is not None
+        return launch(self.group, sends, receives, 2 * tag + stage, self.describe("returning results"))
+
+    def _landing(self, messages: Sequence[Message], like: Sequence[Sequence[Tensor]]) -> dict[Message, list[Tensor]]:
+        """Buffers for what returns of `messages`, in one allocation a kind."""
+        buffers = [kind[0].new_empty((len(messages), *kind[0].shape)).unbind() for kind in like]
+        return {m: [buffer[i] for buffer in buffers] for i, m in enumerate(messages)}
+
+    def _slot(self, chunk: Chunk) -> int | None:
+        return self.slots.index(chunk) if chunk in self.slots else None
+
+    def _from_me(self, stage: int) -> list[Message]:
+        return [m for m in self._stage(stage) if m.sender == self.own]
+
+    def _to_me(self, stage: int) -> list[Message]:
+        return [m for m in self._stage(stage) if m.receiver == self.own]
+
+    def _stage(self, stage: int) -> tuple[Message, ...]:
+        return self.routes.within if stage == _WITHIN else self.routes.between
+
+
+def _sender(message: Message) -> int:
+    return message.sender
+
+
+def _receiver(message: Message) -> int:
+    return message.receiver
 
 
 def launch(
-    group: dist.ProcessGroup, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], tag: int
+    group: dist.ProcessGroup,
+    sends: Sequence[tuple[int, Tensor]],
+    receives: Sequence[tuple[int, Tensor]],
+    tag: int,
+    what: str,
 ) -> Pending:
-    """Start all messages, (global rank, contiguous tensor) each, as one batch.
+    """Start all messages, (global rank, contiguous tensor) each, as one batch; `what` they are stands in errors.
 
     The k-th message to a rank meets that rank's k-th from here.
     """
@@ -144,33 +234,32 @@ def launch(
             operations.append(dist.P2POp(call, buffer, peer, group, tag * 4096 + k))
     if not operations:
         return Pending()
-    return Pending(dist.batch_isend_irecv(operations), [buffer for _, buffer in (*sends, *receives)])
+    with _named(what):
+        return Pending(dist.batch_isend_irecv(operations), [buffer for _, buffer in (*sends, *receives)], what=what)
 
 
-def axes(grid: Grid, causal: bool) -> tuple[TilePlan, Axis, Axis]:
-    """The plan of the caller's tile, its row (queries) and its column (keys and values)."""
+def axes(grid: Grid, causal: bool, label: str) -> tuple[TilePlan, Axis, Axis]:
+    """The plan of the caller's tile, its row (queries) and its column (keys and values); `label` names the layer."""
     row, column = grid.query_ranks, grid.key_ranks(grid.column)
     plan = tile_plan(row, column, causal)
-
-    def mine(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
-        return tuple(chunk for chunk in chunks if chunk.rank == grid.rank)
-
-    queries = Axis(
-        grid.q_group,
-        grid.rank,
-        plan.queries,
-        {
-            rank: mine(tile_plan(row, grid.key_ranks(c), causal).queries)
-            for c, rank in enumerate(row)
-            if c != grid.column
-        },
-        dict(zip(row, grid.q_peers, strict=True)),
+    queries = {rank: tile_plan(row, grid.key_ranks(c), causal).queries for c, rank in enumerate(row)}
+    keys = {rank: tile_plan(line, column, causal).keys for line, rank in zip(grid.ranks, column, strict=True)}
+    return (
+        plan,
+        Axis(
+            grid.q_group,
+            grid.rank,
+            plan.queries,
+            plan_routes(by_nodes(row, grid.node_cols), queries),
+            dict(zip(row, grid.q_peers, strict=True)),
+            f"{label}, queries in the row",
+        ),
+        Axis(
+            grid.kv_group,
+            grid.rank,
+            plan.keys,
+            plan_routes(by_nodes(column, grid.node_rows), keys),
+            dict(zip(column, grid.kv_peers, strict=True)),
+            f"{label}, keys and values in the column",
+        ),
     )
-    keys = Axis(
-        grid.kv_group,
-        grid.rank,
-        plan.keys,
-        {rank: mine(tile_plan(grid.ranks[r], column, causal).keys) for r, rank in enumerate(column) if r != grid.row},
-        dict(zip(column, grid.kv_peers, strict=True)),
-    )
-    return plan, queries, keys

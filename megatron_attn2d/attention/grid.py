@@ -11,8 +11,8 @@ A third axis may stand before the two: groups of U consecutive ranks (`head_grou
 DeepSpeed-Ulysses (arXiv 2309.14509), and each place of the grid is one such group: context-parallel rank =
 (column * R + row) * U + rank in the head group.
 
-Tiles: with `tile=(r, c)` consecutive ranks fill blocks of r x c places, so that a node of r * c GPUs is such a block
-and has fewer of its row's and column's ranks outside. Attention is exact in any order of the ranks.
+Tiles: with `tile=(r, c)` consecutive ranks fill blocks of r x c places, each a node of U * r * c GPUs, so that fewer of
+its rows' and columns' ranks are outside. Attention is exact in any order of the ranks.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Grid:
         kv_peers, q_peers: global ranks of the column by row, and of the row by column.
         head_group: the process group that exchanges sequence for heads; None where U = 1.
         head_peers: its global ranks.
+        node_rows, node_cols: how many neighbours of a column and of a row share a node: chunks cross the network once
+            a node, see `routes`. 1: each rank for itself.
     """
 
     ranks: tuple[tuple[int, ...], ...]
@@ -51,6 +53,8 @@ class Grid:
     q_peers: tuple[int, ...] = field(repr=False)
     head_group: dist.ProcessGroup | None = field(default=None, repr=False)
     head_peers: tuple[int, ...] = field(default=(0,), repr=False)
+    node_rows: int = 1
+    node_cols: int = 1
 
     @property
     def rows(self) -> int:
@@ -112,13 +116,15 @@ class Grid:
 
         Args:
             rows, cols, heads: R, C and U.
-            tile: rows and columns of the blocks that consecutive ranks fill; whole columns by default.
+            tile: rows and columns of the blocks that consecutive ranks fill, each on a node: what several of its ranks
+                need crosses the network once. By default ranks fill whole columns and each counts as a node.
 
         Raises:
             ValueError: if U x R x C is not the group's size or tiles don't fill the grid.
         """
         _check_shape(rows, cols, heads, group.size())
         tile_rows, tile_cols = (rows, 1) if tile is None else tile
+        node_rows, node_cols = tile or (1, 1)
         if tile_rows < 1 or tile_cols < 1 or rows % tile_rows or cols % tile_cols:
             raise ValueError(f"tiles of {tile_rows}x{tile_cols} don't fill a grid of {rows}x{cols}")
         ranks = place_ranks(rows, cols, tile_rows, tile_cols)
@@ -129,7 +135,8 @@ class Grid:
         q_peers = tuple(members[rank * heads + head] for rank in ranks[row])
         head_peers = tuple(members[place * heads : (place + 1) * heads])
         kv_group, q_group, head_group = (_subgroup(peers, group) for peers in (kv_peers, q_peers, head_peers))
-        return cls(ranks, row, column, kv_group, q_group, kv_peers, q_peers, head_group, head_peers)
+        peers = kv_peers, q_peers, head_group, head_peers
+        return cls(ranks, row, column, kv_group, q_group, *peers, node_rows, node_cols)
 
     @classmethod
     def from_groups(

@@ -49,10 +49,11 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, 
     lse.copy_(reference + total.log())
     weights /= torch.where(total == 0, torch.ones_like(total), total)
     merged = torch.zeros_like(out, dtype=stacked.dtype)
-    for weight, partial in zip(weights, outs, strict=True):
-        column = weight.permute(2, 0, 1).unsqueeze(-1)
-        # What a kernel leaves in the output of an empty row may be anything, NaN included: only weighted rows count.
-        merged += torch.where(column == 0, torch.zeros_like(column), partial * column)
+    for weight, partial, empty in zip(weights, outs, stacked == -torch.inf, strict=True):
+        column, unseen = (x.permute(2, 0, 1).unsqueeze(-1) for x in (weight, empty))
+        # What a kernel leaves in the output of an empty row may be anything, NaN included, and doesn't count. In a row
+        # that saw keys NaN does, even where its weight underflows to 0: it must not be lost here.
+        merged += torch.where(unseen, torch.zeros_like(column), partial * column)
     out.copy_(merged)
 
 

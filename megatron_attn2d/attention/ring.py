@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d.attention.checks import check_shards
-from megatron_attn2d.attention.exchange import Pending
+from megatron_attn2d.attention.exchange import Pending, launch
 from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.layout import LOWER, UPPER, tile_plan
 from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, row_statistics
@@ -36,6 +36,7 @@ def ring_attention(
     causal: bool = True,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    label: str = "ring attention",
 ) -> Tensor:
     """Attention of the whole sequence over a ring of the ranks of `group` (None: this rank alone).
 
@@ -44,7 +45,7 @@ def ring_attention(
     check_shards(q, k, v)
     kernel = choose_kernel(backend, q.device.type, q.dtype, q.size(3), v.size(3))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
-    out: Tensor = _RingAttention.apply(q, k, v, _Ring(group, causal, kernel, scale))
+    out: Tensor = _RingAttention.apply(q, k, v, _Ring(group, causal, kernel, scale, label))
     return out
 
 
@@ -54,6 +55,7 @@ class _Ring:
     causal: bool
     kernel: Kernel
     scale: float
+    label: str
 
     @property
     def size(self) -> int:
@@ -63,19 +65,15 @@ class _Ring:
     def rank(self) -> int:
         return 0 if self.group is None else self.group.rank()
 
-    def pass_on(self, tensors: list[Tensor], kind: int) -> tuple[list[Tensor], Pending]:
+    def pass_on(self, tensors: list[Tensor], kind: int, what: str) -> tuple[list[Tensor], Pending]:
         """Start to send tensors to the next rank and to receive the previous rank's."""
         assert self.group is not None
         ranks = dist.get_process_group_ranks(self.group)
         next_rank, previous = ranks[(self.rank + 1) % self.size], ranks[self.rank - 1]
         arriving = [torch.empty_like(x) for x in tensors]
         # With two ranks both neighbours are one rank: keys and gradients in flight at once need tags of their own.
-        operations = [
-            dist.P2POp(call, x, peer, self.group, 16 * kind + i)
-            for call, peer, batch in ((dist.isend, next_rank, tensors), (dist.irecv, previous, arriving))
-            for i, x in enumerate(batch)
-        ]
-        return arriving, Pending(dist.batch_isend_irecv(operations), [*tensors, *arriving])
+        sends, receives = [(next_rank, x) for x in tensors], [(previous, x) for x in arriving]
+        return arriving, launch(self.group, sends, receives, kind, f"{self.label}, ring of ranks {ranks}: {what}")
 
 
 class _RingAttention(torch.autograd.Function):
@@ -104,7 +102,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
         pending.wait()
         keys, values = travelling
         if step + 1 < ring.size:
-            travelling, pending = ring.pass_on(travelling, _KEYS)
+            travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step}")
         plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
         halves, seen = [chunk.half for chunk in plan.queries], len(plan.keys)
         tile = attend(
@@ -135,7 +133,7 @@ def _backward(
         pending.wait()
         keys, values = travelling
         if step + 1 < ring.size:
-            travelling, pending = ring.pass_on(travelling, _KEYS)
+            travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step} of the backward pass")
         plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
         first, seen = plan.queries[0].half, len(plan.keys)
         tile = differentiate(
@@ -153,7 +151,7 @@ def _backward(
         gradients_pending.wait()
         if step > 1:
             partial = [mine.add_(theirs) for mine, theirs in zip(partial, gradients, strict=True)]
-        gradients, gradients_pending = ring.pass_on(partial, _GRADIENTS)
+        gradients, gradients_pending = ring.pass_on(partial, _GRADIENTS, f"dk, dv at step {step} of the backward pass")
     gradients_pending.wait()
     if ring.size > 1:
         home = [mine.add_(theirs) for mine, theirs in zip(home, gradients, strict=True)]

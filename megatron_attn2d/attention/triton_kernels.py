@@ -40,10 +40,12 @@ def _merge(
     total = tl.zeros((BLOCK_N,), tl.float32)
     merged = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for i in tl.static_range(len(lses)):
-        weight = tl.exp(tl.load(lses[i] + at, rows < n, other=-float("inf")) - reference)
+        part = tl.load(lses[i] + at, rows < n, other=-float("inf"))
+        weight = tl.exp(part - reference)
         total += weight
         partial = tl.load(_tile(outs[i], out_strides[i], batch, head, rows, columns), inside, other=0.0)
-        merged += tl.where(weight[:, None] == 0, 0.0, partial.to(tl.float32) * weight[:, None])
+        # only rows that saw no key are left out: NaN times a weight that underflowed is still NaN
+        merged += tl.where(part[:, None] == -float("inf"), 0.0, partial.to(tl.float32) * weight[:, None])
     merged /= tl.where(total == 0, 1.0, total)[:, None]
     tl.store(_tile(out, out_stride, batch, head, rows, columns), merged.to(out.dtype.element_ty), inside)
     tl.store(lse + batch * lse_stride[0] + head * lse_stride[1] + rows, reference + tl.log(total), rows < n)

@@ -34,7 +34,7 @@ def check_heads(heads: int, kv_heads: int, parts: int) -> None:
         )
 
 
-def spread_heads(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def spread_heads(q: Tensor, k: Tensor, v: Tensor, grid: Grid, label: str) -> tuple[Tensor, Tensor, Tensor]:
     """Shards [s/cp, b, heads, d] -> [U * s/cp, b, heads/U, d], zigzag shards of the R x C grid.
 
     Key/value heads fewer than U are repeated, so that each rank has those of its query heads; autograd sums their
@@ -43,52 +43,52 @@ def spread_heads(q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> tuple[Tensor, T
     repeats = grid.heads // min(k.size(2), grid.heads)
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
-    spread: tuple[Tensor, Tensor, Tensor] = _SpreadHeads.apply(grid, q, k, v)
+    spread: tuple[Tensor, Tensor, Tensor] = _SpreadHeads.apply(grid, label, q, k, v)
     return spread
 
 
-def collect_heads(out: Tensor, grid: Grid) -> Tensor:
+def collect_heads(out: Tensor, grid: Grid, label: str) -> Tensor:
     """The way back: [U * s/cp, b, heads/U, d] -> [s/cp, b, heads, d]."""
-    (collected,) = _CollectHeads.apply(grid, out)
+    (collected,) = _CollectHeads.apply(grid, label, out)
     return collected
 
 
 class _SpreadHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grid: Grid, *shards: Tensor) -> tuple[Tensor, ...]:
-        ctx.grid = grid
-        return tuple(_to_heads(shards, grid))
+    def forward(ctx: Any, grid: Grid, label: str, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = grid, label
+        return tuple(_to_heads(shards, grid, label))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *_to_sequence(grads, ctx.grid))
+        return (None, None, *_to_sequence(grads, *ctx.call))
 
 
 class _CollectHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grid: Grid, *shards: Tensor) -> tuple[Tensor, ...]:
-        ctx.grid = grid
-        return tuple(_to_sequence(shards, grid))
+    def forward(ctx: Any, grid: Grid, label: str, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = grid, label
+        return tuple(_to_sequence(shards, grid, label))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *_to_heads(grads, ctx.grid))
+        return (None, None, *_to_heads(grads, *ctx.call))
 
 
-def _to_heads(shards: Sequence[Tensor], grid: Grid) -> list[Tensor]:
+def _to_heads(shards: Sequence[Tensor], grid: Grid, label: str) -> list[Tensor]:
     # [2n, b, heads, d] -> for each peer the contiguous [2, n, b, heads/U, d] that it is to have
     parts = [torch.stack(x.unflatten(0, (2, -1)).chunk(grid.heads, dim=3)) for x in shards]
     results = [part.new_empty((2, grid.heads, *part.shape[2:])) for part in parts]
     places = [[_places(result, peer) for peer in range(grid.heads)] for result in results]
-    _exchange([part.unbind() for part in parts], places, grid)
+    _exchange([part.unbind() for part in parts], places, grid, label)
     return [result.flatten(0, 2) for result in results]
 
 
-def _to_sequence(shards: Sequence[Tensor], grid: Grid) -> list[Tensor]:
+def _to_sequence(shards: Sequence[Tensor], grid: Grid, label: str) -> list[Tensor]:
     wide = [x.contiguous().unflatten(0, (2, grid.heads, -1)) for x in shards]
     places = [[_places(x, peer) for peer in range(grid.heads)] for x in wide]
     results = [x.new_empty((grid.heads, 2, *x.shape[2:])) for x in wide]
-    _exchange(places, [result.unbind() for result in results], grid)
+    _exchange(places, [result.unbind() for result in results], grid, label)
     # [U, 2, n, b, heads/U, d] -> [2n, b, heads, d]
     return [result.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(0, 1) for result in results]
 
@@ -102,10 +102,12 @@ def _exchange(
     outgoing: Sequence[Sequence[Sequence[Tensor] | Tensor]],
     incoming: Sequence[Sequence[Sequence[Tensor] | Tensor]],
     grid: Grid,
+    label: str,
 ) -> None:
     """Send [tensor][peer] of lower and upper chunk, receive into the like."""
     assert isinstance(grid.head_group, dist.ProcessGroup)
     me = grid.head_group.rank()
+    what = f"{label}, head group of ranks {list(grid.head_peers)}: exchanging sequence for heads or back"
     sends, receives = (
         [
             (grid.head_peers[peer], chunks[half])
@@ -116,7 +118,7 @@ def _exchange(
         ]
         for side in (outgoing, incoming)
     )
-    pending = launch(grid.head_group, sends, receives, tag=0)
+    pending = launch(grid.head_group, sends, receives, 0, what)
     for mine, place in zip(outgoing, incoming, strict=True):
         for half in (LOWER, UPPER):
             place[me][half].copy_(mine[me][half])

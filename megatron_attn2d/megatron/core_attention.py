@@ -13,15 +13,15 @@ It holds no parameters, so checkpoints interchange with every other vanilla-soft
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
-from functools import lru_cache
-
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
@@ -55,6 +55,9 @@ class ContextParallelAttention(MegatronModule):
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp", "hcp"])
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         _refuse_unsupported(config, layer_number, attention_type, dropout)
+        self.layer_number = layer_number
+        self.mode = cp_comm_type
+        self.head_dims = k_channels or config.kv_channels, v_channels or config.kv_channels
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.ring = None
@@ -102,11 +105,11 @@ class ContextParallelAttention(MegatronModule):
             raise ValueError("packed sequences (THD) are not supported yet: train on unpacked sequences")
         if attention_bias is not None:
             raise ValueError("attention bias is not supported: choose rotary or learned positions")
-        causal, scale = _CAUSAL[mask_type], self.softmax_scale
+        causal, scale, label = _CAUSAL[mask_type], self.softmax_scale, f"layer {self.layer_number}"
         if self.ring is not None:
-            out = ring_attention(query, key, value, self.ring, causal=causal, softmax_scale=scale)
+            out = ring_attention(query, key, value, self.ring, causal=causal, softmax_scale=scale, label=label)
         else:
-            out = attention2d(query, key, value, self.grid, causal=causal, softmax_scale=scale)
+            out = attention2d(query, key, value, self.grid, causal=causal, softmax_scale=scale, label=label)
         return out.flatten(2)
 
 

@@ -65,7 +65,7 @@ class Candidate(NamedTuple):
             return self.mode
         u, r, c = self.axes
         shape = f"{r}x{c}" if u == 1 else f"{u}x{r}x{c}"
-        tiled = "" if self.tile in (None, (r, 1)) else f", tile {self.tile[0]}x{self.tile[1]}"  # type: ignore[index]
+        tiled = "" if self.tile in (None, (r, 1)) else f", tile {self.tile[0]}x{self.tile[1]}"
         return self.mode if self.mode in ("all_gather", "ulysses") else f"{self.mode} {shape}{tiled}"
 
 
@@ -98,8 +98,10 @@ class Prediction:
         return self.forward_s + self.backward_s
 
 
-def predict(candidate: Candidate, ranks: int, work: Workload, cluster: Cluster) -> Prediction:
-    """Predict one candidate with its best number of head groups."""
+def predict(
+    candidate: Candidate, ranks: int, work: Workload, cluster: Cluster, head_groups: Sequence[int] = (1, 2, 4, 8)
+) -> Prediction:
+    """Predict one candidate with the best of `head_groups`."""
     traffic = (
         ring_traffic(ranks, work)
         if candidate.axes is None
@@ -118,7 +120,7 @@ def predict(candidate: Candidate, ranks: int, work: Workload, cluster: Cluster) 
     else:
         kv_heads = max(1, work.kv_heads // candidate.axes[0])
         groups, forward, backward = min(
-            ((g, *_grouped_seconds(traffic, kernels, g, cluster)) for g in (1, 2, 4, 8) if kv_heads % g == 0),
+            ((g, *_grouped_seconds(traffic, kernels, g, cluster)) for g in head_groups if kv_heads % g == 0),
             key=lambda timed: timed[1] + timed[2],
         )
     messages = sum(phase_seconds(phase, cluster) for phase in (*traffic.forward, *traffic.backward))
@@ -222,7 +224,7 @@ def _tiles(rows: int, cols: int, places: int) -> list[tuple[int, int]]:
     """Tiles of at most `places` places, none contained in another; whole columns first."""
     fitting = [(r, c) for r in _divisors(rows) for c in _divisors(cols) if r * c <= places]
     largest = [t for t in fitting if not any(t != o and t[0] <= o[0] and t[1] <= o[1] for o in fitting)]
-    orders = {}
+    orders: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
     for tile in sorted({(rows, 1), *largest}, key=lambda tile: (tile != (rows, 1), tile)):
         orders.setdefault(place_ranks(rows, cols, *tile), tile)  # several tiles may be one order of the ranks
     return list(orders.values())

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from megatron_attn2d.attention.layout import Chunk, place_ranks, tile_plan
+from megatron_attn2d.attention.layout import place_ranks, tile_plan
+from megatron_attn2d.attention.routes import Routes, by_nodes, plan_routes
 
 _STATISTIC_BYTES = 4  # log-sum-exp and delta are fp32
 
@@ -76,18 +77,18 @@ def attention2d_traffic(axes: tuple[int, int, int], work: Workload, *, tile: tup
     kv = chunk * kv_heads * work.head_dim * work.element_bytes
     row_statistic = chunk * heads * _STATISTIC_BYTES
 
-    queries, keys = _links(rows, cols, tile or (rows, 1), work.causal)
+    queries, keys = _links(rows, cols, tile, work.causal)
     spread = work.seq / (places * u) * token_head  # one head of one rank's tokens
     forward = [
         _over_heads("q, k, v over heads", places, u, spread * (heads + 2 * kv_heads)),
-        _phase("gather q; k, v", u, [(queries, q, 1), (keys, 2 * kv, 2)]),
-        _phase("return o", u, [(_reverse(queries), q + row_statistic, 2)]),
+        *_phases("gather q; k, v", u, _GATHER, [(queries, q, 1), (keys, 2 * kv, 2)]),
+        *_phases("return o", u, _RETURN, [(queries, q + row_statistic, 2)]),
         _over_heads("o over heads", places, u, spread * heads),
     ]
     backward = [
         _over_heads("do over heads", places, u, spread * heads),
-        _phase("gather q, do; k, v", u, [(queries, 2 * q + 2 * row_statistic, 3), (keys, 2 * kv, 2)]),
-        _phase("return dq; dk, dv", u, [(_reverse(queries), q, 1), (_reverse(keys), 2 * kv, 2)]),
+        *_phases("gather q, do; k, v", u, _GATHER, [(queries, 2 * q + 2 * row_statistic, 3), (keys, 2 * kv, 2)]),
+        *_phases("return dq; dk, dv", u, _RETURN, [(queries, q, 1), (keys, 2 * kv, 2)]),
         _over_heads("dq, dk, dv over heads", places, u, spread * (heads + 2 * kv_heads)),
     ]
     return Traffic([p for p in forward if p.sent], [p for p in backward if p.sent])
@@ -117,40 +118,48 @@ def received_by_nodes(phases: Iterable[Phase], ranks: int, ranks_per_node: int) 
     return received
 
 
+type _Links = tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]]
+"""Chunks by (sender, receiver), places of the grid: between nodes, and within them."""
+
+
 @lru_cache(maxsize=256)
-def _links(
-    rows: int, cols: int, tile: tuple[int, int], causal: bool
-) -> tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]]:
-    """Chunks by (owner, reader), places of the grid: queries along rows, keys along columns."""
-    ranks = place_ranks(rows, cols, *tile)
-    queries: Counter[tuple[int, int]] = Counter()
-    keys: Counter[tuple[int, int]] = Counter()
+def _links(rows: int, cols: int, tile: tuple[int, int] | None, causal: bool) -> tuple[_Links, _Links]:
+    """What gathers the queries along all rows, and the keys along all columns."""
+    ranks = place_ranks(rows, cols, *(tile or (rows, 1)))
+    columns = tuple(zip(*ranks, strict=True))
+    node_rows, node_cols = tile or (1, 1)
+    queries: _Links = (Counter(), Counter())
+    keys: _Links = (Counter(), Counter())
     for row in ranks:
-        for c, reader in enumerate(row):
-            plan = tile_plan(row, tuple(line[c] for line in ranks), causal)
-            queries.update(_owners(plan.queries, reader))
-            keys.update(_owners(plan.keys, reader))
+        slots = {rank: tile_plan(row, column, causal).queries for rank, column in zip(row, columns, strict=True)}
+        _add(queries, plan_routes(by_nodes(row, node_cols), slots))
+    for column in columns:
+        slots = {rank: tile_plan(row, column, causal).keys for rank, row in zip(column, ranks, strict=True)}
+        _add(keys, plan_routes(by_nodes(column, node_rows), slots))
     return queries, keys
 
 
-def _owners(chunks: tuple[Chunk, ...], reader: int) -> Iterator[tuple[int, int]]:
-    return ((chunk.rank, reader) for chunk in chunks if chunk.rank != reader)
+def _add(links: _Links, routes: Routes) -> None:
+    for counter, messages in zip(links, (routes.between, routes.within), strict=True):
+        counter.update((m.sender, m.receiver) for m in messages)
 
 
-def _reverse(links: Counter[tuple[int, int]]) -> Counter[tuple[int, int]]:
-    return Counter({(reader, owner): count for (owner, reader), count in links.items()})
+_GATHER, _RETURN = (0, 1), (1, 0)  # the order of the two stages
 
 
-def _phase(name: str, u: int, parts: list[tuple[Counter[tuple[int, int]], float, int]]) -> Phase:
-    """Links between places, bytes a chunk and messages a chunk -> between context-parallel ranks."""
-    sent: Counter[tuple[int, int]] = Counter()
-    messages: Counter[int] = Counter()
-    for links, chunk_bytes, chunk_messages in parts:
-        for (sender, receiver), chunks in links.items():
-            messages[receiver] += chunks * chunk_messages
-            for head in range(u):
-                sent[sender * u + head, receiver * u + head] += chunks * chunk_bytes  # type: ignore[assignment]
-    return Phase(name, dict(sent), max(messages.values(), default=0))
+def _phases(name: str, u: int, order: tuple[int, int], parts: list[tuple[_Links, float, int]]) -> Iterator[Phase]:
+    """Links, bytes a chunk and messages a chunk -> the phases of both stages between context-parallel ranks."""
+    for stage in order:
+        sent: dict[tuple[int, int], float] = {}
+        messages: Counter[int] = Counter()
+        for links, chunk_bytes, chunk_messages in parts:
+            for link, chunks in links[stage].items():
+                sender, receiver = reversed(link) if order == _RETURN else link
+                messages[receiver] += chunks * chunk_messages
+                for head in range(u):
+                    pair = sender * u + head, receiver * u + head
+                    sent[pair] = sent.get(pair, 0.0) + chunks * chunk_bytes
+        yield Phase(f"{name}, {'within' if stage else 'between'} nodes", sent, max(messages.values(), default=0))
 
 
 def _over_heads(name: str, places: int, u: int, sent: float) -> Phase:
