@@ -235,7 +235,9 @@ class Environment(Section):
 
 
 class Cluster(Section):
-    """What the machines can do, for estimates alone: training reads none of it. A node's GPUs: environment.gpus_per_node.
+    """What the machines can do, for estimates and the reported MFU; nothing trains differently by it.
+
+    A node's GPUs: environment.gpus_per_node.
 
     Rates are what one GPU gets in one direction; 1 GB is 10^9 bytes, 1 GiB 2^30. None: not known.
     """
