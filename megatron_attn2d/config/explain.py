@@ -12,7 +12,7 @@ _BY_KEY = {
     "context_parallel.grid": ("not a grid", "write auto, [rows, columns] or [heads, rows, columns]"),
     "data.paths": ("not a list of prefixes, nor a blend", "write [prefix, ...] or {prefix: weight, ...}"),
     "data.split": ("not three weights", "write 98,1,1"),
-    "slurm.sbatch": ("not options of sbatch", 'write {long-name: value, ...}'),
+    "slurm.sbatch": ("not options of sbatch", "write {long-name: value, ...}"),
     "environment.variables": ("not environment variables", 'write {NAME: "value", ...}'),
 }
 _BY_TYPE = {
