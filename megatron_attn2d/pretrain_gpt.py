@@ -64,7 +64,7 @@ def parsed() -> tuple[Namespace, Any]:
     args = parse_and_validate_args(extra_args_provider=_add_own_arguments)
     model = gpt_config_from_args(args)
     if model.transformer_layer_spec is None:
-        model.transformer_layer_spec = attention2d_layer_spec
+        model.transformer_layer_spec = partial(attention2d_layer_spec, head_groups=args.attention2d_head_groups)
     return args, pretrain_cfg_container_from_args(args, model)
 
 
@@ -84,6 +84,7 @@ def _add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
     parser.error = _refuse  # type: ignore[method-assign]  # rather than exit, the message being in a log file
     own = parser.add_argument_group("megatron_attn2d")
     own.add_argument("--run-dir", help="directory for metrics.jsonl and the logs of the ranks")
+    own.add_argument("--attention2d-head-groups", type=int, default=1, help="groups of heads that overlap")
     own.add_argument("--keep-last", type=int, help="checkpoints to keep; default: all")
     own.add_argument("--peak-tflops", type=float, help="of a GPU, in 10^12 FLOP/s, for the MFU")
     own.add_argument("--log-attention-communication", action="store_true", help="measure waiting for its messages")

@@ -52,7 +52,7 @@ REFUSED = {
     "model.num_layer=4": "model.num_layer: unknown key; did you mean num_layers?",
     "model.seq_length=8": "model.seq_length: unknown key; did you mean training.seq_length?",
     "parallelism.context=8": "parallelism.context: unknown key; known: data, expert, pipeline, sequence_parallel, ...",
-    "context_parallel.zzz=8": "context_parallel.zzz: unknown key; known: grid, mode, size",
+    "context_parallel.zzz=8": "context_parallel.zzz: unknown key; known: grid, head_groups, mode, size, tile",
     # types
     "model.num_layers='4'": "model.num_layers = '4': not an integer; write 8, without quotes or a decimal point",
     "model.num_layers=4.0": "model.num_layers = 4.0: not an integer; ...",
@@ -160,6 +160,17 @@ REFUSED = {
     "context_parallel.mode=ulysses model.num_attention_heads=6 model.hidden_size=48": (
         "context_parallel.size = 4: 6 query and 6 key/value heads a tensor rank don't spread over 4 ranks; "
         "spread them over one of 1, 2, 3, 6"
+    ),
+    "context_parallel.grid=[2, 2] context_parallel.tile=[2, 4]": (
+        "context_parallel.tile = [2, 4]: does not fill the grid of 2 rows x 2 columns; "
+        "rows: one of 1, 2; columns: one of 1, 2"
+    ),
+    "context_parallel.mode=ring context_parallel.tile=[1, 1]": (
+        "context_parallel.tile = [1, 1]: context_parallel.mode = ring has no grid; choose null"
+    ),
+    "context_parallel.head_groups=3": (
+        "context_parallel.head_groups = 3: does not divide the 4 key/value heads of a tensor rank; "
+        "choose auto or one of 1, 2, 4"
     ),
     "context_parallel.grid=[4,1,1] model.num_attention_heads=12 model.num_query_groups=3 model.hidden_size=96": (
         "context_parallel.grid = [4, 1, 1]: 12 query and 3 key/value heads a tensor rank don't spread over 4 ranks; "
@@ -493,6 +504,12 @@ def test_compiles_to_megatrons_arguments(base):
         ("context_parallel.mode=ulysses", "--cp-comm-type a2a "),
         ("context_parallel.grid=[2, 1, 2]", "--hierarchical-context-parallel-sizes 2 1 2 "),
         ("context_parallel.grid=[1, 2, 2]", "--hierarchical-context-parallel-sizes 2 2 "),
+        ("context_parallel.grid=[2, 2] context_parallel.tile=[1, 2]", "--hierarchical-context-parallel-sizes 1 2 2 1 "),
+        (
+            "context_parallel.grid=[2, 2, 1] context_parallel.tile=[1, 1]",
+            "--hierarchical-context-parallel-sizes 2 1 1 2 1 ",
+        ),
+        ("context_parallel.head_groups=2", "--attention2d-head-groups 2 "),
         ("context_parallel.grid=[4, 1]", "--hierarchical-context-parallel-sizes 4 1 "),
         ("context_parallel.grid=[1, 4]", "--hierarchical-context-parallel-sizes 1 4 "),
         ("model.num_query_groups=1", "--hierarchical-context-parallel-sizes 4 1 "),

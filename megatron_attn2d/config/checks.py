@@ -120,6 +120,13 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
                 f"does not fill the grid of {rows} rows x {columns} columns",
                 f"rows: one of {_divisors(rows)}; columns: one of {_divisors(columns)}",
             )
+    kv_heads = max((run.model.num_query_groups or run.model.num_attention_heads) // run.parallelism.tensor, 1)
+    if kv_heads % run.head_groups:
+        yield (
+            "context_parallel.head_groups",
+            f"does not divide the {kv_heads} key/value heads of a tensor rank",
+            f"choose auto or one of {_divisors(kv_heads)}",
+        )
     transformer_engine = importlib.util.find_spec("transformer_engine") is not None and run.environment.device == "cuda"
     spread = {"ulysses": ("context_parallel.size", context.size), "attention2d": ("context_parallel.grid", run.grid[0])}
     if context.mode in spread:

@@ -114,6 +114,9 @@ class ContextParallel(Section):
     tile: Annotated[Annotated[list[Ranks], Field(min_length=2, max_length=2)] | None, NO_FLAG] = None
     """Rows and columns of the block of the grid that consecutive ranks fill, such as those of a node. None: whole
     columns, [R, 1], or with `grid: auto` the planner's choice."""
+    head_groups: Annotated[Literal["auto"] | Ranks, NO_FLAG] = "auto"
+    """In how many groups of heads attention2d overlaps messages and kernels. auto: with `grid: auto` the planner's
+    choice, else 1."""
 
 
 class Data(Section):
@@ -314,12 +317,17 @@ class RunConfig(Section):
     @property
     def grid(self) -> tuple[int, int, int]:
         """U, R and C of attention2d's process grid: ranks over heads, rows and columns."""
-        return chosen_grid(self)[0]
+        return chosen_grid(self).axes
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of the block of the grid that consecutive ranks fill."""
-        return chosen_grid(self)[1]
+        return chosen_grid(self).tile
+
+    @property
+    def head_groups(self) -> int:
+        """In how many groups of heads attention2d overlaps messages and kernels."""
+        return chosen_grid(self).head_groups
 
     @property
     def directory(self) -> str:

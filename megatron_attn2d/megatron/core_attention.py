@@ -13,7 +13,7 @@ It holds no parameters, so checkpoints interchange with every other vanilla-soft
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -60,6 +60,7 @@ class ContextParallelAttention(MegatronModule):
         self.head_dims = k_channels or config.kv_channels, v_channels or config.kv_channels
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
+        self.head_groups = getattr(config, "attention2d_head_groups", 1)
         self.ring = None
         self.grid = Grid.single()
         if config.context_parallel_size == 1:
@@ -77,7 +78,6 @@ class ContextParallelAttention(MegatronModule):
                 f"cp_comm_type {cp_comm_type!r} (context_parallel.mode) is not served without Transformer Engine: "
                 "choose attention2d, p2p (ring), all_gather or a2a (ulysses)"
             )
-
         tensor = config.tensor_model_parallel_size
         check_heads(config.num_attention_heads // tensor, max(1, config.num_query_groups // tensor), self.grid.heads)
 
@@ -105,11 +105,10 @@ class ContextParallelAttention(MegatronModule):
             raise ValueError("packed sequences (THD) are not supported yet: train on unpacked sequences")
         if attention_bias is not None:
             raise ValueError("attention bias is not supported: choose rotary or learned positions")
-        causal, scale, label = _CAUSAL[mask_type], self.softmax_scale, f"layer {self.layer_number}"
-        if self.ring is not None:
-            out = ring_attention(query, key, value, self.ring, causal=causal, softmax_scale=scale, label=label)
-        else:
-            out = attention2d(query, key, value, self.grid, causal=causal, softmax_scale=scale, label=label)
+        causal, label = _CAUSAL[mask_type], f"layer {self.layer_number}"
+        on_grid = partial(attention2d, grid=self.grid, head_groups=self.head_groups)
+        attend = on_grid if self.ring is None else partial(ring_attention, group=self.ring)
+        out = attend(query, key, value, causal=causal, softmax_scale=self.softmax_scale, label=label)
         return out.flatten(2)
 
 

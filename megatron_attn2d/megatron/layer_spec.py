@@ -98,13 +98,14 @@ def _core_attention(spec: Any) -> Any:
 
 
 def attention2d_layer_spec(
-    config: GPTModelConfig | TransformerConfig, vp_stage: int | None = None
+    config: GPTModelConfig | TransformerConfig, vp_stage: int | None = None, *, head_groups: int = 1
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Upstream's default spec for the model (dense or MoE, local or Transformer Engine) with our attention in it.
 
     Args:
         config: of the model; a bare TransformerConfig (Megatron-Bridge's providers are) stands for its own model.
         vp_stage: the virtual pipeline stage to build, None without virtual stages.
+        head_groups: in how many groups of heads attention2d overlaps messages and kernels.
 
     Raises:
         ValueError: the model asks for what would attend otherwise.
@@ -115,6 +116,7 @@ def attention2d_layer_spec(
         raise ValueError("attention_backend local: Megatron would replace context-parallel attention by its own")
     if transformer.mtp_num_layers:
         raise ValueError("mtp_num_layers: Megatron builds multi-token prediction with an attention of its own choice")
+    transformer.attention2d_head_groups = head_groups  # where the module finds it: builders pass the config alone
     spec = default_layer_spec(model, vp_stage)
     if isinstance(spec, ModuleSpec):  # a layer: as a block, so that the final norm is part of it
         layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)

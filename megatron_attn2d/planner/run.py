@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_attn2d.planner import best_grid
 from megatron_attn2d.planner.cost import Cluster, Prediction, plan
@@ -12,8 +12,14 @@ from megatron_attn2d.planner.traffic import Workload
 if TYPE_CHECKING:
     from megatron_attn2d.config.schema import RunConfig
 
-type Shape = tuple[tuple[int, int, int], tuple[int, int]]
-"""U, R, C of a grid and the rows and columns of its tile."""
+
+class Shape(NamedTuple):
+    """A grid: U, R and C, rows and columns of its tile, and into how many groups heads are split."""
+
+    axes: tuple[int, int, int]
+    tile: tuple[int, int]
+    head_groups: int
+
 
 _RATES = (
     "attention_forward_tflops",
@@ -72,16 +78,18 @@ def chosen_grid(run: RunConfig) -> Shape:
     Where the YAML does not describe the cluster, the choice is the R x C with the fewest bytes (`best_grid`).
     """
     context = run.context_parallel
+    groups = 1 if context.head_groups == "auto" else context.head_groups
     if context.grid != "auto":
         heads, rows, cols = context.grid if len(context.grid) == 3 else (1, *context.grid)
     elif context.mode != "attention2d" or context.size == 1 or missing_rates(run):
         heads, (rows, cols) = 1, best_grid(context.size, run.model.queries_per_kv_head)
     else:
         found = predictions(context.size, workload(run), cluster(run))
-        best = next(p.candidate for p in found if p.candidate.axes is not None)
-        assert best.axes is not None
-        heads, rows, cols = best.axes
+        best = next(p for p in found if p.candidate.axes is not None)
+        assert best.candidate.axes is not None
+        heads, rows, cols = best.candidate.axes
+        groups = best.head_groups if context.head_groups == "auto" else groups
         if context.tile is None:
-            return best.axes, best.tile or (rows, 1)
+            return Shape(best.candidate.axes, best.candidate.tile or (rows, 1), groups)
     tile = (context.tile[0], context.tile[1]) if context.tile else (rows, 1)
-    return (heads, rows, cols), tile
+    return Shape((heads, rows, cols), tile, groups)
