@@ -43,8 +43,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     plot.add_argument("-o", "--output", default="loss.png", metavar="PNG", help="default: %(default)s")
     plot.set_defaults(command=_plot)
 
-    ours = [*corpus.add(commands), *run_report.add(commands), *evaluate.add(commands), *submit.add(commands)]
-    for command in (train, plot, *ours):
+    plan = commands.add_parser("plan", help="predict modes and grids for a YAML", description=_plan.__doc__)
+    plan.add_argument("run", metavar="RUN.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the YAML")
+    plan.add_argument("-o", "--output", metavar="PNG", help="draw predicted speed-ups here")
+    plan.set_defaults(command=_plan)
+
+    added = [*corpus.add(commands), *run_report.add(commands), *evaluate.add(commands)]
+    for command in (train, plot, plan, *added, *submit.add(commands)):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     # Intermixed, so that options may stand between overrides.
     known, extra = parser.parse_known_args(argv)
@@ -112,6 +118,18 @@ def _prepare(run: RunConfig, write_config: bool) -> None:
         checkpoints.repair_tracker(directory / "checkpoints")
     if not (run.data.paths or run.data.mock):
         data.build_default(run.data.dir)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Predict time, bytes and memory of a layer's attention for every mode and grid on the YAML's cluster."""
+    from megatron_attn2d.planner import report
+
+    run = load_run(args.run, args.overrides)
+    print(report.report(run))
+    if args.output:
+        report.draw(run, Path(args.output))
+        print(f"speed-ups: {args.output}")
+    return 0
 
 
 def _plot(args: argparse.Namespace) -> int:
