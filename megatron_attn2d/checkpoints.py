@@ -14,6 +14,8 @@ from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _LAST_WRITTEN = "metadata.json"
+CHECKSUMS = "integrity.json"
+"""Of every file of a checkpoint, by upstream's `--verify-integrity`, which writes it last of all."""
 _DELETED = ".deleted-"
 
 
@@ -41,11 +43,12 @@ def _is_complete(path: Path) -> bool:
 def last_complete(directory: Path) -> int | None:
     """The step to continue from: the tracker's, or where that isn't complete the newest that is; None: from scratch."""
     steps = complete(directory)
-    tracked = _tracked(directory)
-    return tracked if tracked in steps else max(steps, default=None)
+    named = tracked(directory)
+    return named if named in steps else max(steps, default=None)
 
 
-def _tracked(directory: Path) -> int | None:
+def tracked(directory: Path) -> int | None:
+    """The step that the tracker names; None where it names none."""
     try:
         return int((directory / TRACKER).read_text())
     except (OSError, ValueError):
@@ -55,7 +58,7 @@ def _tracked(directory: Path) -> int | None:
 def repair_tracker(directory: Path) -> None:
     """Makes the tracker name `last_complete`, or removes it where there is none; Megatron reads nothing else."""
     step = last_complete(directory)
-    if step == _tracked(directory):
+    if step == tracked(directory):
         return
     if step is None:
         (directory / TRACKER).unlink(missing_ok=True)
@@ -67,7 +70,8 @@ def repair_tracker(directory: Path) -> None:
 
 def begin_save(directory: Path, step: int) -> None:
     """To be called before `step` is saved: one that is overwritten is no longer complete."""
-    (folder(directory, step) / _LAST_WRITTEN).unlink(missing_ok=True)
+    for name in (_LAST_WRITTEN, CHECKSUMS):
+        (folder(directory, step) / name).unlink(missing_ok=True)
 
 
 def prune(directory: Path, keep: int) -> threading.Thread:
@@ -80,12 +84,12 @@ def prune(directory: Path, keep: int) -> threading.Thread:
         The thread that deletes: what it deletes has no longer the name of a checkpoint when this function returns.
     """
     assert keep >= 1
-    tracked, steps = _tracked(directory), complete(directory)
-    if tracked in steps:
-        kept = set([step for step in steps if step <= tracked][-keep:])
+    named, steps = tracked(directory), complete(directory)
+    if named in steps:
+        kept = set([step for step in steps if step <= named][-keep:])
         for path in directory.glob("iter_*"):
             step = _step(path)
-            if step is not None and step < tracked and step not in kept and not path.is_symlink():
+            if step is not None and step < named and step not in kept and not path.is_symlink():
                 path.rename(directory / f"{_DELETED}{path.name}")
     thread = threading.Thread(target=_delete, args=(list(directory.glob(f"{_DELETED}*")),))
     thread.start()

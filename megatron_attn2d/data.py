@@ -7,6 +7,7 @@ pads to the same number of rows for every tensor-parallel size up to 4, so check
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sysconfig
 import tempfile
@@ -38,6 +39,29 @@ def is_complete(prefix: Path) -> bool:
     return all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".bin", ".idx"))
 
 
+def seal_index(index: Path, prefix: Path) -> Path:
+    """Writes, beside the index of what is to become `prefix`, its checksum as `sha256sum -c` reads it; its path."""
+    seal = index.with_name(f"{index.name}.sha256")
+    seal.write_text(f"{_digest(index)}  {prefix.name}.idx\n")
+    return seal
+
+
+def verify_index(prefix: Path) -> None:
+    """Compares the index of the data set `prefix` with its checksum, if it has one: not those that others built.
+
+    Raises:
+        ValueError: they differ; names the file.
+    """
+    index, seal = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".idx.sha256"))
+    if seal.is_file() and _digest(index) != seal.read_text().split()[0]:
+        raise ValueError(f"{index} is not the index that was built: {seal} holds another checksum; build it again")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def build(files: Iterable[Path], prefix: Path) -> Path:
     """Writes the bytes of `files` as the data set `prefix`.bin and `prefix`.idx, a document a file.
 
@@ -66,7 +90,9 @@ def build(files: Iterable[Path], prefix: Path) -> Path:
         if not documents:
             raise ValueError(f"no text to build the data set {prefix} from: give at least one file that is not empty")
         builder.finalize(str(idx_path))
+        seal = seal_index(idx_path, prefix)
         os.replace(bin_path, prefix.with_name(prefix.name + ".bin"))
+        os.replace(seal, prefix.with_name(prefix.name + ".idx.sha256"))
         os.replace(idx_path, prefix.with_name(prefix.name + ".idx"))
     return prefix
 

@@ -113,8 +113,10 @@ def _wait(ranks: list[Any], reports: list[Connection]) -> int:
     running = list(ranks)
     while running:
         wait([process.sentinel for process in running])
-        failed = [process for process in running if process.exitcode]
-        running = [process for process in running if process.exitcode is None]
+        # Read once: a rank that has closed its sentinel may end, with its code, between two looks, and be missed.
+        codes = [(process, process.exitcode) for process in running]
+        failed = [process for process, code in codes if code]
+        running = [process for process, code in codes if code is None]
         if failed:
             time.sleep(_BLAME_S)
             return _stop_after_failure(ranks, reports, failed[0])

@@ -12,12 +12,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 from unittest import mock
 
 import torch
 
-from megatron_attn2d.megatron import compat, cpu, derive, progress
+from megatron_attn2d import data
+from megatron_attn2d.megatron import agreement, compat, cpu, derive, progress
+from megatron_attn2d.megatron.integrity import verified
 from megatron_attn2d.megatron.retention import retained
 
 Batch = dict[str, torch.Tensor | None]
@@ -72,11 +75,22 @@ def _pretrain(console: TextIO) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import training
 
+    from megatron_attn2d.megatron.finite_check import checked_for_finiteness
+    from megatron_attn2d.megatron.self_check import checked_before_training
+
     args, config = parsed()
     datasets = partial(_datasets)
     datasets.is_distributed = True  # type: ignore[attr-defined]  # the builder decides by itself on which ranks to build
-    # the time stamps outlive a run, and ranks that hold some make one collective call more than ranks that don't
-    with progress.reported(args, console), retained(args), mock.patch.dict(training._STARTUP_TIMESTAMPS):
+    with ExitStack() as stack:
+        stack.enter_context(progress.reported(args, console))
+        stack.enter_context(retained(args))
+        stack.enter_context(verified())
+        stack.enter_context(checked_for_finiteness(args))
+        stack.enter_context(agreement.agreed(sys.argv[1:]))
+        if args.attention_self_check:
+            stack.enter_context(checked_before_training())
+        # the time stamps outlive a run, and ranks that hold some make one collective call more than ranks that don't
+        stack.enter_context(mock.patch.dict(training._STARTUP_TIMESTAMPS))
         training.pretrain(config, datasets, ModelType.encoder_or_decoder, _forward_step)
 
 
@@ -88,6 +102,13 @@ def _add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
     own.add_argument("--keep-last", type=int, help="checkpoints to keep; default: all")
     own.add_argument("--peak-tflops", type=float, help="of a GPU, in 10^12 FLOP/s, for the MFU")
     own.add_argument("--log-attention-communication", action="store_true", help="measure waiting for its messages")
+    own.add_argument("--check-finite-attention", action="store_true", help="report NaN and Inf with layer and rank")
+    own.add_argument(
+        "--no-attention-self-check",
+        action="store_false",
+        dest="attention_self_check",
+        help="start without comparing a tiny attention with the dense answer",
+    )
     return parser
 
 
@@ -104,6 +125,8 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
     args = get_args()
+    for prefix in args.data_path or []:  # and weights, which are no data sets
+        data.verify_index(Path(prefix))
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -145,8 +168,8 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
     batch: Batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None
-        data = next(iterator)
-        batch = {key: t.cuda(non_blocking=True) if (t := data.get(key)) is not None else None for key in keys}
+        held = next(iterator)
+        batch = {key: t.cuda(non_blocking=True) if (t := held.get(key)) is not None else None for key in keys}
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=False,

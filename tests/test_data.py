@@ -33,7 +33,7 @@ def test_documents_are_the_files_bytes(files: list[Path], tmp_path: Path) -> Non
     prefix = data.build(files, tmp_path / "deep" / "set.v1")
     assert prefix == tmp_path / "deep" / "set.v1"
     assert documents(prefix) == [b"first\n", "größer".encode()]
-    assert sorted(path.name for path in prefix.parent.iterdir()) == ["set.v1.bin", "set.v1.idx"]
+    assert sorted(path.name for path in prefix.parent.iterdir()) == ["set.v1.bin", "set.v1.idx", "set.v1.idx.sha256"]
 
 
 @pytest.mark.parametrize("which", [slice(0, 0), slice(1, 2)], ids=["no file", "an empty file"])

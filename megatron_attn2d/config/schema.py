@@ -189,6 +189,10 @@ class Training(Section):
     """Recompute activations in the backward pass instead of keeping them."""
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None
+    self_check: Annotated[bool, Flag("no-attention-self-check", when=False)] = True
+    """Before the first step compare a tiny attention over the run's groups with the dense answer."""
+    check_finite: Annotated[bool, Flag("check-finite-attention")] = False
+    """Report NaN and Inf in attention's Q, K, V and dO with layer and rank; on GPUs it waits for each layer."""
 
 
 class Checkpoint(Section):
@@ -202,6 +206,9 @@ class Checkpoint(Section):
     """Checkpoints of another run to begin from, when this one has none yet."""
     keep_last: Positive | None = None
     """Checkpoints to keep, the newest complete ones. None: all."""
+    verify_integrity: bool = True
+    """Write a checksum of every file, and refuse a checkpoint with a changed one. Rank 0 reads every file once more,
+    at 1 to 2 GB/s; false where that takes too long."""
     async_save: Annotated[bool, NO_FLAG] = False
     """Write checkpoints in the background; needs nvidia_resiliency_ext."""
     exit_signal_handler: bool = True

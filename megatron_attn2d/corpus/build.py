@@ -33,8 +33,9 @@ from megatron_attn2d.corpus import tokenizers
 from megatron_attn2d.corpus.readers import BadDocument, Raw, find_files, read
 from megatron_attn2d.corpus.tokenizers import Tokenizer, TokenizerChoice
 from megatron_attn2d.corpus.upstream import indexed_dataset
+from megatron_attn2d.data import seal_index
 
-SUFFIXES = (".bin", ".json", ".idx")
+SUFFIXES = (".bin", ".json", ".idx.sha256", ".idx")
 """What a data set consists of, in the order in which it appears; without the last it is none."""
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 20, 1024
 _LONGEST = 2**31 - 1  # tokens: Megatron's index holds lengths as int32
@@ -109,6 +110,7 @@ def build(
             "files": [str(file) for file in files],
         }
         (scratch / "data.json").write_text(json.dumps(description, indent=1) + "\n")
+        seal_index(scratch / "data.idx", prefix)
         _part(prefix, ".idx").unlink(missing_ok=True)
         for suffix in SUFFIXES:
             os.replace(scratch / f"data{suffix}", _part(prefix, suffix))

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megatron_attn2d import checkpoints
 from megatron_attn2d.megatron.patching import Patch, applied
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written, for want of space say; those before it are untouched."""
+
+
+def _failure(directory: Path, step: int, error: BaseException) -> str:
+    last = checkpoints.last_complete(directory)
+    left = "there is none to continue from" if last is None else f"step {last} is whole: continue from it"
+    free = shutil.disk_usage(directory).free / 2**30
+    reason = str(error).strip().splitlines()[-1:]
+    return f"step {step} could not be saved to {directory} ({free:.1f} GiB free): {''.join(reason)}; {left}"
 
 
 @contextmanager
@@ -22,7 +37,10 @@ def retained(args: Namespace) -> Iterator[None]:
         def save(iteration: int, *rest: Any, **kwargs: Any) -> Any:
             if args.rank == 0 and not kwargs.get("non_persistent_ckpt"):
                 checkpoints.begin_save(Path(args.save), iteration)
-            result = save_checkpoint(iteration, *rest, **kwargs)
+            try:
+                result = save_checkpoint(iteration, *rest, **kwargs)
+            except (Exception, CheckpointException) as error:  # torch's is no Exception
+                raise SaveError(_failure(Path(args.save), iteration, error)) from error
             prune()
             return result
 

@@ -42,7 +42,7 @@ def test_documents_keep_their_order(choice: TokenizerChoice, tmp_path: Path) -> 
     assert [tokenizer.decode(ids[:-1]) for ids in found] == texts
     assert all(ids[-1] == tokenizer.eod for ids in found)
     assert (built.documents, built.tokens, built.skipped) == (1500, sum(map(len, found)), 0)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["set.bin", "set.idx", "set.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["set.bin", "set.idx", "set.idx.sha256", "set.json"]
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_killed_build_leaves_no_set_and_the_next_removes_its_rest(tmp_path: Pa
     assert not is_complete(out / "set")
     assert [path.suffix for path in out.iterdir()] == [".partial"]
     build([tmp_path / "a.jsonl"], out / "set", BYTES)
-    assert sorted(path.name for path in out.iterdir()) == ["set.bin", "set.idx", "set.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["set.bin", "set.idx", "set.idx.sha256", "set.json"]
     assert len(documents(out / "set")) == 1000
 
 

@@ -1,0 +1,70 @@
+"""Checkpoints are compared with their checksums before anything of them is read.
+
+Upstream writes the checksums (`--verify-integrity`), but compares them after it has read the checkpoint's metadata and
+arguments, where a flipped byte shows as an error of some parser, and it refuses checkpoints that have none.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from megatron_attn2d import checkpoints
+from megatron_attn2d.megatron.patching import Patch, applied
+
+logger = logging.getLogger(__name__)
+
+
+class CorruptCheckpointError(ValueError):
+    """A file of a checkpoint is not the one that was saved."""
+
+
+def verified() -> AbstractContextManager[None]:
+    """While entered, checkpoints are verified before they are loaded."""
+
+    def verify_first(load_checkpoint: Any) -> Any:
+        @functools.wraps(load_checkpoint)
+        def load(
+            ddp_model: Any, optimizer: Any, scheduler: Any, load_arg: str = "load", *rest: Any, **kwargs: Any
+        ) -> Any:
+            from megatron.training import get_args
+
+            args = get_args()
+            if directory := getattr(args, load_arg):
+                step = checkpoints.tracked(Path(directory)) if args.ckpt_step is None else args.ckpt_step
+                if step is not None:
+                    verify(checkpoints.folder(Path(directory), step))
+            with mock.patch.object(args, "verify_integrity", False):
+                return load_checkpoint(ddp_model, optimizer, scheduler, load_arg, *rest, **kwargs)
+
+        return load
+
+    reason = "upstream compares checksums only after it has read what may be corrupt"
+    return applied([Patch("megatron.training.training:load_checkpoint", verify_first, reason)])
+
+
+def verify(checkpoint: Path) -> None:
+    """Compares the files of a checkpoint with its checksums; all ranks must call it, rank 0 reads.
+
+    Raises:
+        CorruptCheckpointError: naming the files.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
+
+    if not checkpoint.is_dir():
+        return  # upstream's to report
+    checksums = checkpoint / checkpoints.CHECKSUMS
+    if not checksums.is_file():
+        logger.warning("%s was saved without checksums: it is loaded unverified", checkpoint)
+        return
+    try:
+        verify_integrity_manifest(str(checkpoint))
+    except CheckpointingException as error:
+        raise CorruptCheckpointError(f"{error}\nLoad another step of {checkpoint.parent} (--ckpt-step)") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpointError(f"{checksums} can't be read ({error})") from error

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The fault drills that are too long for every test run; prints a table and fails if one of them does.
+#   bash scripts/fault_drill.sh                     all of them
+#   bash scripts/fault_drill.sh sigterm=5 kill=5    some, and how many of each
+#
+#   determinism  two runs of 10 steps of each mode on 8 ranks, TP2 and PP2, bit for bit
+#   sigterm      20 SIGTERMs at random moments of training
+#   kill         20 times kill -9 at a random moment of a save
+#   soak         2,000 steps on 8 ranks: memory, file handles, threads
+#   grids        1,000 grids built, used and destroyed in one process
+#
+# It takes CPU ranks alone: 8 GiB of memory, 1 GiB of disk under TMPDIR, and on 8 free cores about half an hour.
+set -euo pipefail
+
+# shellcheck source=scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+setup_venv
+cd "$repo_root"
+exec "$venv/bin/python" -m tests.faults.drill "$@"
