@@ -42,7 +42,8 @@ def test_documents_keep_their_order(choice: TokenizerChoice, tmp_path: Path) -> 
     assert [tokenizer.decode(ids[:-1]) for ids in found] == texts
     assert all(ids[-1] == tokenizer.eod for ids in found)
     assert (built.documents, built.tokens, built.skipped) == (1500, sum(map(len, found)), 0)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["set.bin", "set.idx", "set.idx.sha256", "set.json"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["set.bin", "set.idx", "set.idx.sha256", "set.json"]
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
