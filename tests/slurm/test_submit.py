@@ -28,6 +28,11 @@ training: {{train_iters: 60, seq_length: 32, global_batch_size: 2}}
 """
 # Stands for torchrun: tells what it was given, then does what the test says.
 PYTHON = '#!/bin/bash\nprintf "%s\\n" "$@" >"$STUBS/given-$SLURM_NODEID"\nsource "$STUBS/ranks"\n'
+# Tells what reached it and fails, but not before the other node's task was started: srun ends that one on a failure.
+FAILING_RANKS = """echo "$FROM_SETUP $PYTHONPATH" >"$STUBS/environment"
+for _ in {1..300}; do [[ -s $STUBS/given-0 && -s $STUBS/given-1 ]] && break; sleep 0.1; done
+exit 1
+"""
 
 
 @pytest.fixture
@@ -187,7 +192,7 @@ def test_nothing_that_a_path_holds_is_run(cluster):
     nasty.mkdir()
     (nasty / "setup.sh").write_text('export FROM_SETUP="$UNSET yes"\n')
     python = cluster.executable(nasty / "python", PYTHON)
-    (cluster.root / "ranks").write_text('echo "$FROM_SETUP $PYTHONPATH" >"$STUBS/environment"; exit 1')
+    (cluster.root / "ranks").write_text(FAILING_RANKS)
     overrides = {
         "slurm.python": str(python),
         "slurm.setup": f"{NASTY}/setup.sh",
