@@ -122,20 +122,25 @@ def run_rank(rank: int, modes: list[Mode], args: argparse.Namespace) -> list[dic
         torch.autograd.grad(out, small, torch.ones_like(out))
         runs = []
         for _ in range(args.repeats):
-            dist.barrier()
-            received, begin = card_bytes()[0], time.perf_counter()
+            before, begin = settled_bytes(), time.perf_counter()
             out = ring_attention(q, k, v, dist.group.WORLD) if grid is None else attention2d(q, k, v, grid)
-            middle_received, middle = card_bytes()[0], time.perf_counter()
-            dist.barrier()
-            start_received, start = card_bytes()[0], time.perf_counter()
+            middle = time.perf_counter()
+            between, start = settled_bytes(), time.perf_counter()
             torch.autograd.grad(out, (q, k, v), dout)
-            end_received, end = card_bytes()[0], time.perf_counter()
-            runs.append((middle - begin, end - start, middle_received - received, end_received - start_received))
-            dist.barrier()
+            end = time.perf_counter()
+            runs.append((middle - begin, end - start, between - before, settled_bytes() - between))
         kept = list(zip(*runs, strict=True))
         names = ("forward_s", "backward_s", "forward_bytes", "backward_bytes")
         results.append({name: statistics.median(values) for name, values in zip(names, kept, strict=True)})
     return results
+
+
+def settled_bytes() -> int:
+    """Bytes that the host's card has received, read while no rank sends; all ranks call it and leave it together."""
+    dist.barrier()  # all ranks are done, those that share the card too
+    received = card_bytes()[0]
+    dist.barrier()  # all have read before anyone goes on
+    return received
 
 
 def probe(world: int, h: int, g: int, args: argparse.Namespace) -> dict[str, float]:

@@ -45,8 +45,8 @@ def test_cards_receive_what_the_plan_lists(tmp_path: Path) -> None:
     assert [row["mode"] for row in rows] == ["ring", "2x4", "4x2:2x1", "2x2x2"]
     for row in rows:
         for side in ("forward", "backward"):
-            # TCP adds headers; a rank reads its card when it is done, its host's others perhaps later.
-            assert 0.75 * row[f"{side}_plan_u"] <= row[f"{side}_u"] <= 1.25 * row[f"{side}_plan_u"], row
+            # TCP adds its headers; small messages more than large ones.
+            assert row[f"{side}_plan_u"] <= row[f"{side}_u"] <= 1.1 * row[f"{side}_plan_u"], row
     assert namespaces() == before
     assert THRESHOLD.read_text() == threshold
 
