@@ -39,7 +39,15 @@ from megatron_attn2d.attention.merge import (
     stand_in,
     sum_partials,
 )
-from megatron_attn2d.attention.tile import Queries, TileGradient, TileOutput, attend, differentiate
+from megatron_attn2d.attention.tile import (
+    PartialGradients,
+    Partials,
+    Queries,
+    attend,
+    attend_diagonal,
+    differentiate,
+    differentiate_diagonal,
+)
 from megatron_attn2d.attention.ulysses import check_heads, collect_heads, spread_heads
 
 
@@ -102,9 +110,9 @@ class _Plan:
     scale: float
     head_groups: int
 
-    def split(self, x: Tensor, dim: int = 3) -> list[Tensor]:
-        """The head groups of chunks [2, n, b, heads, d] or the like, each contiguous."""
-        return [group.contiguous() for group in x.chunk(self.head_groups, dim)]
+    def split(self, x: Tensor, dim: int = 3) -> tuple[Tensor, ...]:
+        """The head groups of chunks [2, n, b, heads, d] or the like, views."""
+        return x.chunk(self.head_groups, dim)
 
 
 class _Attention2D(torch.autograd.Function):
@@ -131,19 +139,20 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tens
     def gather(i: int) -> _Gathered:
         return _Gathered(plan.row.gather([queries[i]], tag=0), plan.column.gather([keys[i], values[i]], tag=0))
 
-    def compute(i: int, gathered: _Gathered) -> tuple[TileOutput, Returned]:
+    def compute(i: int, gathered: _Gathered) -> tuple[Partials, Partials, Returned]:
+        # The diagonal needs nobody else's chunks: they arrive meanwhile.
+        diagonal = attend_diagonal(plan.tile, plan.kernel, plan.scale, queries[i], keys[i], values[i])
         (q_all,), (k_all, v_all) = gathered.wait()
-        own = queries[i], keys[i], values[i]
-        tile = attend(plan.tile, plan.kernel, plan.scale, q_all, k_all, v_all, own)
-        return tile, plan.row.give_back([tile.outs, tile.lses], _merged, tag=1)
+        tile = attend(plan.tile, plan.kernel, plan.scale, q_all, k_all, v_all)
+        return diagonal, tile, plan.row.give_back([tile.outs, tile.lses], _merged, tag=1)
 
-    def finish(i: int, results: tuple[TileOutput, Returned]) -> None:
-        tile, ((far_outs, far_lses), pending) = results
+    def finish(i: int, results: tuple[Partials, Partials, Returned]) -> None:
+        diagonal, tile, ((far_outs, far_lses), pending) = results
         pending.wait()
         for half in (LOWER, UPPER):
             merge_partials(
-                _partials(plan.row, half, tile.outs, tile.own[0], far_outs),
-                _partials(plan.row, half, tile.lses, tile.own[1], far_lses),
+                _partials(plan.row, half, tile.outs, diagonal.outs, far_outs),
+                _partials(plan.row, half, tile.lses, diagonal.lses, far_lses),
                 outs[i][half],
                 lses[i][half],
             )
@@ -166,26 +175,28 @@ def _backward(
         shards = [queries[i], douts[i], statistics[i]]
         return _Gathered(plan.row.gather(shards, tag=0), plan.column.gather([keys[i], values[i]], tag=0))
 
-    def compute(i: int, gathered: _Gathered) -> tuple[TileGradient, Returned, Returned]:
+    def compute(i: int, gathered: _Gathered) -> tuple[PartialGradients, PartialGradients, Returned, Returned]:
+        lse_own, delta_own = statistics[i].unbind(1)
+        own = Queries(queries[i], douts[i], lse_own, delta_own, outs[i])
+        diagonal = differentiate_diagonal(plan.tile, plan.kernel, plan.scale, own, keys[i], values[i])
         (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
         needed = _queries(plan, q_all, dout_all, statistics_all, outs[i])
-        lse_own, delta_own = statistics[i].unbind(1)
-        own = Queries(queries[i], douts[i], lse_own, delta_own, outs[i]), keys[i], values[i]
-        tile = differentiate(plan.tile, plan.kernel, plan.scale, needed, k_all, v_all, own)
+        tile = differentiate(plan.tile, plan.kernel, plan.scale, needed, k_all, v_all)
         return (
+            diagonal,
             tile,
             plan.row.give_back([tile.dq], _summed, tag=1),
             plan.column.give_back([tile.dk, tile.dv], _summed, tag=1),
         )
 
-    def finish(i: int, results: tuple[TileGradient, Returned, Returned]) -> None:
-        tile, ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
+    def finish(i: int, results: tuple[PartialGradients, PartialGradients, Returned, Returned]) -> None:
+        diagonal, tile, ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
         row_pending.wait()
         column_pending.wait()
         for half in (LOWER, UPPER):
-            sum_partials(_partials(plan.row, half, tile.dq, tile.own[0], far_dq), totals[0][i][half])
-            sum_partials(_partials(plan.column, half, tile.dk, tile.own[1], far_dk), totals[1][i][half])
-            sum_partials(_partials(plan.column, half, tile.dv, tile.own[2], far_dv), totals[2][i][half])
+            sum_partials(_partials(plan.row, half, tile.dq, diagonal.dq, far_dq), totals[0][i][half])
+            sum_partials(_partials(plan.column, half, tile.dk, diagonal.dk, far_dk), totals[1][i][half])
+            sum_partials(_partials(plan.column, half, tile.dv, diagonal.dv, far_dv), totals[2][i][half])
 
     _pipeline(plan.head_groups, gather, compute, finish)
     return gradients

@@ -101,7 +101,7 @@ class Axis:
         """Start to gather the tile's chunks of each tensor.
 
         Args:
-            shards: contiguous tensors [2, n, ...], lower and upper chunk of n tokens.
+            shards: tensors [2, n, ...], lower and upper chunk of n tokens.
             tag: tells messages apart that are in flight on the same axis at once.
 
         Returns:
@@ -118,10 +118,11 @@ class Axis:
         carried = {
             m.chunk: [x[0].clone() for x in shards] for m in self._to_me(_BETWEEN) if self._slot(m.chunk) is None
         }
+        outgoing, later = self._outgoing(shards, buffers)
 
         def place(kind: int, chunk: Chunk) -> Tensor:
             if chunk.rank == self.own:
-                return shards[kind][chunk.half]
+                return outgoing[kind][chunk.half]
             slot = self._slot(chunk)
             return carried[chunk][kind] if slot is None else buffers[kind][slot]
 
@@ -134,13 +135,33 @@ class Axis:
             return launch(self.group, sends, receives, 2 * tag + stage, self.describe("gathering"))
 
         pending = start(_BETWEEN)
-        for half in (LOWER, UPPER):
-            if (slot := self.own_slot(half)) is not None:
-                for buffer, shard in zip(buffers, shards, strict=True):
-                    buffer[slot].copy_(shard[half])
+        for slot, chunk in later:
+            slot.copy_(chunk)
         if self.routes.within:
             pending.then = lambda: start(_WITHIN)
         return buffers, pending
+
+    def _outgoing(
+        self, shards: Sequence[Tensor], buffers: Sequence[Tensor]
+    ) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+        """What to send of each shard, [kind][half], and the copies (to, from) of own chunks that can wait until then.
+
+        Messages are contiguous. A head group's chunk is not: it is copied into its slot first and leaves from there.
+        """
+        outgoing: list[list[Tensor]] = []
+        later = []
+        for shard, buffer in zip(shards, buffers, strict=True):
+            outgoing.append([])
+            for half in (LOWER, UPPER):
+                chunk, slot = shard[half], self.own_slot(half)
+                if slot is None:
+                    chunk = chunk.contiguous()
+                elif chunk.is_contiguous():
+                    later.append((buffer[slot], chunk))
+                else:
+                    chunk = buffer[slot].copy_(chunk)
+                outgoing[-1].append(chunk)
+        return outgoing, later
 
     def give_back(self, partials: Sequence[Sequence[Tensor]], combine: Combine, *, tag: int) -> Returned:
         """Start to return each slot's partial results to the chunk's owner.

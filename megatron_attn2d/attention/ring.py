@@ -22,7 +22,7 @@ from megatron_attn2d.attention.exchange import Pending, launch
 from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.layout import LOWER, UPPER, tile_plan
 from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, row_statistics
-from megatron_attn2d.attention.tile import Queries, attend, differentiate
+from megatron_attn2d.attention.tile import Queries, attend, attend_diagonal, differentiate, differentiate_diagonal
 
 _KEYS, _GRADIENTS = 0, 1
 
@@ -105,12 +105,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
             travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step}")
         plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
         halves, seen = [chunk.half for chunk in plan.queries], len(plan.keys)
-        tile = attend(
-            plan, ring.kernel, ring.scale, own_q[halves[0] :], keys[:seen], values[:seen], (own_q, own_k, own_v)
-        )
+        tile = attend(plan, ring.kernel, ring.scale, own_q[halves[0] :], keys[:seen], values[:seen])
+        diagonal = attend_diagonal(plan, ring.kernel, ring.scale, own_q, own_k, own_v)
         partials = [
             *zip(halves, tile.outs, tile.lses, strict=True),
-            *zip((LOWER, UPPER), *tile.own, strict=plan.diagonal),
+            *zip((LOWER, UPPER), diagonal.outs, diagonal.lses, strict=plan.diagonal),
         ]
         for half, part, part_lse in partials:
             merge_partials([out[half], part], [lse[half], part_lse], out[half], lse[half])
@@ -136,14 +135,13 @@ def _backward(
             travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step} of the backward pass")
         plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
         first, seen = plan.queries[0].half, len(plan.keys)
-        tile = differentiate(
-            plan, ring.kernel, ring.scale, own.starting(first), keys[:seen], values[:seen], (own, own_k, own_v)
-        )
-        for half, part in (*zip((LOWER, UPPER)[first:], tile.dq, strict=True), *enumerate(tile.own[0])):
+        tile = differentiate(plan, ring.kernel, ring.scale, own.starting(first), keys[:seen], values[:seen])
+        diagonal = differentiate_diagonal(plan, ring.kernel, ring.scale, own, own_k, own_v)
+        for half, part in (*zip((LOWER, UPPER)[first:], tile.dq, strict=True), *enumerate(diagonal.dq)):
             dq[half] += part
         partial = [torch.zeros_like(own_k), torch.zeros_like(own_v)]
-        for total, by_slot, diagonal in zip(partial, (tile.dk, tile.dv), tile.own[1:], strict=True):
-            for half, part in (*enumerate(by_slot), *enumerate(diagonal)):
+        for total, by_slot, own_part in zip(partial, (tile.dk, tile.dv), (diagonal.dk, diagonal.dv), strict=True):
+            for half, part in (*enumerate(by_slot), *enumerate(own_part)):
                 total[half] += part
         if step == 0:
             home = partial

@@ -38,33 +38,24 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class TileOutput:
-    """Partial outputs of one tile.
-
-    Attributes:
-        outs, lses: by query slot, [n, b, h, d] and [b, h, n].
-        own: the same, by half, of the own chunks on their diagonal; empty without a mask.
-    """
+class Partials:
+    """Partial outputs of one tile, by query slot: `outs` [n, b, h, d] and `lses` [b, h, n]."""
 
     outs: list[Tensor]
     lses: list[Tensor]
-    own: tuple[list[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class TileGradient:
-    """Partial gradients of one tile: dq by query slot, dk and dv by key slot; `own` by half, from the diagonal."""
+class PartialGradients:
+    """Partial gradients of one tile: dq by query slot, dk and dv by key slot, [n, b, heads, d]."""
 
     dq: list[Tensor]
     dk: list[Tensor]
     dv: list[Tensor]
-    own: tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
-def attend(
-    plan: TilePlan, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor, own: tuple[Tensor, Tensor, Tensor]
-) -> TileOutput:
-    """Attend the tile: q [Q, n, b, h, d], k and v [K, n, b, g, d]; `own` are the caller's q, k, v, [2, n, b, h, d]."""
+def attend(plan: TilePlan, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Partials:
+    """The tile's rectangles: q [Q, n, b, h, d], k and v [K, n, b, g, d]."""
     n = q.size(1)
     outs: list[Tensor] = []
     lses: list[Tensor] = []
@@ -72,22 +63,21 @@ def attend(
         out, lse = kernel.forward(_rows(q[start:stop]), _rows(k[:keys]), _rows(v[:keys]), causal=False, scale=scale)
         outs += out.unflatten(0, (-1, n)).unbind()
         lses += lse.unflatten(2, (-1, n)).permute(2, 0, 1, 3).contiguous().unbind()
+    return Partials(outs, lses)
+
+
+def attend_diagonal(plan: TilePlan, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Partials:
+    """The caller's own chunks [2, n, b, heads, d] on their diagonal, by half; nothing where the plan has none."""
     if not plan.diagonal:
-        return TileOutput(outs, lses, ([], []))
-    out, lse = kernel.forward(*map(_side_by_side, own), causal=True, scale=scale)
-    return TileOutput(outs, lses, (_halves(out, 1), _halves(lse, 0)))
+        return Partials([], [])
+    out, lse = kernel.forward(*map(_side_by_side, (q, k, v)), causal=True, scale=scale)
+    return Partials(_halves(out, 1), _halves(lse, 0))
 
 
 def differentiate(
-    plan: TilePlan,
-    kernel: Kernel,
-    scale: float,
-    queries: Queries,
-    k: Tensor,
-    v: Tensor,
-    own: tuple[Queries, Tensor, Tensor],
-) -> TileGradient:
-    """Differentiate the tile: gathered `queries`, k and v [K, n, b, g, d]; `own` are the caller's."""
+    plan: TilePlan, kernel: Kernel, scale: float, queries: Queries, k: Tensor, v: Tensor
+) -> PartialGradients:
+    """Gradients of the tile's rectangles; arguments as in `attend`."""
     n = k.size(1)
     dq: list[Tensor] = []
     buffers: tuple[Tensor, Tensor] | None = None
@@ -112,22 +102,27 @@ def differentiate(
                 buffer[: keys * n] += part
     assert buffers is not None, "every upper chunk sees the lower chunks of a column: no tile is empty"
     dk, dv = (list(buffer.unflatten(0, (-1, n)).unbind()) for buffer in buffers)
+    return PartialGradients(dq, dk, dv)
+
+
+def differentiate_diagonal(
+    plan: TilePlan, kernel: Kernel, scale: float, queries: Queries, k: Tensor, v: Tensor
+) -> PartialGradients:
+    """Gradients of `attend_diagonal`, by half."""
     if not plan.diagonal:
-        return TileGradient(dq, dk, dv, ([], [], []))
-    mine, own_k, own_v = own
-    diagonal = kernel.backward(
-        _side_by_side(mine.dout),
-        _side_by_side(mine.q),
-        _side_by_side(own_k),
-        _side_by_side(own_v),
-        None if mine.out is None else _side_by_side(mine.out),
-        mine.lse.flatten(0, 1),
-        mine.delta.flatten(0, 1),
+        return PartialGradients([], [], [])
+    gradients = kernel.backward(
+        _side_by_side(queries.dout),
+        _side_by_side(queries.q),
+        _side_by_side(k),
+        _side_by_side(v),
+        None if queries.out is None else _side_by_side(queries.out),
+        queries.lse.flatten(0, 1),
+        queries.delta.flatten(0, 1),
         causal=True,
         scale=scale,
     )
-    own_dq, own_dk, own_dv = (_halves(part, 1) for part in diagonal)
-    return TileGradient(dq, dk, dv, (own_dq, own_dk, own_dv))
+    return PartialGradients(*(_halves(part, 1) for part in gradients))
 
 
 def _rows(chunks: Tensor) -> Tensor:
