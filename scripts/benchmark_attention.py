@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--seq", nargs="+", type=int, default=[16384, 65536, 131072], help="tokens of the sequence")
     parser.add_argument("--heads", nargs="+", default=["12/12", "16/2"], help="query/key heads")
     parser.add_argument("--modes", nargs="+", default=["te:p2p", "te:all_gather", "te:a2a", "ring", "attention2d"])
-    parser.add_argument("--grids", nargs="*", help="RxC; default: all of --ranks")
+    parser.add_argument("--grids", nargs="*", help="RxC or UxRxC; default: all RxC of --ranks")
     parser.add_argument("--groups", nargs="+", type=int, default=[1], help="head groups of attention2d")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
@@ -82,7 +82,11 @@ def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
     grids = [tuple(map(int, g.split("x"))) for g in args.grids or []] or [
         (r, args.ranks // r) for r in range(1, args.ranks + 1) if args.ranks % r == 0
     ]
-    built = {g: Grid.from_group(dist.group.WORLD, rows=g[0], cols=g[1]) for g in grids}
+    assert dist.group.WORLD is not None
+    built = {}
+    for heads, rows, cols in ((1, *g) if len(g) == 2 else g for g in grids):
+        name = f"{heads}x{rows}x{cols}" if heads > 1 else f"{rows}x{cols}"
+        built[name] = Grid.from_group(dist.group.WORLD, rows=rows, cols=cols, heads=heads)
     rows: list[dict[str, Any]] = []
     for heads in args.heads:
         h, g = map(int, heads.split("/"))
@@ -104,7 +108,7 @@ def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
     dist.destroy_process_group()
 
 
-def modes(args: argparse.Namespace, h: int, g: int, grids: dict[Any, Grid]) -> list[tuple[str, Attention]]:
+def modes(args: argparse.Namespace, h: int, g: int, grids: dict[str, Grid]) -> list[tuple[str, Attention]]:
     """The attention functions to compare, by name."""
     found: list[tuple[str, Attention]] = []
     for mode in args.modes:
@@ -117,7 +121,7 @@ def modes(args: argparse.Namespace, h: int, g: int, grids: dict[Any, Grid]) -> l
         else:
             for shape, grid in grids.items():
                 for count in (count for count in args.groups if g % count == 0):
-                    label = f"attention2d {shape[0]}x{shape[1]}" + (f" G{count}" if count > 1 else "")
+                    label = f"attention2d {shape}" + (f" G{count}" if count > 1 else "")
                     found.append((label, partial(attention2d, grid=grid, head_groups=count)))
     return found
 

@@ -34,9 +34,10 @@ class RankFailed(AssertionError):
 class RankPool:
     """Persistent processes that run `fn(rank, *args, **kwargs)` as the ranks of one world."""
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
+    def __init__(self, method: str = "forkserver") -> None:
+        self._context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(
