@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.kernels.flash_attn import FlashAttention4Kernel
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
+from megatron_attn2d.attention.kernels.transformer_engine import TransformerEngineKernel
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,11 @@ class Kernel(Protocol):
     @property
     def needs_out(self) -> bool:
         """Whether `backward` wants the output, to derive delta from it; else delta suffices."""
+        ...
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether two backward passes agree bit for bit under torch.use_deterministic_algorithms."""
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -66,27 +73,41 @@ class Kernel(Protocol):
         ...
 
 
-_KERNELS = {kernel.name: kernel for kernel in (CudnnKernel, FlashKernel, ReferenceKernel)}
+# In the order in which "auto" prefers them.
+_KERNELS = {
+    kernel.name: kernel
+    for kernel in (FlashAttention4Kernel, CudnnKernel, TransformerEngineKernel, FlashKernel, ReferenceKernel)
+}
 
 
-@lru_cache
 def choose_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> Kernel:
     """The kernel `name`, or with "auto" the fastest one known to serve the request.
 
+    Under torch.use_deterministic_algorithms (Megatron's --deterministic-mode) only kernels whose backward pass has a
+    fixed order serve.
+
     Args:
-        name: "auto", "cudnn", "flash" or "reference".
+        name: "auto", "flash_attn_4", "cudnn", "transformer_engine", "flash" or "reference".
         device: device type, "cpu" or "cuda".
 
     Raises:
         ValueError: if the name is unknown or that kernel can't serve the request.
     """
-    refusals = {
-        each: "needs a CUDA device"
-        if device != "cuda" and each != "reference"
-        else kernel.refusal(dtype, head_dim, v_head_dim)
-        for each, kernel in _KERNELS.items()
-    }
-    able = [each for each, refusal in refusals.items() if refusal is None]
+    return _choose(name, device, dtype, head_dim, v_head_dim, torch.are_deterministic_algorithms_enabled())
+
+
+@lru_cache
+def _choose(name: str, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int, deterministic: bool) -> Kernel:
+    def refusal(kernel: Any) -> str | None:
+        if device != "cuda" and kernel is not ReferenceKernel:
+            return "needs a CUDA device"
+        if deterministic and not kernel.deterministic:
+            return "has no deterministic backward pass, which torch.use_deterministic_algorithms asks for,"
+        refused: str | None = kernel.refusal(dtype, head_dim, v_head_dim)
+        return refused
+
+    refusals = {each: refusal(kernel) for each, kernel in _KERNELS.items()}
+    able = [each for each, refused in refusals.items() if refused is None]
     if name != "auto" and name not in _KERNELS:
         raise ValueError(f"backend={name!r} is no attention kernel: choose one of auto, {', '.join(_KERNELS)}")
     if name != "auto" and refusals[name] is not None:

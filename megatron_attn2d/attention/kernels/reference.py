@@ -16,6 +16,7 @@ class ReferenceKernel:
 
     name = "reference"
     needs_out = False
+    deterministic = True
 
     @staticmethod
     def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
