@@ -149,13 +149,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tens
     def finish(i: int, results: tuple[Partials, Partials, Returned]) -> None:
         diagonal, tile, ((far_outs, far_lses), pending) = results
         pending.wait()
-        for half in (LOWER, UPPER):
-            merge_partials(
-                _partials(plan.row, half, tile.outs, diagonal.outs, far_outs),
-                _partials(plan.row, half, tile.lses, diagonal.lses, far_lses),
-                outs[i][half],
-                lses[i][half],
-            )
+        merge_partials(
+            _partials(plan.row, tile.outs, diagonal.outs, far_outs),
+            _partials(plan.row, tile.lses, diagonal.lses, far_lses),
+            outs[i].unbind(),
+            lses[i].unbind(),
+        )
 
     _pipeline(plan.head_groups, gather, compute, finish)
     return out, lse
@@ -193,10 +192,15 @@ def _backward(
         diagonal, tile, ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
         row_pending.wait()
         column_pending.wait()
-        for half in (LOWER, UPPER):
-            sum_partials(_partials(plan.row, half, tile.dq, diagonal.dq, far_dq), totals[0][i][half])
-            sum_partials(_partials(plan.column, half, tile.dk, diagonal.dk, far_dk), totals[1][i][half])
-            sum_partials(_partials(plan.column, half, tile.dv, diagonal.dv, far_dv), totals[2][i][half])
+        dq, dk, dv = (total[i].unbind() for total in totals)
+        sum_partials(_partials(plan.row, tile.dq, diagonal.dq, far_dq), dq)
+        dk_parts = _partials(plan.column, tile.dk, diagonal.dk, far_dk)
+        dv_parts = _partials(plan.column, tile.dv, diagonal.dv, far_dv)
+        if dk[0].shape == dv[0].shape:  # one launch
+            sum_partials([*dk_parts, *dv_parts], [*dk, *dv])
+        else:
+            sum_partials(dk_parts, dk)
+            sum_partials(dv_parts, dv)
 
     _pipeline(plan.head_groups, gather, compute, finish)
     return gradients
@@ -253,7 +257,7 @@ def _merged(kinds: list[list[Tensor]]) -> list[Tensor]:
     """Partial outputs and log-sum-exps of one chunk from several ranks of a node, as one of each."""
     outs, lses = kinds
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
-    merge_partials(outs, lses, out, lse)
+    merge_partials([outs], [lses], [out], [lse])
     return [out, lse]
 
 
@@ -261,15 +265,18 @@ def _summed(kinds: list[list[Tensor]]) -> list[Tensor]:
     """Partial gradients of one chunk from several ranks of a node, as one of each kind."""
     totals = [torch.empty_like(partials[0]) for partials in kinds]
     for partials, total in zip(kinds, totals, strict=True):
-        sum_partials(partials, total)
+        sum_partials([partials], [total])
     return totals
 
 
-def _partials(axis: Axis, half: int, slots: list[Tensor], own: list[Tensor], far: list[list[Tensor]]) -> list[Tensor]:
-    """All partial results of an own chunk: of its slot in the own tile, of its diagonal, of the axis's other tiles."""
-    slot = axis.own_slot(half)
-    near = [] if slot is None else [slots[slot]]
-    return [*near, *own[half : half + 1], *far[half]]
+def _partials(axis: Axis, slots: list[Tensor], own: list[Tensor], far: list[list[Tensor]]) -> list[list[Tensor]]:
+    """By half, all partial results of the own chunk: of its slot in the own tile, of its diagonal, of others' tiles."""
+    found = []
+    for half in (LOWER, UPPER):
+        slot = axis.own_slot(half)
+        near = [] if slot is None else [slots[slot]]
+        found.append([*near, *own[half : half + 1], *far[half]])
+    return found
 
 
 def _chunks(shard: Tensor) -> Tensor:

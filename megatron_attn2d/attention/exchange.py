@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch.distributed as dist
 from torch import Tensor
@@ -95,7 +96,7 @@ class Axis:
 
     def own_slot(self, half: int) -> int | None:
         """Slot of the caller's own chunk; None where the tile has no use for it."""
-        return self._slot(Chunk(self.own, half))
+        return self._slot_of.get(Chunk(self.own, half))
 
     def gather(self, shards: Sequence[Tensor], *, tag: int) -> tuple[list[Tensor], Pending]:
         """Start to gather the tile's chunks of each tensor.
@@ -216,16 +217,26 @@ class Axis:
         return {m: [buffer[i] for buffer in buffers] for i, m in enumerate(messages)}
 
     def _slot(self, chunk: Chunk) -> int | None:
-        return self.slots.index(chunk) if chunk in self.slots else None
+        return self._slot_of.get(chunk)
 
     def _from_me(self, stage: int) -> list[Message]:
-        return [m for m in self._stage(stage) if m.sender == self.own]
+        return self._messages[stage][0]
 
     def _to_me(self, stage: int) -> list[Message]:
-        return [m for m in self._stage(stage) if m.receiver == self.own]
+        return self._messages[stage][1]
 
-    def _stage(self, stage: int) -> tuple[Message, ...]:
-        return self.routes.within if stage == _WITHIN else self.routes.between
+    # A layer makes the same calls in each step: what they need of the routes is picked out once.
+    @cached_property
+    def _slot_of(self) -> dict[Chunk, int]:
+        return {chunk: slot for slot, chunk in enumerate(self.slots)}
+
+    @cached_property
+    def _messages(self) -> tuple[tuple[list[Message], list[Message]], ...]:
+        """By stage: from the caller and to it."""
+        return tuple(
+            ([m for m in stage if m.sender == self.own], [m for m in stage if m.receiver == self.own])
+            for stage in (self.routes.between, self.routes.within)
+        )
 
 
 def _sender(message: Message) -> int:
@@ -261,6 +272,14 @@ def launch(
 
 def axes(grid: Grid, causal: bool, label: str) -> tuple[TilePlan, Axis, Axis]:
     """The plan of the caller's tile, its row (queries) and its column (keys and values); `label` names the layer."""
+    key = axes, causal, label
+    if key not in grid.derived:
+        grid.derived[key] = _axes(grid, causal, label)
+    found: tuple[TilePlan, Axis, Axis] = grid.derived[key]
+    return found
+
+
+def _axes(grid: Grid, causal: bool, label: str) -> tuple[TilePlan, Axis, Axis]:
     row, column = grid.query_ranks, grid.key_ranks(grid.column)
     plan = tile_plan(row, column, causal)
     queries = {rank: tile_plan(row, grid.key_ranks(c), causal).queries for c, rank in enumerate(row)}

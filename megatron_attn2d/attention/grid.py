@@ -18,7 +18,7 @@ its rows' and columns' ranks are outside. Attention is exact in any order of the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -42,6 +42,7 @@ class Grid:
         head_peers: its global ranks.
         node_rows, node_cols: how many neighbours of a column and of a row share a node: chunks cross the network once
             a node, see `routes`. 1: each rank for itself.
+        derived: what calls on this grid derive from it once, by their arguments.
     """
 
     ranks: tuple[tuple[int, ...], ...]
@@ -55,6 +56,7 @@ class Grid:
     head_peers: tuple[int, ...] = field(default=(0,), repr=False)
     node_rows: int = 1
     node_cols: int = 1
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rows(self) -> int:

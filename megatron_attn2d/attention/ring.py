@@ -112,7 +112,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
             *zip((LOWER, UPPER), diagonal.outs, diagonal.lses, strict=plan.diagonal),
         ]
         for half, part, part_lse in partials:
-            merge_partials([out[half], part], [lse[half], part_lse], out[half], lse[half])
+            merge_partials([[out[half], part]], [[lse[half], part_lse]], [out[half]], [lse[half]])
     return out.flatten(0, 1).to(q.dtype), lse
 
 
