@@ -39,6 +39,7 @@ from megatron_attn2d.attention.merge import (
     stand_in,
     sum_partials,
 )
+from megatron_attn2d.attention.overlap import automatic_head_groups
 from megatron_attn2d.attention.tile import (
     PartialGradients,
     Partials,
@@ -60,7 +61,7 @@ def attention2d(
     causal: bool = True,
     softmax_scale: float | None = None,
     backend: str = "auto",
-    head_groups: int = 1,
+    head_groups: int | None = None,
     label: str = "attention2d",
 ) -> Tensor:
     """Attention of the whole sequence, from and to shards in the zigzag layout.
@@ -72,8 +73,9 @@ def attention2d(
         grid: the ranks' grid; each rank passes its own view.
         causal: causal mask over the whole sequence, or none.
         softmax_scale: factor on the scores; 1/sqrt(d) by default.
-        backend: attention kernel: "auto", "cudnn", "flash" or "reference".
-        head_groups: in how many groups of heads communication and kernels overlap; must divide g.
+        backend: attention kernel, see `choose_kernel`.
+        head_groups: in how many groups of heads communication and kernels overlap; must divide g. By default see
+            `automatic_head_groups`.
         label: names the call, a layer say, in errors.
 
     Returns:
@@ -84,7 +86,7 @@ def attention2d(
         ExchangeError: on CPU ranks, when a peer hangs beyond its group's timeout or is gone.
     """
     check_shards(q, k, v)
-    if head_groups < 1 or k.size(2) % head_groups:
+    if head_groups is not None and (head_groups < 1 or k.size(2) % head_groups):
         raise ValueError(f"head_groups={head_groups} does not divide the {k.size(2)} key/value heads of this rank")
     check_heads(q.size(2), k.size(2), grid.heads)
     kernel = choose_kernel(backend, q.device.type, q.dtype, q.size(3), v.size(3))
@@ -94,7 +96,8 @@ def attention2d(
     if grid.rows * grid.cols == 1:
         out = local_attention(q, k, v, kernel, causal, scale)
     else:
-        groups = gcd(head_groups, k.size(2))  # fewer where the head axis leaves a rank fewer heads
+        asked = automatic_head_groups(k, grid) if head_groups is None else head_groups
+        groups = gcd(asked, k.size(2))  # fewer where the head axis leaves a rank fewer heads
         out = _Attention2D.apply(q, k, v, _Plan(*axes(grid, causal, label), kernel, scale, groups))
     return collect_heads(out, grid, label) if grid.heads > 1 else out
 
