@@ -74,6 +74,11 @@ class Grid:
         return len(self.head_peers)
 
     @property
+    def head_rank(self) -> int:
+        """The calling process's place among the U ranks: it attends that part of the heads."""
+        return 0 if self.head_group is None else self.head_group.rank()
+
+    @property
     def size(self) -> int:
         """P = U x R x C, the context-parallel size."""
         return self.heads * self.rows * self.cols
@@ -86,7 +91,7 @@ class Grid:
     @property
     def context_rank(self) -> int:
         """The calling process's context-parallel rank, that is, whose shard of the sequence it holds."""
-        return self.rank * self.heads + (0 if self.head_group is None else self.head_group.rank())
+        return self.rank * self.heads + self.head_rank
 
     @property
     def query_ranks(self) -> tuple[int, ...]:

@@ -95,6 +95,26 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     return torch.stack((lse, delta), 1)
 
 
+def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> None:
+    """Let every row see, besides its keys, one of score `sink` [h] and value 0; in place.
+
+    Args:
+        out: output over the keys, [tokens, b, h, d].
+        lse: their log-sum-exp, [..., h, n] whose rows are the tokens' after (2, 0, 1) or, by half, (0, 3, 1, 2).
+    """
+    with_sink = torch.logaddexp(lse, sink.to(lse.dtype).unsqueeze(-1))
+    share = torch.exp(lse - with_sink)
+    share = share.permute(2, 0, 1) if lse.dim() == 3 else share.permute(0, 3, 1, 2).flatten(0, 1)
+    out.copy_(out * share.unsqueeze(-1))
+    lse.copy_(with_sink)
+
+
+def sink_gradient(lse: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
+    """Gradient of the sinks [h]: their probability times -delta, over all rows; lse and delta [..., h, n]."""
+    gradient = (torch.exp(sink.to(lse.dtype).unsqueeze(-1) - lse) * delta).sum(-1).flatten(0, -2).sum(0)
+    return gradient.neg_().to(sink.dtype)
+
+
 def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     """An output for kernels that derive delta from it: O' = dO delta / |dO|^2, so that rowsum(dO * O') = delta.
 

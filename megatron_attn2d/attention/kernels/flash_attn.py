@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 
 
 class FlashAttention4Kernel:
@@ -22,9 +27,12 @@ class FlashAttention4Kernel:
     deterministic = True  # on request: it follows torch.use_deterministic_algorithms
 
     @staticmethod
-    def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
-        """Why the kernel can't serve these, or None."""
-        if dtype not in (torch.bfloat16, torch.float16):
+    def refusal(request: Request) -> str | None:
+        """Why the kernel can't serve the request, or None."""
+        head_dim, v_head_dim = request.head_dim, request.v_head_dim
+        if request.dropout:
+            return "has no dropout of probabilities by position"
+        if request.dtype not in (torch.bfloat16, torch.float16):
             return "serves bfloat16 and float16"
         if head_dim % 8 or v_head_dim % 8:
             return "serves head dims in multiples of 8"
@@ -38,13 +46,15 @@ class FlashAttention4Kernel:
             return f"serves head dims up to {largest} on this GPU"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out = torch.empty((*q.shape[:3], v.size(3)), dtype=q.dtype, device=q.device)
         _, lse, *_ = _flash_attn_fwd(
-            *map(_bshd, (q, k, v)), causal=causal, softmax_scale=scale, return_lse=True, out=_bshd(out)
+            *map(_bshd, (q, k, v)), **_mask(band), softmax_scale=scale, return_lse=True, out=_bshd(out)
         )
         return out, lse
 
@@ -58,8 +68,9 @@ class FlashAttention4Kernel:
         lse: Tensor,
         delta: Tensor,
         *,
-        causal: bool,
+        band: Band,
         scale: float,
+        dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
         from flash_attn.cute.interface import _flash_attn_bwd
@@ -70,7 +81,7 @@ class FlashAttention4Kernel:
             *map(_bshd, (q, k, v, out, dout)),
             lse.contiguous(),
             softmax_scale=scale,
-            causal=causal,
+            **_mask(band),
             deterministic=torch.are_deterministic_algorithms_enabled(),
             dq=_bshd(dq),
             dk=_bshd(dk),
@@ -85,6 +96,13 @@ def _installed() -> bool:
         return find_spec("flash_attn.cute") is not None and find_spec("cutlass") is not None
     except ModuleNotFoundError:  # no flash_attn at all
         return False
+
+
+def _mask(band: Band) -> dict[str, Any]:
+    """FlashAttention aligns windows at the bottom right too."""
+    if band in (FULL, CAUSAL):
+        return {"causal": band == CAUSAL}
+    return {"window_size_left": band.left, "window_size_right": band.right}
 
 
 def _bshd(x: Tensor) -> Tensor:

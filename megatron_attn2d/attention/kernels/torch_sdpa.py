@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.layout import CAUSAL, Band
+
 _HALF = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
 
@@ -24,9 +28,14 @@ class CudnnKernel:
     deterministic = False
 
     @staticmethod
-    def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
-        """Why the kernel can't serve these, or None."""
-        if dtype not in _HALF:
+    def refusal(request: Request) -> str | None:
+        """Why the kernel can't serve the request, or None."""
+        head_dim, v_head_dim = request.head_dim, request.v_head_dim
+        if request.dropout:
+            return "has no dropout of probabilities by position"
+        if request.windows:
+            return "serves full and causal attention, no sliding windows"
+        if request.dtype not in _HALF:
             return "serves bfloat16 and float16"
         if head_dim % 8 or v_head_dim % 8 or max(head_dim, v_head_dim) > 128:
             return "serves head dims up to 128 in multiples of 8"
@@ -34,8 +43,11 @@ class CudnnKernel:
             return "needs cuDNN"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
+        causal = band == CAUSAL
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             _bhsd(q), _bhsd(k), _bhsd(v), None, True, 0.0, causal, False, scale=scale
         )
@@ -51,10 +63,12 @@ class CudnnKernel:
         lse: Tensor,
         delta: Tensor,
         *,
-        causal: bool,
+        band: Band,
         scale: float,
+        dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
+        causal = band == CAUSAL
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -86,9 +100,14 @@ class FlashKernel:
     deterministic = True  # on request: torch passes torch.use_deterministic_algorithms on to it
 
     @staticmethod
-    def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
-        """Why the kernel can't serve these, or None."""
-        if dtype not in _HALF:
+    def refusal(request: Request) -> str | None:
+        """Why the kernel can't serve the request, or None."""
+        head_dim, v_head_dim = request.head_dim, request.v_head_dim
+        if request.dropout:
+            return "has no dropout of probabilities by position"
+        if request.windows:
+            return "serves full and causal attention, no sliding windows"
+        if request.dtype not in _HALF:
             return "serves bfloat16 and float16"
         if head_dim != v_head_dim or head_dim % 8 or head_dim > 256:
             return "serves equal head dims up to 256 in multiples of 8"
@@ -96,8 +115,11 @@ class FlashKernel:
             return "is not part of this torch build"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
+        causal = band == CAUSAL
         out, lse, *_ = _aten._flash_attention_forward(
             _bshd(q), _bshd(k), _bshd(v), None, None, q.size(0), k.size(0), 0.0, causal, False, scale=scale
         )
@@ -113,10 +135,12 @@ class FlashKernel:
         lse: Tensor,
         delta: Tensor,
         *,
-        causal: bool,
+        band: Band,
         scale: float,
+        dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
+        causal = band == CAUSAL
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
         dq, dk, dv = _aten._flash_attention_backward(

@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.layout import CAUSAL, Band
+
 
 class TransformerEngineKernel:
     """cuDNN's fused attention through Transformer Engine."""
@@ -23,9 +27,14 @@ class TransformerEngineKernel:
     deterministic = False
 
     @staticmethod
-    def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
-        """Why the kernel can't serve these, or None."""
-        if dtype not in (torch.bfloat16, torch.float16):
+    def refusal(request: Request) -> str | None:
+        """Why the kernel can't serve the request, or None."""
+        head_dim, v_head_dim = request.head_dim, request.v_head_dim
+        if request.dropout:
+            return "has no dropout of probabilities by position"
+        if request.windows:
+            return "serves full and causal attention, no sliding windows"
+        if request.dtype not in (torch.bfloat16, torch.float16):
             return "serves bfloat16 and float16"
         if head_dim % 8 or v_head_dim % 8 or max(head_dim, v_head_dim) > 256:
             return "serves head dims up to 256 in multiples of 8"
@@ -35,8 +44,11 @@ class TransformerEngineKernel:
             return "needs Transformer Engine 2.20 or a version with its arguments"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
+        causal = band == CAUSAL
         te = _functions()
         q, k, v = (x.contiguous() for x in (q, k, v))
         out, (lse, *_) = te.fused_attn_fwd(
@@ -66,10 +78,12 @@ class TransformerEngineKernel:
         lse: Tensor,
         delta: Tensor,
         *,
-        causal: bool,
+        band: Band,
         scale: float,
+        dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
+        causal = band == CAUSAL
         assert out is not None
         te = _functions()
         q, k, v, out, dout = (x.contiguous() for x in (q, k, v, out, dout))
