@@ -50,7 +50,9 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
     grids = build_grids(args)
     rows: list[dict[str, Any]] = []
     if rank == 0 and args.device == "cuda":
-        print(f"{args.ranks} ranks on {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {torch.__version__}")
+        print(
+            f"{args.ranks} ranks on {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {torch.__version__}"
+        )
     for heads in args.heads:
         h, g = map(int, heads.split("/"))
         for seq in args.seq:
