@@ -1,0 +1,52 @@
+"""Whether what a run reads is there and where it writes can be written: the last look before processes start."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_attn2d import checkpoints
+from megatron_attn2d.config.errors import ConfigError, ConfigErrors
+from megatron_attn2d.config.schema import RunConfig
+
+
+def check_files(run: RunConfig) -> None:
+    """Raise ConfigError, naming each key with its path, the reason and a way out, if files of `run` are missing."""
+    if errors := [*_data(run), *_checkpoint(run), *_directories(run)]:
+        raise ConfigErrors(errors)
+
+
+def _data(run: RunConfig) -> Iterator[ConfigError]:
+    from megatron_attn2d.data import is_complete
+
+    for prefix in run.data.paths:
+        if not is_complete(Path(prefix)):
+            reason = f"{prefix}.bin and {prefix}.idx are not both there"
+            yield ConfigError("data.paths", prefix, reason, "build it: megatron-attn2d data build")
+    tokenizer = run.data.tokenizer_model
+    if tokenizer and run.data.tokenizer_type != "NullTokenizer" and not Path(tokenizer).exists():
+        yield ConfigError(
+            "data.tokenizer_model", tokenizer, "there is no such file or folder", "name one on local disk"
+        )
+
+
+def _checkpoint(run: RunConfig) -> Iterator[ConfigError]:
+    load = run.checkpoint.load
+    begun = checkpoints.last_complete(Path(run.directory) / "checkpoints") is not None
+    if load and not begun and not (Path(load) / checkpoints.TRACKER).is_file():
+        # Megatron would begin with random weights.
+        reason = f"there is no checkpoint in it, as it holds no {checkpoints.TRACKER}"
+        yield ConfigError("checkpoint.load", load, reason, "name the folder that another run saves to, or null")
+
+
+def _directories(run: RunConfig) -> Iterator[ConfigError]:
+    written = {"run.dir": run.directory}
+    if not (run.data.paths or run.data.mock):
+        written["data.dir"] = run.data.dir
+    for key, path in written.items():
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            yield ConfigError(key, path, f"can't be made a directory ({error.strerror})", "choose another")
+            continue
+        if not os.access(path, os.W_OK | os.X_OK):
+            yield ConfigError(key, path, "can't be written to", "choose another")
