@@ -19,6 +19,7 @@ import psutil
 
 from megatron_attn2d import checkpoints, launch
 from tests import pool as rank_pool
+from tests.faults.hangs import hangs
 from tests.faults.jobs import Failed, assert_unbroken, job, reported
 from tests.megatron.runs import arguments, context_parallel
 from tests.pool import RankPool
@@ -151,7 +152,8 @@ def grids(count: int) -> str:
     """`count` grids built, used and destroyed in one process."""
     ranks = RankPool()
     try:
-        handles, threads, memory = max(ranks.run(_build_grids, 4, count, timeout=1200))
+        grown = ranks.run(_build_grids, 4, count, timeout=1200)
+        handles, threads, memory = (max(values) for values in zip(*grown, strict=True))
     finally:
         ranks.close()
     found = f"{handles:+d} file handles, {threads:+d} threads, {memory:+.1f} MiB"
@@ -194,6 +196,7 @@ DRILLS: dict[str, tuple[Callable[[int], str], int]] = {
     "determinism": (determinism, 20),
     "sigterm": (sigterm, 20),
     "kill": (kill, 20),
+    "hangs": (hangs, 5),
     "soak": (soak, 2000),
     "grids": (grids, 1000),
 }

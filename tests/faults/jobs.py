@@ -26,6 +26,7 @@ class Job:
     """A running launch."""
 
     def __init__(self, nranks: int, target: launch.Target, args: Sequence[str], output: Path) -> None:
+        output.touch()
         self._output = output
         self._process = multiprocessing.get_context("fork").Process(target=_run, args=(nranks, target, args, output))
         self._process.start()
