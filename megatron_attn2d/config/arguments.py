@@ -137,7 +137,9 @@ def _checkpoint(run: RunConfig) -> list[str]:
         *arguments,
         *_flag("save", own),
         *_flag("save-interval", checkpoint.save_interval or run.training.train_iters),
-        *(["--async-save", "--use-persistent-ckpt-worker"] if checkpoint.async_save else []),
+        *(["--async-save"] if checkpoint.async_save else []),
+        # One writer for the whole run, rather than a fork for each save; it needs a CUDA device, or dies unheard.
+        *(["--use-persistent-ckpt-worker"] if checkpoint.async_save and run.environment.device == "cuda" else []),
     ]
 
 

@@ -266,10 +266,7 @@ def _check_rest(run: RunConfig) -> Iterator[Refusal]:
     ):
         if wanted and not run.checkpoint.save:
             yield key, "checkpoint.save is false", "leave it out"
-    if run.checkpoint.async_save and run.environment.device == "cpu":
-        reason = "the writer of nvidia_resiliency_ext divides by the number of CUDA devices, and the ranks wait for it"
-        yield "checkpoint.async_save", reason, "choose false on CPU ranks"
-    elif run.checkpoint.async_save and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+    if run.checkpoint.async_save and importlib.util.find_spec("nvidia_resiliency_ext") is None:
         yield (
             "checkpoint.async_save",
             "Megatron saves in the background by nvidia_resiliency_ext, which is not installed",

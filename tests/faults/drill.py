@@ -196,7 +196,7 @@ DRILLS: dict[str, tuple[Callable[[int], str], int]] = {
     "determinism": (determinism, 20),
     "sigterm": (sigterm, 20),
     "kill": (kill, 20),
-    "hangs": (hangs, 5),
+    "hangs": (hangs, 15),
     "soak": (soak, 2000),
     "grids": (grids, 1000),
 }
