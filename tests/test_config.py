@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_attn2d import config
 from megatron_attn2d.config import ConfigError, load_run, megatron_arguments, resolved_yaml, upstream
 from megatron_attn2d.config.arguments import embedded_data
+from megatron_attn2d.config.files import check_files
 from megatron_attn2d.config.yaml_io import dump, parse
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -699,3 +700,37 @@ def test_importing_and_checking_needs_no_torch(base):
 
 def test_public_names():
     assert all(hasattr(config, name) for name in config.__all__)
+
+
+CONTINUED = {
+    "run.name=x logging.tensorboard=true context_parallel.mode=ring training.seed=3": "",
+    "training.train_iters=80": (
+        "training.train_iters = 80: the run in {run} was begun with 60; choose 60, or another run.dir, or "
+        "megatron_args.override_opt_param_scheduler=true to plan the learning rate anew"
+    ),
+    "training.train_iters=80 megatron_args.override_opt_param_scheduler=true": "",
+    "optimizer.lr=1e-4": "optimizer.lr = 0.0001: the run in {run} was begun with 0.001; choose 0.001, or another ...",
+    "model.num_layers=2": ("model.num_layers = 2: the run in {run} was begun with 4; choose 4, or another run.dir"),
+    "model.swiglu=true": "model.swiglu = true: the run in {run} was begun with false; choose false, or another run.dir",
+}
+
+
+@pytest.mark.parametrize("overrides", CONTINUED)
+def test_a_run_is_continued_as_it_was_begun(base, tmp_path, overrides):
+    given = [f"run.dir={tmp_path}/mine", "data.mock=true"]
+    changed = load_run(base, [*given, *split_overrides(overrides)])
+    check_files(changed)
+    (tmp_path / "mine" / "config.yaml").write_text(resolved_yaml(load_run(base, given)))
+    check_files(changed)  # nothing has been saved yet
+    begun = tmp_path / "mine" / "checkpoints" / "iter_0000004"
+    begun.mkdir(parents=True)
+    for name in (".metadata", "metadata.json"):
+        (begun / name).touch()
+    if not CONTINUED[overrides]:
+        check_files(changed)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_files(changed)
+    expected = CONTINUED[overrides].format(run=tmp_path / "mine")
+    message = str(caught.value)
+    assert message.startswith(expected.removesuffix("...")) if expected.endswith("...") else message == expected
