@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_attn2d import checkpoints, environment, evaluate, memory
 from megatron_attn2d import report as run_report
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments, resolved_yaml
-from megatron_attn2d.config.errors import ConfigError, UsageError
+from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.config.files import check_files
 from megatron_attn2d.corpus import command as corpus
 from megatron_attn2d.slurm import submit
 from megatron_attn2d.topology import picture
@@ -105,12 +106,8 @@ def _prepare(run: RunConfig, write_config: bool) -> None:
     """The run's directory with its resolved configuration, and its data."""
     from megatron_attn2d import data
 
-    for prefix in run.data.paths:
-        if not data.is_complete(Path(prefix)):
-            reason = f"{prefix}.bin and {prefix}.idx are not both there"
-            raise ConfigError("data.paths", prefix, reason, "build it: megatron-attn2d data build")
+    check_files(run)
     directory = Path(run.directory)
-    directory.mkdir(parents=True, exist_ok=True)
     if write_config:
         with tempfile.NamedTemporaryFile("w", dir=directory, prefix=".config-", delete=False) as scratch:
             scratch.write(resolved_yaml(run))

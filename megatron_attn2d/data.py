@@ -11,7 +11,8 @@ import hashlib
 import os
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,35 @@ def verify_index(prefix: Path) -> None:
     index, seal = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".idx.sha256"))
     if seal.is_file() and _digest(index) != seal.read_text().split()[0]:
         raise ValueError(f"{index} is not the index that was built: {seal} holds another checksum; build it again")
+
+
+@contextmanager
+def sealed_caches(directories: Iterable[Path], *, verifies: bool, seals: bool) -> Iterator[None]:
+    """Around Megatron's building of data sets: the sample indices that it caches get checksums, and are compared.
+
+    Indices without a checksum, which other programs built, are taken as they are.
+
+    Args:
+        directories: where the indices are cached.
+        verifies: whether this process compares them first; one a host should.
+        seals: whether this process writes the checksums of those that come in; one of all should.
+
+    Raises:
+        ValueError: an index is another than was built; names the file.
+    """
+    there = {path for directory in directories for path in directory.glob("*.npy")}
+    for path in sorted(there) if verifies else ():
+        seal = path.with_name(f"{path.name}.sha256")
+        if seal.is_file() and _digest(path) != seal.read_text().split()[0]:
+            raise ValueError(
+                f"{path} is not the index that was built: remove it and {seal.name}, to have it built again"
+            )
+    yield
+    if seals:
+        for path in {path for directory in directories for path in directory.glob("*.npy")} - there:
+            scratch = path.with_name(f".{path.name}.sha256-new")
+            scratch.write_text(f"{_digest(path)}  {path.name}\n")
+            os.replace(scratch, path.with_name(f"{path.name}.sha256"))
 
 
 def _digest(path: Path) -> str:

@@ -9,6 +9,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,10 +18,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 PRELOAD: tuple[str, ...] = (
     "megatron.training.arguments",
@@ -34,8 +35,24 @@ PRELOAD: tuple[str, ...] = (
 
 _BLAME_S = 0.3
 """How long after a rank's failure to wait for others': the first to fail is to blame, not the first to have exited."""
+_TIMEOUTS_S = 10.0
+"""How long after a rank's waiting in vain to wait for others': the one that is waited for has nothing to wait for."""
+_TIMED_OUT = re.compile(r"tim(ed|e) ?out", re.IGNORECASE)
+
+_REPORT_CHARACTERS = 12_000
+"""Of a traceback: nobody reads the pipe before the rank has ended, so all of it must fit."""
 
 Target = Callable[[Sequence[str]], None]
+
+
+class _Failure(NamedTuple):
+    """What a rank reports when it fails."""
+
+    time: float
+    rank: int
+    timed_out: bool
+    brief: str
+    text: str
 
 
 def run_local(nprocs: int, target: Target, args: Sequence[str], device: Literal["cpu", "cuda"] = "cpu") -> int:
@@ -97,8 +114,11 @@ def _run_rank(
         if "torch" in sys.modules:  # forked after the import, which is when torch reads OMP_NUM_THREADS
             sys.modules["torch"].set_num_threads(threads)
         target(args)
-    except Exception:
-        report.send((time.monotonic(), traceback.format_exc()))
+    except Exception as error:
+        timed_out = isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)) is not None
+        brief = "".join(traceback.format_exception_only(error)).strip()
+        text = traceback.format_exc()[-_REPORT_CHARACTERS:]
+        report.send(_Failure(time.monotonic(), rank, timed_out, brief[:1000], text))
         sys.exit(1)
 
 
@@ -118,35 +138,54 @@ def _wait(ranks: list[Any], reports: list[Connection]) -> int:
         failed = [process for process, code in codes if code]
         running = [process for process, code in codes if code is None]
         if failed:
-            time.sleep(_BLAME_S)
             return _stop_after_failure(ranks, reports, failed[0])
     return 0
 
 
 def _stop_after_failure(ranks: list[Any], reports: list[Connection], failed: Any) -> int:
     """Kills the ranks that still run, prints what the first failure was and returns its exit code."""
+    failures = _collected(reports, _BLAME_S)
+    if failures and min(failures).timed_out:
+        failures += _collected(reports, _TIMEOUTS_S, enough=len(ranks) - 1 - len(failures))
     for process in ranks:
         process.kill()
     for process in ranks:
         process.join()
-    messages = [
-        (*message, process) for process, report in zip(ranks, reports, strict=True) if (message := _read(report))
-    ]
-    if failed.exitcode < 0 or not messages:  # a rank that was killed can't tell; the others only saw it vanish
+    if failed.exitcode < 0 or not failures:  # a rank that was killed can't tell; the others only saw it vanish
         code = failed.exitcode if failed.exitcode > 0 else 128 - failed.exitcode
         how = f"was ended by {signal.Signals(-failed.exitcode).name}" if failed.exitcode < 0 else f"exited with {code}"
         print(f"{failed.name} of {len(ranks)} {how}; the other ranks were stopped", file=sys.stderr)
         return code
-    _, text, process = min(messages, key=lambda message: message[0])
-    print(f"{process.name} of {len(ranks)} failed; the other ranks were stopped\n{text}", file=sys.stderr, end="")
+    first, *others = sorted(failures)
+    print(
+        f"rank {first.rank} of {len(ranks)} failed; the other ranks were stopped\n{first.text}", file=sys.stderr, end=""
+    )
+    if first.timed_out:
+        for other in others:
+            print(f"rank {other.rank} failed {other.time - first.time:.1f} s later: {other.brief}", file=sys.stderr)
+        silent = sorted(set(range(len(ranks))) - {failure.rank for failure in failures})
+        if silent:
+            print(
+                f"waited for nobody, so that the others may have waited for it: rank {', '.join(map(str, silent))}",
+                file=sys.stderr,
+            )
     return 1
 
 
-def _read(report: Connection) -> tuple[float, str] | None:
-    try:
-        return report.recv() if report.poll() else None
-    except EOFError:  # the rank ended without a report
-        return None
+def _collected(reports: list[Connection], seconds: float, enough: int | None = None) -> list[_Failure]:
+    """What ranks report within some seconds, or until there are enough."""
+    found: list[_Failure] = []
+    deadline, waiting = time.monotonic() + seconds, list(reports)
+    while waiting and (enough is None or len(found) < enough):
+        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for report in ready:
+            assert isinstance(report, Connection)
+            waiting.remove(report)
+            with suppress(EOFError):  # the rank ended without a report
+                found.append(report.recv())
+    return found
 
 
 @contextmanager

@@ -125,8 +125,12 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
     args = get_args()
-    for prefix in args.data_path or []:  # and weights, which are no data sets
-        data.verify_index(Path(prefix))
+    prefixes = [Path(prefix) for prefix in args.data_path or []]  # and weights, which are no data sets
+    for prefix in prefixes:
+        data.verify_index(prefix)
+    caches = (
+        [Path(args.data_cache_path)] if args.data_cache_path else [p / "cache/GPTDataset_indices" for p in prefixes]
+    )
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -144,12 +148,13 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
-    return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        num_samples,
-        lambda: is_first_or_last_pipeline_stage(vp_stage) and get_tensor_model_parallel_rank() == 0,
-        config,
-    ).build()
+    with data.sealed_caches(caches, verifies=os.environ.get("LOCAL_RANK", "0") == "0", seals=args.rank == 0):
+        return BlendedMegatronDatasetBuilder(
+            MockGPTDataset if args.mock_data else GPTDataset,
+            num_samples,
+            lambda: is_first_or_last_pipeline_stage(vp_stage) and get_tensor_model_parallel_rank() == 0,
+            config,
+        ).build()
 
 
 def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:

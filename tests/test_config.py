@@ -1,4 +1,5 @@
 import contextlib
+import importlib.metadata
 import importlib.util
 import re
 import subprocess
@@ -12,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_attn2d import config
-from megatron_attn2d.config import ConfigError, load_run, megatron_arguments, resolved_yaml
+from megatron_attn2d.config import ConfigError, load_run, megatron_arguments, resolved_yaml, upstream
 from megatron_attn2d.config.arguments import embedded_data
+from megatron_attn2d.config.files import check_files
 from megatron_attn2d.config.yaml_io import dump, parse
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -99,10 +101,14 @@ REFUSED = {
     "environment.variables={A: [1]}": (
         "environment.variables = {'A': [1]}: not environment variables; write {NAME: \"value\", ...}"
     ),
+    'environment.variables={A: "a\\0b"}': "environment.variables = {'A': 'a\\x00b'}: not environment variables; ...",
     "model=4": "model = 4: not a section; write its keys below model:",
     # sizes of the model
     "model.hidden_size=130": (
         "model.hidden_size = 130: not a multiple of model.num_attention_heads = 4; choose 132, or set model.kv_channels"
+    ),
+    "model.num_query_groups=8": (
+        "model.num_query_groups = 8: does not divide model.num_attention_heads = 4; choose one of 1, 2, 4"
     ),
     "model.num_query_groups=3": (
         "model.num_query_groups = 3: does not divide model.num_attention_heads = 4; choose one of 1, 2, 4"
@@ -288,6 +294,7 @@ REFUSED = {
     "megatron_args.yaml_cfg=x.yaml": (
         "megatron_args.yaml_cfg = 'x.yaml': --yaml-cfg discards all other arguments; leave it out"
     ),
+    "megatron_args={'': 1}": "megatron_args.: no argument of Megatron; none of ...",
     "megatron_args.log_progres=true": "megatron_args.log_progres: no argument of Megatron; did you mean log_progress?",
     "megatron_args.apply_rope_fusion=false": (
         "megatron_args.apply_rope_fusion: no argument of Megatron; Megatron writes it --no-rope-fusion"
@@ -365,6 +372,7 @@ FILES_REFUSED = {
     "extends: missing.yaml": "missing.yaml: No such file or directory; there are ",
     "extends: run.yaml": "files extend each other in a circle (run.yaml -> run.yaml); break the circle",
     "{}": "model: missing; every run needs it",
+    "model.num_layers: 4\n": "model.num_layers: unknown key; write num_layers below model:",
 }
 
 
@@ -572,7 +580,7 @@ def test_a_run_continues_from_its_own_checkpoint_before_anothers(base, tmp_path)
 
 
 def test_libraries_that_a_key_needs_are_named_when_missing(base, monkeypatch):
-    find_spec = importlib.util.find_spec
+    find_spec, cuda = importlib.util.find_spec, "environment.device=cuda"
     missing = {"wandb", "nvidia_resiliency_ext"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find_spec(name))
     with pytest.raises(ConfigError, match=r"wandb_project = 'p': wandb is not installed; pip install 'megatron-attn2d"):
@@ -581,8 +589,9 @@ def test_libraries_that_a_key_needs_are_named_when_missing(base, monkeypatch):
         load_run(base, ["checkpoint.async_save=true"])
     missing.clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
-    assert "--async-save --use-persistent-ckpt-worker " in arguments(base, "checkpoint.async_save=true")
-    key, cuda = "logging.attention_communication=true", "environment.device=cuda"
+    assert "--async-save --use-persistent-ckpt-worker " in arguments(base, cuda, "checkpoint.async_save=true")
+    assert "--async-save --run-dir" in arguments(base, "checkpoint.async_save=true")
+    key = "logging.attention_communication=true"
     with pytest.raises(ConfigError, match="mode = ring is Transformer Engine's, whose messages are not followed"):
         load_run(base, [key, cuda, "context_parallel.mode=ring"])
     assert load_run(base, [key, cuda]).logging.attention_communication
@@ -590,20 +599,29 @@ def test_libraries_that_a_key_needs_are_named_when_missing(base, monkeypatch):
 
 def test_every_flag_is_one_of_megatrons(base):
     """A renamed argument of upstream's must not wait for a run to be found."""
-    from megatron_attn2d.config.arguments import _owners, _upstream_flags
+    from megatron_attn2d.config.arguments import _owners
     from megatron_attn2d.pretrain_gpt import _add_own_arguments
 
     own = _add_own_arguments(ArgumentParser())._option_string_actions
-    known = {flag.removeprefix("--") for flag in (*_upstream_flags(), *own)}
+    known = {flag.removeprefix("--") for flag in (*upstream.options(), *own)}
     assert {flag: key for flag, key in _owners().items() if flag not in known} == {}
 
 
-def test_upstreams_parser_takes_what_we_compile(base):
-    from megatron_attn2d.config.arguments import _upstream_parser
+def test_the_table_of_upstreams_arguments_is_that_of_its_parser(monkeypatch):
+    """After moving the pin: python -m megatron_attn2d.config.upstream"""
+    assert upstream.options() == upstream.described()
+    upstream.options.cache_clear()
+    asked = []
+    monkeypatch.setattr(upstream, "described", lambda: asked.append(1) or {})
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.999")
+    assert upstream.options() == {}, "another version's are read from its parser"
+    upstream.options.cache_clear()
 
+
+def test_upstreams_parser_takes_what_we_compile(base):
     *tokens, run_dir_flag, _ = megatron_arguments(load_run(base, ["parallelism.virtual_pipeline=2"]))
     assert run_dir_flag == "--run-dir"
-    args = _upstream_parser().parse_args(tokens)
+    args = upstream.parser().parse_args(tokens)
     assert args.hierarchical_context_parallel_sizes == [2, 2]
     assert args.cp_comm_type == ["attention2d"]
     assert args.num_virtual_stages_per_pipeline_rank == 2
@@ -682,3 +700,37 @@ def test_importing_and_checking_needs_no_torch(base):
 
 def test_public_names():
     assert all(hasattr(config, name) for name in config.__all__)
+
+
+CONTINUED = {
+    "run.name=x logging.tensorboard=true context_parallel.mode=ring training.seed=3": "",
+    "training.train_iters=80": (
+        "training.train_iters = 80: the run in {run} was begun with 60; choose 60, or another run.dir, or "
+        "megatron_args.override_opt_param_scheduler=true to plan the learning rate anew"
+    ),
+    "training.train_iters=80 megatron_args.override_opt_param_scheduler=true": "",
+    "optimizer.lr=1e-4": "optimizer.lr = 0.0001: the run in {run} was begun with 0.001; choose 0.001, or another ...",
+    "model.num_layers=2": ("model.num_layers = 2: the run in {run} was begun with 4; choose 4, or another run.dir"),
+    "model.swiglu=true": "model.swiglu = true: the run in {run} was begun with false; choose false, or another run.dir",
+}
+
+
+@pytest.mark.parametrize("overrides", CONTINUED)
+def test_a_run_is_continued_as_it_was_begun(base, tmp_path, overrides):
+    given = [f"run.dir={tmp_path}/mine", "data.mock=true"]
+    changed = load_run(base, [*given, *split_overrides(overrides)])
+    check_files(changed)
+    (tmp_path / "mine" / "config.yaml").write_text(resolved_yaml(load_run(base, given)))
+    check_files(changed)  # nothing has been saved yet
+    begun = tmp_path / "mine" / "checkpoints" / "iter_0000004"
+    begun.mkdir(parents=True)
+    for name in (".metadata", "metadata.json"):
+        (begun / name).touch()
+    if not CONTINUED[overrides]:
+        check_files(changed)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_files(changed)
+    expected = CONTINUED[overrides].format(run=tmp_path / "mine")
+    message = str(caught.value)
+    assert message.startswith(expected.removesuffix("...")) if expected.endswith("...") else message == expected

@@ -1,10 +1,5 @@
 """From a RunConfig to Megatron's command line."""
 
-import contextlib
-import io
-import logging
-import warnings
-from argparse import Action, ArgumentParser
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_attn2d.checkpoints import last_complete
+from megatron_attn2d.config import upstream
 from megatron_attn2d.config.errors import ConfigError, nearest
 from megatron_attn2d.config.schema import NO_FLAG, Flag, RunConfig
 
@@ -141,7 +137,9 @@ def _checkpoint(run: RunConfig) -> list[str]:
         *arguments,
         *_flag("save", own),
         *_flag("save-interval", checkpoint.save_interval or run.training.train_iters),
-        *(["--async-save", "--use-persistent-ckpt-worker"] if checkpoint.async_save else []),
+        *(["--async-save"] if checkpoint.async_save else []),
+        # One writer for the whole run, rather than a fork for each save; it needs a CUDA device, or dies unheard.
+        *(["--use-persistent-ckpt-worker"] if checkpoint.async_save and run.environment.device == "cuda" else []),
     ]
 
 
@@ -183,46 +181,28 @@ def _owners() -> dict[str, str]:
 
 
 def _parsed_by_upstream(name: str, value: object) -> list[str]:
-    """The tokens for `--name value`, which upstream's parser has accepted."""
-    key = f"megatron_args.{name.replace('-', '_')}"
-    known = _upstream_flags()
-    if f"--{name}" not in known:
-        by_destination = {action.dest: flag for flag, action in known.items()}
-        if flag := by_destination.get(name.replace("-", "_")):
-            choice = f"Megatron writes it {flag}"
+    """The tokens for `--name value`, which upstream's parser would accept."""
+    key, flag, known = f"megatron_args.{name.replace('-', '_')}", f"--{name}", upstream.options()
+    if flag not in known:
+        by_destination = {option.dest: spelled for spelled, option in known.items()}
+        if spelled := by_destination.get(name.replace("-", "_")):
+            choice = f"Megatron writes it {spelled}"
         else:
-            choice = nearest(name.replace("-", "_"), [flag[2:].replace("-", "_") for flag in known])
+            choice = nearest(
+                name.replace("-", "_"), [option.dest for spelled, option in known.items() if spelled.startswith("--")]
+            )
         raise ConfigError(key, reason="no argument of Megatron", choice=choice, has_value=False)
-    if known[f"--{name}"].nargs == 0:
+    if known[flag].nargs == 0:
         if not isinstance(value, bool):
-            raise ConfigError(key, value, f"--{name} takes no value", "write true, or false to leave it out")
+            raise ConfigError(key, value, f"{flag} takes no value", "write true, or false to leave it out")
         return _flag(name) if value else []
     values = value if isinstance(value, list) else [value]
     for one in values:
         if isinstance(one, bool) or not isinstance(one, int | float | str):
-            raise ConfigError(key, value, f"--{name} takes a value", "write a number, a string or a list of them")
+            raise ConfigError(key, value, f"{flag} takes a value", "write a number, a string or a list of them")
         if isinstance(one, str) and one.startswith("-"):
             raise ConfigError(key, value, f"{one} would be read as another argument", "begin it with something else")
     tokens = _flag(name, *values)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            _upstream_parser().parse_args(tokens)
-    except (Exception, SystemExit) as error:  # upstream's types raise what they like
-        raise ConfigError(key, value, f"Megatron refuses it: {error}", "see megatron/training/arguments.py") from error
+    if (reason := upstream.refusal(flag, tokens)) is not None:
+        raise ConfigError(key, value, f"Megatron refuses it: {reason}", "see megatron/training/arguments.py")
     return tokens
-
-
-@cache
-def _upstream_parser() -> ArgumentParser:
-    # Importing takes seconds, so only those who pass arguments through wait for it.
-    logging.disable(logging.WARNING)  # what upstream says about missing libraries is no concern of a parser's
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            from megatron.training.arguments import add_megatron_arguments
-    finally:
-        logging.disable(logging.NOTSET)
-    return add_megatron_arguments(ArgumentParser(allow_abbrev=False, exit_on_error=False))
-
-
-def _upstream_flags() -> dict[str, Action]:
-    return dict(_upstream_parser()._option_string_actions)

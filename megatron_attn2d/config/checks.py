@@ -1,7 +1,7 @@
 """Whether the keys of a run fit together: every refusal before any process starts."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from operator import attrgetter
 
@@ -15,11 +15,17 @@ Refusal = tuple[str, str, str]
 
 def check(run: RunConfig) -> None:
     """Raise ConfigError, naming each key with its value, the reason and a valid choice, if `run` cannot work."""
-    parts = (_check_model, _check_parallelism, _check_context, _check_world, _check_batch, _check_data, _check_rest)
-    if errors := [
-        ConfigError(key, attrgetter(key)(run), reason, choice) for part in parts for key, reason, choice in part(run)
-    ]:
+    errors = _errors(run, _check_model, _check_parallelism, _check_world, _check_batch, _check_data, _check_rest)
+    if not {error.key for error in errors} & {"model.num_query_groups", "parallelism.tensor"}:
+        errors += _errors(run, _check_context)  # which asks the planner, who needs heads that divide
+    if errors:
         raise ConfigErrors(errors)
+
+
+def _errors(run: RunConfig, *parts: Callable[[RunConfig], Iterator[Refusal]]) -> list[ConfigError]:
+    return [
+        ConfigError(key, attrgetter(key)(run), reason, choice) for part in parts for key, reason, choice in part(run)
+    ]
 
 
 def _divisors(number: int, limit: int = 8) -> str:

@@ -64,6 +64,8 @@ def _suggestion(section: str, name: str) -> str:
     """The key of that name in another section, or else the nearest one in this."""
     sections = {title: getattr(field.annotation, "model_fields", {}) for title, field in RunConfig.model_fields.items()}
     for title, keys in sections.items():
+        if title == section and name in keys:  # the key in the file holds the dot
+            return f"write {name} below {title}:"
         if name in keys:
             return f"did you mean {title}.{name}?"
-    return nearest(name, sections[section] if section else sections)
+    return nearest(name, sections.get(section, sections))

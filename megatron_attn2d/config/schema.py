@@ -31,6 +31,7 @@ Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$", max_leng
 # Names and paths end up in file names, command lines and job scripts.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
 Path = Annotated[str, StringConstraints(pattern=r"^[^-\x00-\x1f][^\x00-\x1f]*$", max_length=4000)]
+Variable = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 
 
 class Section(BaseModel):
@@ -240,7 +241,7 @@ class Environment(Section):
     gpus_per_node: Annotated[Ranks | None, NO_FLAG] = None
     distributed_timeout_minutes: Positive = 10
     """How long a collective may wait for a rank before the job ends."""
-    variables: Annotated[dict[Name, str | int], NO_FLAG] = {}
+    variables: Annotated[dict[Name, Variable | int], NO_FLAG] = {}
     """Environment variables for every rank."""
 
 

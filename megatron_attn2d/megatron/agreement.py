@@ -50,9 +50,15 @@ def check_agreement(mine: Mapping[str, str]) -> None:
 
     Raises:
         DisagreementError: on every rank, naming what differs, the values and the ranks that hold them.
+        RuntimeError: a rank did not answer.
     """
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, dict(mine))
+    try:
+        torch.distributed.all_gather_object(everyone, dict(mine))
+    except RuntimeError as error:
+        rank = torch.distributed.get_rank()
+        what = f"comparing how all {len(everyone)} ranks were started"
+        raise RuntimeError(f"{what} failed on rank {rank}, before any layer: {error}") from error
     differences = []
     for key in sorted({key for one in everyone for key in one}):
         holders: dict[str, list[int]] = defaultdict(list)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from math import log, sqrt
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_attn2d.attention.layout import LOWER, UPPER
@@ -78,16 +80,26 @@ def check_attention(attention: ContextParallelAttention) -> None:
     with torch.enable_grad():
         out = attention(*own, None).unflatten(2, (heads, -1))
         found = out, *torch.autograd.grad(out, own, dout[mine])
-        expected = dense(q, k, v, dout, causal, attention.softmax_scale)
+        expected = dense(q, k, v, dout, causal, scale := softmax_scale(config))
     for name, x, y in zip(("its output", "dQ", "dK", "dV"), found, expected, strict=True):
         error = ((x.double() - y[mine]).abs().max() / y.abs().max()).item()
         if not error <= _TOLERANCE[config.params_dtype]:  # NaN included
             raise SelfCheckError(
                 f"self-check of attention failed on rank {torch.distributed.get_rank()} (context rank {rank} of "
-                f"{size}): {name} differs from dense attention by {error:.1e} of its size in {describe(attention)}. "
-                "Training would go on without its context. Choose another context_parallel.mode or grid, and report "
-                "it; training.self_check: false (--no-attention-self-check) starts nevertheless"
+                f"{size}): {name} differs from dense attention by {error:.1e} of its size in {describe(attention)}, "
+                f"where the model's softmax scale is {scale:.4g}. Training would go on without its context. Choose "
+                "another context_parallel.mode or grid, and report it; training.self_check: false "
+                "(--no-attention-self-check) starts nevertheless"
             )
+
+
+def softmax_scale(config: TransformerConfig) -> float:
+    """The factor of the scores that the model's configuration asks for, whatever its attentions were told."""
+    if isinstance(config, MLATransformerConfig):
+        factor, weight = config.rotary_scaling_factor, config.mscale_all_dim
+        yarn = 1.0 if factor <= 1 else 0.1 * weight * log(factor) + 1.0
+        return yarn**2 / sqrt(config.qk_head_dim + config.qk_pos_emb_head_dim)
+    return 1 / sqrt(config.kv_channels) if config.softmax_scale is None else config.softmax_scale
 
 
 def describe(attention: ContextParallelAttention) -> str:
@@ -113,10 +125,9 @@ def _shard(size: int, rank: int, chunk: int, device: torch.device) -> Tensor:
 
 
 def dense(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of the whole sequence in float64, and the gradients of q, k and v; a key head at a time."""
-    scale = q.size(3) ** -0.5 if scale is None else scale
     shared = q.size(2) // k.size(2)
     parts = []
     for head in range(k.size(2)):

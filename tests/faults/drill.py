@@ -5,11 +5,9 @@ scripts/fault_drill.sh says what they are.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,115 +19,148 @@ import psutil
 
 from megatron_attn2d import checkpoints, launch
 from tests import pool as rank_pool
-from tests.megatron.runs import arguments, context_parallel, metrics
+from tests.faults.hangs import hangs
+from tests.faults.jobs import Failed, assert_unbroken, job, reported
+from tests.megatron.runs import arguments, context_parallel
 from tests.pool import RankPool
 
-TINY: dict[str, Any] = {"mock_data": True, "num_layers": 1, "train_iters": 100_000, "verify_integrity": True}
-SPREAD = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-STAGED = {"pipeline_model_parallel_size": 2}
-MODES = {
-    "2x2": context_parallel("attention2d", 2, 2),
-    "4x1": context_parallel("attention2d", 4, 1),
-    "1x4": context_parallel("attention2d", 1, 4),
-    "2x2x1": {**context_parallel("attention2d", 2, 2), "hierarchical_context_parallel_sizes": [2, 2, 1]},
-    "ring": context_parallel("p2p", 1, 4),
+SMALL: dict[str, Any] = {"mock_data": True, "num_layers": 1}
+TINY: dict[str, Any] = {
+    **SMALL,
+    "train_iters": 100_000,
+    "verify_integrity": True,
+    **context_parallel("attention2d", 1, 2),
 }
 
 
-class Failed(AssertionError):
-    """A drill did not keep its promise."""
+def _tiled(*sizes: int) -> dict[str, Any]:
+    return {**context_parallel("attention2d", 2, 2), "hierarchical_context_parallel_sizes": list(sizes)}
+
+
+SPLITS: dict[str, dict[str, Any]] = {
+    "TP2": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "num_query_groups": 4},
+    "PP2": {"pipeline_model_parallel_size": 2, "num_layers": 2},
+}
+MODES: dict[str, dict[str, Any]] = {
+    "2x2": context_parallel("attention2d", 2, 2),
+    "4x1": context_parallel("attention2d", 4, 1),
+    "1x4": context_parallel("attention2d", 1, 4),
+    "2x2x1": _tiled(2, 2, 1),
+    "2x1x2": _tiled(2, 1, 2),
+    "tile 1x2": _tiled(1, 2, 2, 1),
+    "ring": context_parallel("p2p", 1, 4),
+    "all_gather": context_parallel("all_gather", 1, 4),
+    "ulysses": {**context_parallel("a2a", 1, 4), "num_attention_heads": 8},
+}
 
 
 def determinism(count: int) -> str:
     """Two runs of `count` steps of each mode on 8 ranks, TP2 or PP2: losses, weights and states bit for bit."""
     from tests.faults.test_determinism import assert_deterministic
 
-    ranks = RankPool()
+    ranks, pairs = RankPool(), 0
     try:
         for name, mode in MODES.items():
-            sizes = {} if name == "2x2x1" else {"num_query_groups": 4}
-            for split in (SPREAD, STAGED):
+            for split, sizes in SPLITS.items():
                 with tempfile.TemporaryDirectory() as scratch:
-                    assert_deterministic(ranks, 8, Path(scratch), train_iters=count, **sizes, **mode, **split)
+                    options = {"num_layers": 1, "global_batch_size": 2, "train_iters": count, **sizes, **mode}
+                    assert_deterministic(ranks, 8, Path(scratch), **options)
+                pairs += 1
+                print(f"equal: {name}, {split}", file=sys.stderr, flush=True)
     finally:
         ranks.close()
-    return f"{2 * len(MODES)} of {2 * len(MODES)} pairs of runs equal ({', '.join(MODES)}; TP2, PP2; 8 ranks)"
+    return f"{pairs} of {pairs} pairs of runs equal ({', '.join(MODES)}; {', '.join(SPLITS)})"
 
 
 def sigterm(count: int) -> str:
     """SIGTERM at a random moment of training: the next launch continues with the step after the last one reported."""
     with tempfile.TemporaryDirectory() as scratch:
-        run, directory = Path(scratch, "run"), Path(scratch, "checkpoints")
+        run, directory, output = (Path(scratch, name) for name in ("run", "checkpoints", "output"))
+        args = arguments(run_dir=run, save=directory, load=directory, exit_signal_handler=True, **TINY)
         for i in range(count):
-            process = _train(run, directory, exit_signal_handler=True)
-            _wait_for_steps(process, run, _reported(run) + 1)
-            time.sleep(random.uniform(0, 1))
-            process.terminate()
-            if process.wait(timeout=120):
-                raise Failed(f"SIGTERM {i}: exit code {process.returncode}")
-            if checkpoints.last_complete(directory) != _reported(run):
-                raise Failed(f"SIGTERM {i}: saved {checkpoints.last_complete(directory)} of {_reported(run)} steps")
-        _assert_unbroken(run)
-        return f"{count} of {count} saved the last step; {_reported(run)} steps without a gap"
+            before = reported(run)
+            with job(2, args, output) as training:
+                training.until(lambda before=before: reported(run) > before)
+                time.sleep(random.uniform(0, 1))
+                training.terminate()
+                if code := training.wait(120):
+                    raise Failed(f"SIGTERM {i}: exit code {code}")
+            if checkpoints.last_complete(directory) != reported(run):
+                raise Failed(f"SIGTERM {i}: saved {checkpoints.last_complete(directory)} of {reported(run)} steps")
+        assert_unbroken(run)
+        return f"{count} of {count} saved the last step; {reported(run)} steps without a gap"
 
 
 def kill(count: int) -> str:
     """kill -9 of a rank at a random moment of a save: the next launch continues from the last complete checkpoint."""
     with tempfile.TemporaryDirectory() as scratch:
         run, directory = Path(scratch, "run"), Path(scratch, "checkpoints")
-        half_written = 0
+        args = arguments(run_dir=run, save=directory, load=directory, save_interval=3, keep_last=2, **TINY)
+        half_written, slowest = 0, 0.0
         for i in range(count):
             before = checkpoints.last_complete(directory) or 0
-            process = _train(run, directory, save_interval=3, keep_last=2)
-            folder = checkpoints.folder(directory, before + 6)  # the second save of this launch
-            _wait_until(process, folder.exists)
-            time.sleep(random.uniform(0, 0.15))
-            random.choice(psutil.Process(process.pid).children()).kill()
-            if process.wait(timeout=60) == 0:
-                raise Failed(f"kill {i}: the job ended as if nothing had happened")
+            with job(2, args, Path(scratch, f"output-{i}")) as training:
+                folder = checkpoints.folder(directory, before + 6)  # the second save of this launch
+                training.until(folder.exists)
+                time.sleep(random.uniform(0, 0.15))
+                rank = random.randrange(2)
+                training.ranks()[rank].kill()
+                began = time.monotonic()
+                code = training.wait(60)
+                slowest = max(slowest, time.monotonic() - began)
+                if code != 128 + signal.SIGKILL or f"rank {rank} of 2 was ended by SIGKILL" not in training.said():
+                    raise Failed(f"kill {i}: exit code {code}, {training.said()[-300:]!r}")
             checkpoints.repair_tracker(directory)
             last = checkpoints.last_complete(directory)
             half_written += last == before + 3
             if last is None or last < before + 3:
                 raise Failed(f"kill {i}: continues from {last}, but step {before + 3} had been saved")
-        process = _train(run, directory, train_iters=(checkpoints.last_complete(directory) or 0) + 1)
-        if process.wait(timeout=120):
-            raise Failed("the last launch did not continue")
-        _assert_unbroken(run)
-        return f"{count} of {count} continued from the last complete checkpoint; {half_written} saves were cut short"
+        with job(2, [*args, "--exit-interval", str((last or 0) + 1)], Path(scratch, "output")) as training:
+            if training.wait(120):
+                raise Failed(f"the last launch did not continue: {training.said()[-300:]}")
+        assert_unbroken(run)
+        ended = f"the job ended within {slowest:.1f} s and named the rank"
+        return (
+            f"{count} of {count} continued from the last complete checkpoint, {half_written} saves cut short; {ended}"
+        )
 
 
 def soak(count: int) -> str:
-    """`count` steps on 8 ranks: memory, file handles and threads of the ranks stay what they were at step 100."""
+    """`count` steps on 8 ranks: memory, file handles and threads of each rank stay what they were at step 100."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch, "run")
-        options = {**SPREAD, **MODES["2x2"], "num_query_groups": 4, "num_layers": 2, "train_iters": count}
-        process = _start(8, arguments(run_dir=run, mock_data=True, **options))
+        sizes = {"hidden_size": 32, "seq_length": 32, "micro_batch_size": 1, "global_batch_size": 1}
+        args = arguments(run_dir=run, **{**SMALL, **sizes, **SPLITS["TP2"], **MODES["2x2"], "train_iters": count})
         samples = []
-        for at in (count // 4, count // 2, count - 2):
-            _wait_for_steps(process, run, at)
-            ranks = sorted(psutil.Process(process.pid).children(), key=lambda rank: rank.pid)
-            samples.append([(rank.memory_info().rss, rank.num_fds(), rank.num_threads()) for rank in ranks])
-        if process.wait(timeout=120):
-            raise Failed(f"exit code {process.returncode}")
-        growth = max(b[0] / a[0] - 1 for a, b in zip(samples[0], samples[-1], strict=True))
-        handles, threads = (max(b[i] - a[i] for a, b in zip(samples[0], samples[-1], strict=True)) for i in (1, 2))
-        found = f"memory {growth:+.1%}, {handles:+d} file handles, {threads:+d} threads after the first quarter"
-        if growth > 0.02 or handles > 0 or threads > 0:
+        with job(8, args, Path(scratch, "output")) as training:
+            for at in (min(100, count // 4), count // 2, count - 2):
+                training.until(lambda at=at: reported(run) >= at)
+                samples.append(
+                    [(rank.memory_info().rss, rank.num_fds(), rank.num_threads()) for rank in training.ranks()]
+                )
+            if code := training.wait(120):
+                raise Failed(f"exit code {code}: {training.said()[-300:]}")
+        memory, handles, threads = (
+            max(last[i] - first[i] for first, last in zip(samples[0], samples[-1], strict=True)) for i in range(3)
+        )
+        found = f"{memory / 2**20:+.1f} MiB, {handles:+d} file handles, {threads:+d} threads a rank since step 100"
+        if memory > 8 * 2**20 or handles > 0 or threads > 0:
             raise Failed(found)
-        return f"{count} steps: {found}"
+        return f"{count} steps on 8 ranks of {samples[0][0][0] / 2**20:.0f} MiB: {found}"
 
 
 def grids(count: int) -> str:
     """`count` grids built, used and destroyed in one process."""
     ranks = RankPool()
     try:
-        handles, threads, memory = max(ranks.run(_build_grids, 4, count, timeout=1200))
+        grown = ranks.run(_build_grids, 4, count, timeout=1200)
+        handles, threads, memory = (max(values) for values in zip(*grown, strict=True))
     finally:
         ranks.close()
+    found = f"{handles:+d} file handles, {threads:+d} threads, {memory:+.1f} MiB"
     if handles > 8 or threads > 8:
-        raise Failed(f"{handles:+d} file handles, {threads:+d} threads")
-    return f"{count} grids: {handles:+d} file handles, {threads:+d} threads, {memory:+.1f} MiB"
+        raise Failed(found)
+    return f"{count} grids: {found}"
 
 
 def _build_grids(rank: int, count: int) -> tuple[int, int, float]:
@@ -162,44 +193,11 @@ def _build_grids(rank: int, count: int) -> tuple[int, int, float]:
     return int(handles), int(threads), memory
 
 
-def _start(nprocs: int, args: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.launch.targets", "pretrain", str(nprocs), *args]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _train(run: Path, directory: Path, **options: Any) -> subprocess.Popen[bytes]:
-    mode = context_parallel("attention2d", 1, 2)
-    return _start(2, arguments(run_dir=run, save=directory, load=directory, **{**TINY, **mode, **options}))
-
-
-def _reported(run: Path) -> int:
-    try:
-        return int(metrics(run)[-1]["step"])
-    except (FileNotFoundError, IndexError, json.JSONDecodeError):
-        return 0
-
-
-def _wait_for_steps(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
-    _wait_until(process, lambda: _reported(run) >= step)
-
-
-def _wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
-    while not condition():
-        if process.poll() is not None:
-            raise Failed(f"the run ended by itself with {process.returncode}")
-        time.sleep(0.01)
-
-
-def _assert_unbroken(run: Path) -> None:
-    steps = [step["step"] for step in metrics(run)]
-    if steps != list(range(1, len(steps) + 1)):
-        raise Failed("recorded steps have a gap or a repetition")
-
-
 DRILLS: dict[str, tuple[Callable[[int], str], int]] = {
-    "determinism": (determinism, 10),
+    "determinism": (determinism, 20),
     "sigterm": (sigterm, 20),
     "kill": (kill, 20),
+    "hangs": (hangs, 15),
     "soak": (soak, 2000),
     "grids": (grids, 1000),
 }
@@ -207,8 +205,9 @@ DRILLS: dict[str, tuple[Callable[[int], str], int]] = {
 
 def main(asked: list[str]) -> int:
     """Runs the drills that are asked for, or all; the number of those that failed."""
-    rank_pool.PRELOAD.extend(module for module in launch.PRELOAD if module not in rank_pool.PRELOAD)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    rank_pool.PRELOAD.extend(module for module in launch.PRELOAD if module not in rank_pool.PRELOAD)
+    launch._preload()
     random.seed(0)
     failed = 0
     print(f"{'drill':12} {'seconds':>8}  result", flush=True)
@@ -221,9 +220,9 @@ def main(asked: list[str]) -> int:
         began = time.monotonic()
         try:
             result = drill(int(count or usual))
-        except (AssertionError, subprocess.TimeoutExpired) as error:
+        except Exception as error:  # the other drills are run nevertheless
             failed += 1
-            result = f"FAILED: {error}"
+            result = f"FAILED: {type(error).__name__}: {error}"
         print(f"{name:12} {time.monotonic() - began:8.0f}  {result}", flush=True)
     return failed
 

@@ -2,15 +2,18 @@
 
 There is a launch for each WHERE, the number of the exchange, from 0, in which rank 1 stops. After it a line with its
 exit code and the seconds it took goes to stdout; what the launcher says goes to stderr.
+
+`python -m tests.faults.targets training SECONDS RANKS WHERE ...` is one launch that trains with Megatron's arguments.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -20,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_attn2d import Grid, attention2d, launch, ring_attention
 from megatron_attn2d.attention import exchange, ring, ulysses
+from megatron_attn2d.megatron import agreement
 
 
 def stop_in(args: Sequence[str]) -> None:
@@ -28,21 +32,7 @@ def stop_in(args: Sequence[str]) -> None:
     dist.init_process_group("gloo")
     group = dist.new_group(timeout=timedelta(seconds=float(seconds)))
     assert isinstance(group, dist.ProcessGroup)
-    launches = 0
-
-    def stopping(original: Any) -> Any:
-        def start(*given: Any, **named: Any) -> Any:
-            nonlocal launches
-            if dist.get_rank() == 1 and launches == int(where):
-                os.kill(os.getpid(), signal.SIGSTOP)
-            launches += 1
-            return original(*given, **named)
-
-        return start
-
-    patches = [mock.patch.object(module, "launch", stopping(exchange.launch)) for module in (exchange, ring, ulysses)]
-    for patch in patches:
-        patch.start()
+    _stop_in_exchange(int(where), lambda: dist.get_rank() == 1)
     q = torch.ones(8, 1, 4, 8, requires_grad=True)
     if mode == "ring":
         out = ring_attention(q, q, q, group, label="layer 3")
@@ -53,7 +43,57 @@ def stop_in(args: Sequence[str]) -> None:
     raise AssertionError("no rank stopped")
 
 
+def _stop_in_exchange(where: int, counts: Callable[[], bool]) -> None:
+    """Makes this process stop when it starts its exchange number `where` of those for which `counts()`."""
+    launches, original = 0, exchange.launch
+
+    def launch_or_stop(*given: Any, **named: Any) -> Any:
+        nonlocal launches
+        if counts():
+            if launches == where:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            launches += 1
+        return original(*given, **named)
+
+    for module in (exchange, ring, ulysses):
+        mock.patch.object(module, "launch", launch_or_stop).start()
+
+
+def stop_in_training(args: Sequence[str], *, where: int, seconds: float) -> None:
+    """Trains; in step 2 rank 1 stops when it starts its exchange number `where`. Groups wait for `seconds`.
+
+    With -1 it stops before the ranks are compared.
+    """
+    from megatron_attn2d import pretrain_gpt
+
+    def parsed() -> Any:
+        arguments, config = original()
+        arguments.distributed_timeout_minutes = seconds / 60
+        return arguments, config
+
+    def counts() -> bool:
+        from megatron.training import get_args
+
+        return dist.get_rank() == 1 and getattr(get_args(), "curr_iteration", 0) == 1
+
+    def compare(mine: Any) -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        check_agreement(mine)
+
+    original, check_agreement = pretrain_gpt.parsed, agreement.check_agreement
+    if where == -1:
+        mock.patch.object(agreement, "check_agreement", compare).start()
+    mock.patch.object(pretrain_gpt, "parsed", parsed).start()
+    _stop_in_exchange(where, counts)
+    pretrain_gpt.main(args)
+    raise AssertionError("no rank stopped")
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "training":
+        stopping = functools.partial(stop_in_training, seconds=float(sys.argv[2]), where=int(sys.argv[4]))
+        sys.exit(launch.run_local(int(sys.argv[3]), stopping, sys.argv[5:]))
     launch.PRELOAD = ()
     *arguments, _ = sys.argv[1:7]
     for exchange_number in sys.argv[6:]:

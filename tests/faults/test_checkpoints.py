@@ -162,3 +162,37 @@ def start(rank: int, args: list[str]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def test_a_flipped_byte_in_a_sample_index_that_megatron_cached_is_refused(pool: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 1000)
+    prefix = data.build([tmp_path / "a.txt"], tmp_path / "text")
+    args = {"data_path": prefix, "num_layers": 1, "train_iters": 1}
+    assert len(train(pool, 1, tmp_path / "run", **args)) == 1
+    cached = sorted(tmp_path.rglob("*.npy"))
+    assert {path.stem.rpartition("-")[2] for path in cached} == {"document_index", "sample_index", "shuffle_index"}
+    for path in cached:
+        with data.sealed_caches([path.parent], verifies=True, seals=False):
+            pass
+        for at in range(0, len(path.read_bytes()), 7):
+            flip(path, at)
+            with (
+                pytest.raises(ValueError, match=f"{path} is not the index that was built"),
+                data.sealed_caches([path.parent], verifies=True, seals=False),
+            ):
+                pass
+            flip(path, at)
+    flip(cached[0], -1)
+    (message,) = pool.run(start, 1, arguments(run_dir=tmp_path / "run", **args))
+    assert f"{cached[0]} is not the index that was built: remove it" in message
+    for path in tmp_path.rglob("*_index.npy*"):
+        path.unlink()
+    assert len(train(pool, 1, tmp_path / "run", **args)) == 1
+
+
+@pytest.mark.parametrize("content", ["", "x", "1", "3\n", "02"])
+def test_a_changed_tracker_leads_to_a_complete_checkpoint(content: str, saved: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(saved, tmp_path / "checkpoints")
+    (directory / checkpoints.TRACKER).write_text(content)
+    checkpoints.repair_tracker(directory)
+    assert checkpoints.tracked(directory) == (1 if content == "1" else 2)

@@ -61,6 +61,7 @@ def broken(rank: int, cp_comm_type: str, sizes: list[int] | None, how: str) -> s
     with built(4, cp_comm_type, sizes, params_dtype=torch.float32) as attention:
         patches = {
             "local": [mock.patch.object(attention, "grid", Grid.single()), mock.patch.object(attention, "ring", None)],
+            "scale": [mock.patch.object(attention, "softmax_scale", 0.4)],
             "layout": [mock.patch.object(layout, "visible_prefix", one_chunk_too_few)],
             "gradients": [
                 mock.patch.object(
@@ -91,6 +92,8 @@ def broken(rank: int, cp_comm_type: str, sizes: list[int] | None, how: str) -> s
         ("attention2d", [2, 2], "local"),
         ("attention2d", [2, 2], "layout"),
         ("attention2d", [2, 2], "gradients"),
+        ("attention2d", [2, 2], "scale"),
+        ("p2p", None, "scale"),
         ("p2p", None, "local"),
         ("p2p", None, "gradients"),
     ],
@@ -105,6 +108,30 @@ def test_broken_attention_is_refused_with_mode_grid_and_rank(
         if message:
             assert f"failed on rank {rank} (context rank {rank} of 4)" in message
             assert f"mode {cp_comm_type} {shape}" in message
+
+
+@pytest.mark.parametrize("given", [{}, {"softmax_scale": 0.3}, {"kv_channels": 9}], ids=str)
+def test_the_scale_is_the_models(given: dict[str, Any]) -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_attn2d.megatron.self_check import softmax_scale
+
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, **given)
+    assert softmax_scale(config) == {"{}": 1 / 4, "{'kv_channels': 9}": 1 / 3}.get(str(given), 0.3)
+
+
+@pytest.mark.parametrize("factor", [1, 40])
+def test_the_scale_of_latent_attention_is_the_models(factor: float) -> None:
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_mscale
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from megatron_attn2d.megatron.self_check import softmax_scale
+
+    sizes: dict[str, Any] = {"qk_head_dim": 48, "qk_pos_emb_head_dim": 16, "mscale_all_dim": 0.7, "mscale": 0.7}
+    config = MLATransformerConfig(
+        num_layers=1, hidden_size=64, num_attention_heads=4, rotary_scaling_factor=factor, **sizes
+    )
+    assert softmax_scale(config) == pytest.approx(_yarn_get_mscale(factor, 0.7) ** 2 / 8)
 
 
 def test_training_checks_itself_unless_told_not_to(pool: RankPool, tmp_path: Any) -> None:

@@ -1,0 +1,90 @@
+"""Whether what a run reads is there and where it writes can be written: the last look before processes start."""
+
+import os
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+
+from megatron_attn2d import checkpoints
+from megatron_attn2d.config.errors import ConfigError, ConfigErrors, show
+from megatron_attn2d.config.loading import read_run
+from megatron_attn2d.config.run import build_run
+from megatron_attn2d.config.schema import RunConfig
+
+_PLANNED = (
+    *(f"optimizer.{key}" for key in ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay")),
+    *("training.global_batch_size", "training.train_iters"),
+)
+"""What the learning rate's course follows from. Megatron compares it with the checkpoint's, after all has started."""
+_SHAPES = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
+    *("position_embedding_type", "normalization", "qk_layernorm", "swiglu", "add_bias_linear"),
+    "untie_embeddings_and_output_weights",
+)
+"""What decides which weights there are."""
+
+
+def check_files(run: RunConfig) -> None:
+    """Raise ConfigError, naming each key with its path, the reason and a way out, if files of `run` are missing."""
+    if errors := [*_data(run), *_checkpoint(run), *_continued(run), *_directories(run)]:
+        raise ConfigErrors(errors)
+
+
+def _data(run: RunConfig) -> Iterator[ConfigError]:
+    from megatron_attn2d.data import is_complete
+
+    for prefix in run.data.paths:
+        if not is_complete(Path(prefix)):
+            reason = f"{prefix}.bin and {prefix}.idx are not both there"
+            yield ConfigError("data.paths", prefix, reason, "build it: megatron-attn2d data build")
+    tokenizer = run.data.tokenizer_model
+    if tokenizer and run.data.tokenizer_type != "NullTokenizer" and not Path(tokenizer).exists():
+        yield ConfigError(
+            "data.tokenizer_model", tokenizer, "there is no such file or folder", "name one on local disk"
+        )
+
+
+def _checkpoint(run: RunConfig) -> Iterator[ConfigError]:
+    load = run.checkpoint.load
+    begun = checkpoints.last_complete(Path(run.directory) / "checkpoints") is not None
+    if load and not begun and not (Path(load) / checkpoints.TRACKER).is_file():
+        # Megatron would begin with random weights.
+        reason = f"there is no checkpoint in it, as it holds no {checkpoints.TRACKER}"
+        yield ConfigError("checkpoint.load", load, reason, "name the folder that another run saves to, or null")
+
+
+def _continued(run: RunConfig) -> Iterator[ConfigError]:
+    """What another configuration than the one that a run was begun with has changed, and must not."""
+    path = Path(run.directory) / "config.yaml"
+    if not path.is_file() or checkpoints.last_complete(Path(run.directory) / "checkpoints") is None:
+        return
+    try:
+        begun = build_run(read_run(path))
+    except ConfigError:  # of another version of this package
+        return
+    given = {name.replace("-", "_") for name, value in run.megatron_args.items() if value}
+    planned_anew = bool(given & {"override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"})
+    anew = "another run.dir, or megatron_args.override_opt_param_scheduler=true to plan the learning rate anew"
+    for keys, instead in (
+        (() if planned_anew else _PLANNED, anew),
+        ([f"model.{name}" for name in _SHAPES], "another run.dir"),
+    ):
+        for key in keys:
+            before, now = attrgetter(key)(begun), attrgetter(key)(run)
+            if before != now:
+                reason = f"the run in {run.directory} was begun with {show(before)}"
+                yield ConfigError(key, now, reason, f"choose {show(before)}, or {instead}")
+
+
+def _directories(run: RunConfig) -> Iterator[ConfigError]:
+    written = {"run.dir": run.directory}
+    if not (run.data.paths or run.data.mock):
+        written["data.dir"] = run.data.dir
+    for key, path in written.items():
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            yield ConfigError(key, path, f"can't be made a directory ({error.strerror})", "choose another")
+            continue
+        if not os.access(path, os.W_OK | os.X_OK):
+            yield ConfigError(key, path, "can't be written to", "choose another")

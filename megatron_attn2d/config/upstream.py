@@ -1,0 +1,103 @@
+"""Megatron's own arguments: what there is, without the seconds that importing Megatron takes.
+
+`upstream_flags.json` lists them for the version that requirements.lock pins, and is written anew by
+`python -m megatron_attn2d.config.upstream`. Under any other version, and for values that a function of Megatron's
+converts, Megatron's parser is asked.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import logging
+import warnings
+from argparse import ArgumentParser, BooleanOptionalAction
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+_TABLE = "upstream_flags.json"
+_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument: where it is stored, how many values it takes, of which type, out of which choices.
+
+    `nargs` and `type` are argparse's; a type that is a function of Megatron's is "megatron".
+    """
+
+    dest: str
+    nargs: int | str | None = None
+    type: str | None = None
+    choices: list[Any] | None = None
+
+
+@cache
+def options() -> dict[str, Option]:
+    """Megatron's arguments by their flags."""
+    table = json.loads(resources.files(__package__).joinpath(_TABLE).read_text())
+    if table["megatron-core"] != importlib.metadata.version("megatron-core"):
+        return described()
+    return {flag: Option(**fields) for flag, fields in table["flags"].items()}
+
+
+def described() -> dict[str, Option]:
+    """Megatron's arguments, read from its parser."""
+    found = {}
+    for flag, action in parser()._option_string_actions.items():
+        kind = getattr(action.type, "__name__", None)
+        choices = None if action.choices is None else list(action.choices)
+        plain = all(isinstance(choice, str | int | float) for choice in choices or ())
+        if not plain or (action.type is not None and action.type is not _TYPES.get(str(kind))):
+            kind, choices = "megatron", None
+        if isinstance(action, BooleanOptionalAction):
+            kind = None
+        found[flag] = Option(action.dest, action.nargs, kind, choices)
+    return found
+
+
+def refusal(flag: str, tokens: list[str]) -> str | None:
+    """What argparse says against `tokens`, which are `flag` and its values; None where it takes them."""
+    option = options()[flag]
+    if option.nargs == 0:
+        return None
+    if option.type == "megatron":
+        asked = parser()
+    else:
+        asked = ArgumentParser(allow_abbrev=False, exit_on_error=False, add_help=False)
+        kind = _TYPES.get(option.type or "str", str)
+        asked.add_argument(flag, dest=option.dest, nargs=option.nargs, type=kind, choices=option.choices)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            asked.parse_args(tokens)
+    except (Exception, SystemExit) as error:  # Megatron's types raise what they like
+        return str(error)
+    return None
+
+
+@cache
+def parser() -> ArgumentParser:
+    """Megatron's parser; importing it takes seconds."""
+    logging.disable(logging.WARNING)  # what upstream says about missing libraries is no concern of a parser's
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            from megatron.training.arguments import add_megatron_arguments
+    finally:
+        logging.disable(logging.NOTSET)
+    return add_megatron_arguments(ArgumentParser(allow_abbrev=False, exit_on_error=False))
+
+
+def _write(path: Path) -> None:
+    def shortened(option: Option) -> dict[str, Any]:
+        return {name: value for name, value in asdict(option).items() if value is not None}
+
+    lines = [f"    {json.dumps(flag)}: {json.dumps(shortened(option))}" for flag, option in sorted(described().items())]
+    version = json.dumps(importlib.metadata.version("megatron-core"))
+    path.write_text(f'{{\n  "megatron-core": {version},\n  "flags": {{\n' + ",\n".join(lines) + "\n  }\n}\n")
+
+
+if __name__ == "__main__":
+    _write(Path(__file__).with_name(_TABLE))

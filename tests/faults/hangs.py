@@ -1,0 +1,80 @@
+"""The drill of hangs: a rank stops in each of our collectives in turn, while a model trains."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.faults.jobs import Failed, job
+from tests.faults.targets import stop_in_training
+from tests.megatron.runs import arguments, context_parallel
+
+ROW, COLUMN = "queries in the row of ranks", "keys and values in the column of ranks"
+GATHER, RETURN = "gathering", "returning results"
+TILED = {**context_parallel("attention2d", 2, 2), "hierarchical_context_parallel_sizes": [1, 2, 2, 1]}
+HEADS = "head group of ranks [0, 1]: exchanging sequence for heads or back"
+
+CASES: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("1x2", context_parallel("attention2d", 1, 2), [f"{ROW} [0, 1]: {what}" for what in (GATHER, RETURN) * 2]),
+    ("2x1", context_parallel("attention2d", 2, 1), [f"{COLUMN} [0, 1]: {what}" for what in (GATHER, GATHER, RETURN)]),
+    (
+        "ring",
+        context_parallel("p2p", 1, 2),
+        [
+            f"ring of ranks [0, 1]: {what}"
+            for what in (
+                "k, v at step 0",
+                "k, v at step 0 of the backward pass",
+                "dk, dv at step 1 of the backward pass",
+            )
+        ],
+    ),
+    ("all_gather", context_parallel("all_gather", 1, 2), [f"{COLUMN} [0, 1]: {GATHER}"]),
+    ("ulysses", {**context_parallel("a2a", 1, 2), "num_query_groups": 4}, [HEADS] * 4),
+    (
+        "1x2, PP2",
+        {**context_parallel("attention2d", 1, 2), "pipeline_model_parallel_size": 2, "num_layers": 2},
+        [f"{ROW} [0, 1]: {GATHER}"],
+    ),
+    (
+        "1x2, TP2",
+        {**context_parallel("attention2d", 1, 2), "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        [f"{ROW} [1, 3]: {GATHER}"],
+    ),
+    ("2x2, tile 1x2", TILED, [f"{ROW} [0, 1]: {GATHER}"]),
+]
+"""Name, options and, for each exchange of a layer, forward and backward, what is to be said about it."""
+
+
+def hangs(seconds: int) -> str:
+    """SIGSTOP of rank 1 in each exchange of step 2, and in the comparison at start-up; groups wait for `seconds`."""
+    slowest = _stopped("start-up", CASES[0][1], -1, "comparing how all 2 ranks were started failed on rank 0", seconds)
+    number = 1
+    for name, options, expected in CASES:
+        for where, what in enumerate(expected):
+            slowest = max(
+                slowest, _stopped(name, options, where, f"ExchangeError: layer 1, {what} failed on rank ", seconds)
+            )
+            number += 1
+    names = ", ".join(["start-up", *(name for name, *_ in CASES)])
+    return f"{number} of {number} located, the slowest job ended {slowest:.0f} s after the step before ({names})"
+
+
+def _stopped(name: str, options: dict[str, Any], where: int, expected: str, seconds: int) -> float:
+    """Seconds from the end of step 1, or at start-up from the launch, to the end of the job."""
+    stages = options.get("pipeline_model_parallel_size", 1) * options.get("tensor_model_parallel_size", 1)
+    target = functools.partial(stop_in_training, where=where, seconds=seconds)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = arguments(**{"run_dir": scratch, "mock_data": True, "num_layers": 1, "train_iters": 5, **options})
+        with job(options["context_parallel_size"] * stages, args, Path(scratch, "output"), target) as training:
+            if where >= 0:
+                training.until(lambda: "step 1/" in training.said())
+            began = time.monotonic()
+            code = training.wait(seconds + 60)
+            said = training.said()
+            if code != 1 or expected not in said or not said.endswith("may have waited for it: rank 1\n"):
+                raise Failed(f"{name}, exchange {where}: exit code {code}, {said[-600:]}")
+            return time.monotonic() - began
