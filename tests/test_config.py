@@ -282,9 +282,6 @@ REFUSED = {
         "megatron_args.qk_clip = true: --qk-clip needs the largest score, which our attention does not report yet; "
         "leave it out"
     ),
-    "megatron_args.mtp_num_layers=1": (
-        "megatron_args.mtp_num_layers = 1: --mtp-num-layers trains differently with every context size ..."
-    ),
     "megatron_args.yaml_cfg=x.yaml": (
         "megatron_args.yaml_cfg = 'x.yaml': --yaml-cfg discards all other arguments; leave it out"
     ),

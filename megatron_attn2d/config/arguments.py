@@ -53,7 +53,6 @@ _REFUSED = {
     "softmax-type": "needs a softmax that our attention does not have yet",
     "qk-clip": "needs the largest score, which our attention does not report yet",
     "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
-    "mtp-num-layers": "trains differently with every context size on this version of Megatron-Core",
     "local-rank": "is the launcher's business",
 }
 
