@@ -257,7 +257,7 @@ def test_upstream_gives_multi_token_prediction_an_attention_of_its_own() -> None
         mock.patch.object(gpt_layer_specs, "get_mtp_num_layers_to_build", return_value=1),
         mock.patch.object(layer_spec, "get_num_layers_to_build", return_value=1),
     ):
-        with pytest.raises(ValueError, match="mtp_num_layers: .* an attention of its own choice; train with"):
+        with pytest.raises(ValueError, match=r"mtp_num_layers: .* an attention of its own choice; train with"):
             layer_spec.attention2d_layer_spec(model)
         with compat.applied_fixes():
             ours = layer_spec.attention2d_layer_spec(model)
