@@ -115,8 +115,9 @@ def attention2d_layer_spec(
     Raises:
         ValueError: the model asks for what would attend otherwise.
     """
-    model = config if isinstance(config, GPTModelConfig) else GPTModelConfig(transformer=config)
-    transformer = model.transformer
+    # A copy, since GPTModelConfig writes its defaults into fields that a Megatron-Bridge provider has too.
+    model = config if isinstance(config, GPTModelConfig) else GPTModelConfig(transformer=copy.copy(config))
+    transformer = config.transformer if isinstance(config, GPTModelConfig) else config
     if transformer.attention_backend is AttnBackend.local:
         raise ValueError("attention_backend local: Megatron would replace context-parallel attention by its own")
     if transformer.mtp_num_layers and not getattr(gpt.mtp_block_spec, ATTENDS_IN_CONTEXT, False):
