@@ -87,6 +87,7 @@ VPP = {**PP, "num_layers_per_virtual_pipeline_stage": 1}
 EP = {"expert_model_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True}
 OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 MTP_TOLERANCE = 1e-4
 """Upstream weighs a rank's part of the loss of multi-token prediction by that rank's tokens, of which those that hold
 the sequence's end have fewer: not the same on one rank. See `test_multi_token_prediction_differs_...`."""
@@ -122,6 +123,8 @@ COMBINATIONS: dict[str, Combination] = {
     "2x1, distributed optimizer": Combination("llama", 2, {**grid(2, 1), **ZERO}),
     "DP2, 1x2, overlapped": Combination("llama", 4, {**grid(1, 2), **OVERLAP}),
     "1x2, 4 micro-batches": Combination("llama", 2, {**grid(1, 2), "micro_batch_size": 1}),
+    "2x1, attention recomputed": Combination("llama", 2, {**grid(2, 1), "recompute_granularity": "selective"}),
+    "1x2, all recomputed": Combination("llama", 2, {**grid(1, 2), **RECOMPUTE}),
     # several at once
     "TP2 SP, PP2, 1x2": Combination("llama", 8, {**SP, **PP, **grid(1, 2)}),
     "PP2, 2x2": Combination("llama", 8, {**PP, **grid(2, 2)}),

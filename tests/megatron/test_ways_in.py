@@ -41,6 +41,10 @@ environment: {device: cpu}
             "context_parallel={size: 2, grid: [1, 2], layer_modes: [ring, attention2d]}",
             [(1, "p2p", None), (2, "attention2d", (1, 2))],
         ),
+        (
+            "megatron_args={hybrid_layer_pattern: '*-*-'}",
+            [(1, "attention2d", (1, 2)), (3, "attention2d", (1, 2))],
+        ),
     ],
 )
 def test_our_yaml(override: str, expected: Layers, pool: RankPool, tmp_path: Path) -> None:
