@@ -59,15 +59,25 @@ def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]
 
 def parsed() -> tuple[Namespace, Any]:
     """Megatron's arguments of the command line, and its configuration of the run with our attention in the model."""
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        hybrid_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
     from megatron.training.arguments import parse_and_validate_args
 
+    from megatron_attn2d.megatron.hybrid_spec import attention2d_hybrid_stack_spec
     from megatron_attn2d.megatron.layer_spec import attention2d_layer_spec
 
     args = parse_and_validate_args(extra_args_provider=_add_own_arguments)
-    model = gpt_config_from_args(args)
-    if model.transformer_layer_spec is None:
-        model.transformer_layer_spec = partial(attention2d_layer_spec, head_groups=args.attention2d_head_groups)
+    if args.hybrid_layer_pattern is not None:
+        model = hybrid_config_from_args(args)
+        model.transformer.attention2d_head_groups = args.attention2d_head_groups
+        model.hybrid_stack_spec = model.hybrid_stack_spec or attention2d_hybrid_stack_spec
+    else:
+        model = gpt_config_from_args(args)
+        if model.transformer_layer_spec is None:
+            model.transformer_layer_spec = partial(attention2d_layer_spec, head_groups=args.attention2d_head_groups)
     return args, pretrain_cfg_container_from_args(args, model)
 
 
@@ -186,7 +196,7 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=last and bool(args.mtp_num_layers),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,

@@ -54,7 +54,7 @@ REFUSED = {
     "model.num_layer=4": "model.num_layer: unknown key; did you mean num_layers?",
     "model.seq_length=8": "model.seq_length: unknown key; did you mean training.seq_length?",
     "parallelism.context=8": "parallelism.context: unknown key; known: data, expert, pipeline, sequence_parallel, ...",
-    "context_parallel.zzz=8": "context_parallel.zzz: unknown key; known: grid, head_groups, mode, size, tile",
+    "context_parallel.zzz=8": "context_parallel.zzz: unknown key; known: grid, head_groups, layer_modes, ...",
     # types
     "model.num_layers='4'": "model.num_layers = '4': not an integer; write 8, without quotes or a decimal point",
     "model.num_layers=4.0": "model.num_layers = 4.0: not an integer; ...",
@@ -170,6 +170,18 @@ REFUSED = {
     "context_parallel.grid=[2, 2] context_parallel.tile=[2, 4]": (
         "context_parallel.tile = [2, 4]: does not fill the grid of 2 rows x 2 columns; "
         "rows: one of 1, 2; columns: one of 1, 2"
+    ),
+    "context_parallel.layer_modes=[attention2d, ring]": (
+        "context_parallel.layer_modes = ['attention2d', 'ring']: names 2 layers, but model.num_layers is 4; name ..."
+    ),
+    "context_parallel.layer_modes=[ring, ring, ring, ulysses]": (
+        "context_parallel.mode = 'attention2d': is the mode of no layer in context_parallel.layer_modes; choose one ..."
+    ),
+    "context_parallel.mode=ring context_parallel.layer_modes=[ring, attention2d, ring, ring]": (
+        "context_parallel.mode = 'ring': context_parallel.layer_modes has attention2d; choose attention2d"
+    ),
+    "context_parallel.layer_modes=[attention2d, ulysses, ring, ring] model={num_attention_heads: 6, hidden_size: 48}": (
+        "context_parallel.size = 4: 6 query and 6 key/value heads a tensor rank don't spread over 4 ranks; ..."
     ),
     "context_parallel.mode=ring context_parallel.tile=[1, 1]": (
         "context_parallel.tile = [1, 1]: context_parallel.mode = ring has no grid; choose null"
@@ -287,9 +299,6 @@ REFUSED = {
     "megatron_args.qk-clip=true": (
         "megatron_args.qk_clip = true: --qk-clip needs the largest score, which our attention does not report yet; "
         "leave it out"
-    ),
-    "megatron_args.mtp_num_layers=1": (
-        "megatron_args.mtp_num_layers = 1: --mtp-num-layers trains differently with every context size ..."
     ),
     "megatron_args.yaml_cfg=x.yaml": (
         "megatron_args.yaml_cfg = 'x.yaml': --yaml-cfg discards all other arguments; leave it out"
@@ -510,6 +519,10 @@ def test_compiles_to_megatrons_arguments(base):
         ("context_parallel.mode=ring", "--cp-comm-type p2p "),
         ("context_parallel.mode=all_gather", "--cp-comm-type all_gather "),
         ("context_parallel.mode=ulysses", "--cp-comm-type a2a "),
+        (
+            "context_parallel.layer_modes=[attention2d, ring, all_gather, ulysses]",
+            "--cp-comm-type attention2d p2p all_gather a2a ",
+        ),
         ("context_parallel.grid=[2, 1, 2]", "--hierarchical-context-parallel-sizes 2 1 2 "),
         ("context_parallel.grid=[1, 2, 2]", "--hierarchical-context-parallel-sizes 2 2 "),
         ("context_parallel.grid=[2, 2] context_parallel.tile=[1, 2]", "--hierarchical-context-parallel-sizes 1 2 2 1 "),

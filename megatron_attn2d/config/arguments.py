@@ -49,7 +49,6 @@ _REFUSED = {
     "softmax-type": "needs a softmax that our attention does not have yet",
     "qk-clip": "needs the largest score, which our attention does not report yet",
     "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
-    "mtp-num-layers": "trains differently with every context size on this version of Megatron-Core",
     "local-rank": "is the launcher's business",
 }
 
@@ -93,7 +92,7 @@ def _attention(run: RunConfig) -> list[str]:
     arguments = _flag("max-position-embeddings", model.max_position_embeddings or run.training.seq_length)
     if model.num_query_groups:
         arguments += ["--group-query-attention", *_flag("num-query-groups", model.num_query_groups)]
-    arguments += _flag("cp-comm-type", CP_COMM_TYPES[context.mode])
+    arguments += _flag("cp-comm-type", *(CP_COMM_TYPES[mode] for mode in context.layer_modes or [context.mode]))
     if context.mode == "attention2d" and context.size > 1:
         # Upstream's groups of the last size but one are the columns, those of the last, more strided, the rows.
         (heads, rows, columns), (tile_rows, tile_columns) = run.grid, run.tile

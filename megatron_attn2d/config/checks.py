@@ -17,7 +17,7 @@ def check(run: RunConfig) -> None:
     """Raise ConfigError, naming each key with its value, the reason and a valid choice, if `run` cannot work."""
     errors = _errors(run, _check_model, _check_parallelism, _check_world, _check_batch, _check_data, _check_rest)
     if not {error.key for error in errors} & {"model.num_query_groups", "parallelism.tensor"}:
-        errors += _errors(run, _check_context)  # which asks the planner, who needs heads that divide
+        errors += _errors(run, _check_context, _check_layer_modes)  # which ask the planner, who needs heads that divide
     if errors:
         raise ConfigErrors(errors)
 
@@ -135,11 +135,11 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
         )
     transformer_engine = importlib.util.find_spec("transformer_engine") is not None and run.environment.device == "cuda"
     spread = {"ulysses": ("context_parallel.size", context.size), "attention2d": ("context_parallel.grid", run.grid[0])}
-    if context.mode in spread:
-        key, parts = spread[context.mode]
+    for mode in sorted(spread.keys() & {context.mode, *(context.layer_modes or [])}):
+        key, parts = spread[mode]
         heads = max(run.model.num_attention_heads // run.parallelism.tensor, 1)
         kv_heads = max((run.model.num_query_groups or run.model.num_attention_heads) // run.parallelism.tensor, 1)
-        repeats = not transformer_engine or context.mode == "attention2d"  # Transformer Engine does not repeat heads
+        repeats = not transformer_engine or mode == "attention2d"  # Transformer Engine does not repeat heads
         if heads % parts or (kv_heads % parts and not (repeats and parts % kv_heads == 0)):
             yield (
                 key,
@@ -158,6 +158,26 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
             "model.attention_dropout",
             f"context_parallel.mode = {context.mode} has no dropout inside attention yet",
             "choose 0.0",
+        )
+
+
+def _check_layer_modes(run: RunConfig) -> Iterator[Refusal]:
+    context, modes = run.context_parallel, run.context_parallel.layer_modes
+    if modes is None:
+        return
+    if len(modes) != run.model.num_layers:
+        yield (
+            "context_parallel.layer_modes",
+            f"names {len(modes)} layers, but model.num_layers is {run.model.num_layers}",
+            "name the mode of each layer, or null for context_parallel.mode in all",
+        )
+    if "attention2d" in modes and context.mode != "attention2d":
+        yield "context_parallel.mode", "context_parallel.layer_modes has attention2d", "choose attention2d"
+    elif context.mode not in modes:
+        yield (
+            "context_parallel.mode",
+            "is the mode of no layer in context_parallel.layer_modes",
+            f"choose one of {', '.join(sorted(set(modes)))}",
         )
 
 

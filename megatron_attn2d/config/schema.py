@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from megatron_attn2d.planner.run import chosen_grid
 
+Mode = Literal["attention2d", "ring", "all_gather", "ulysses"]
+
 
 class Flag(NamedTuple):
     """How a field is spelled among Megatron's arguments; `when` is the value at which a boolean's flag is given."""
@@ -108,7 +110,9 @@ class ContextParallel(Section):
     """How one sequence is spread over ranks. Switching the attention is switching `mode`."""
 
     size: Annotated[Ranks, Flag("context-parallel-size")] = 1
-    mode: Annotated[Literal["attention2d", "ring", "all_gather", "ulysses"], NO_FLAG] = "attention2d"
+    mode: Annotated[Mode, NO_FLAG] = "attention2d"
+    layer_modes: Annotated[list[Mode] | None, NO_FLAG] = None
+    """The mode of each layer, first to last; those with attention2d share `grid`. None: `mode` in every layer."""
     grid: Annotated[Literal["auto"] | Annotated[list[Ranks], Field(min_length=2, max_length=3)], NO_FLAG] = "auto"
     """[R, C] for attention2d: a row of C ranks gathers queries, a column of R keys and values; or [U, R, C], where
     the heads are spread over U ranks first. auto: see planner."""

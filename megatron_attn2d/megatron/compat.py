@@ -91,6 +91,24 @@ def _without_step(set_states: Any) -> Any:
     return set_all_but_step
 
 
+def _attending_in_context(mtp_block_spec: Any) -> Any:
+    """`mtp_block_spec` with our attention in the layers that it describes."""
+    layer_spec = importlib.import_module("megatron_attn2d.megatron.layer_spec")
+
+    @functools.wraps(mtp_block_spec)
+    def describe(*args: Any, **kwargs: Any) -> Any:
+        return layer_spec.with_context_parallelism(mtp_block_spec(*args, **kwargs))
+
+    setattr(describe, layer_spec.ATTENDS_IN_CONTEXT, True)
+    return describe
+
+
+def _norm_of_torch(norm: Any) -> Any:
+    """Torch's norm where Transformer Engine's is not there to be built."""
+    layer_spec = importlib.import_module("megatron_attn2d.megatron.layer_spec")
+    return norm if layer_spec.HAVE_TE else layer_spec.SequenceParallelTorchNorm
+
+
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 FIXES = (
     Patch(
@@ -118,6 +136,16 @@ FIXES = (
         f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
         _without_step,
         "it looks up the step of torch's Adam among the loaded tensors, where it is not kept: KeyError 'step'",
+    ),
+    Patch(
+        "megatron.training.models.gpt:mtp_block_spec",
+        _attending_in_context,
+        "it describes the layers of multi-token prediction anew, whatever the spec of the other layers says",
+    ),
+    Patch(
+        "megatron.core.models.hybrid.hybrid_block:TENorm",
+        _norm_of_torch,
+        "the last norm of a hybrid model is Transformer Engine's, whatever its spec says",
     ),
 )
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 from functools import lru_cache, partial
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -113,7 +114,12 @@ class ContextParallelAttention(MegatronModule):
 
 
 def _hierarchical_grid(groups: ProcessGroupCollection) -> Grid:
-    levels = groups.hcp or []
+    levels = getattr(groups, "hcp", None) or []
+    if not levels and not parallel_state.model_parallel_is_initialized():
+        raise ValueError(
+            "cp_comm_type attention2d needs hierarchical context-parallel groups, which decentralised process groups "
+            "don't have: set use_decentralized_pg=False (Megatron-Bridge's dist.use_decentralized_pg)"
+        )
     if len(levels) not in (2, 3, 4, 5):
         raise ValueError(
             "cp_comm_type attention2d needs its grid: pass --hierarchical-context-parallel-sizes R C or U R C "
@@ -149,6 +155,21 @@ def _refuse_unsupported(config: TransformerConfig, layer_number: int, attention_
         (config.softmax_type != "vanilla", f"softmax_type {config.softmax_type!r}", "softmax_type vanilla"),
         (config.qk_clip or config.log_max_attention_logit, "qk_clip / log_max_attention_logit", "leave both off"),
         (config.fp8_dot_product_attention, "fp8_dot_product_attention", "bf16 attention; FP8 in linear layers is fine"),
+        (
+            isinstance(config.cp_comm_type, list) and {"attention2d", "a2a+p2p"} <= set(config.cp_comm_type),
+            "cp_comm_type a2a+p2p on one layer and attention2d on another",
+            "one of the two, as both would take --hierarchical-context-parallel-sizes for theirs",
+        ),
+        (
+            getattr(config, "hybrid_context_parallel", False) or getattr(config, "dynamic_context_parallel", False),
+            "hybrid_context_parallel (dynamic context parallelism)",
+            "context-parallel groups that stay the same for all batches, as a grid is laid once",
+        ),
+        (
+            config.attention_backend is AttnBackend.local,
+            "attention_backend local, with which Megatron replaces it by an attention to the rank's own tokens",
+            "auto, flash, fused or unfused",
+        ),
         (attention_type != "self", f"attention_type {attention_type!r}", "self attention"),
     ]
     for condition, what, instead in refused:

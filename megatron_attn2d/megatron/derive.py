@@ -15,9 +15,7 @@ logger = logging.getLogger(__name__)
 
 _TOKENS_ALONE = "its attention isn't over whole sequences under one causal mask, which is what is supported so far"
 REFUSED = {
-    "--mtp-num-layers": "multi-token prediction is built by Megatron with an attention of its own choice",
-    "--hybrid-layer-pattern": "the model is a GPT; hybrid models are not supported so far",
-    "--hybrid-context-parallel": _TOKENS_ALONE,
+    "--hybrid-context-parallel": "it changes the context-parallel group with every batch, and a grid is laid once",
     "--dataloader-inter-document-masking": _TOKENS_ALONE,
     "--reset-attention-mask": _TOKENS_ALONE,
     "--sft": _TOKENS_ALONE,

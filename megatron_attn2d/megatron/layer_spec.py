@@ -1,8 +1,8 @@
 """Upstream's layer specs with context-parallel attention in them.
 
 `attention2d_layer_spec` is what `--spec megatron_attn2d.megatron.layer_spec attention2d_layer_spec` names and what a
-`transformer_layer_spec=` takes (GPTModelBuilder, Megatron-Bridge). All surgery is in `with_context_parallelism`, which
-takes any of upstream's specs.
+`transformer_layer_spec=` takes (GPTModelBuilder, Megatron-Bridge); for hybrid models there is `hybrid_spec.py`. All
+surgery is in `with_context_parallelism`, which takes any of upstream's specs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+
+ATTENDS_IN_CONTEXT = "attends_in_context"
+"""Marks the function that builds the layers of multi-token prediction once they get our attention; see compat.py."""
 
 
 class CoreAttention:
@@ -39,11 +43,12 @@ class CoreAttention:
         cls, *, config: TransformerConfig, layer_number: int, cp_comm_type: str | None = None, **kwargs: Any
     ) -> Any:
         """The attention module, constructed with the arguments that Megatron hands to any core attention."""
-        mode = cp_comm_type or config.cp_comm_type  # the layer's own is not handed over without context parallelism
+        mode = cp_comm_type or config.cp_comm_type  # the layer's own is not handed over by latent attention
         if isinstance(mode, list):
             mode = mode[layer_number - 1]
-        module = ContextParallelAttention if mode == "attention2d" or not HAVE_TE else TEDotProductAttention
-        return module(config=config, layer_number=layer_number, cp_comm_type=cp_comm_type, **kwargs)
+        if HAVE_TE and mode != "attention2d":
+            return TEDotProductAttention(config=config, layer_number=layer_number, cp_comm_type=cp_comm_type, **kwargs)
+        return ContextParallelAttention(config=config, layer_number=layer_number, cp_comm_type=mode, **kwargs)
 
 
 class SequenceParallelTorchNorm:
@@ -110,12 +115,16 @@ def attention2d_layer_spec(
     Raises:
         ValueError: the model asks for what would attend otherwise.
     """
-    model = config if isinstance(config, GPTModelConfig) else GPTModelConfig(transformer=config)
-    transformer = model.transformer
+    # A copy, since GPTModelConfig writes its defaults into fields that a Megatron-Bridge provider has too.
+    model = config if isinstance(config, GPTModelConfig) else GPTModelConfig(transformer=copy.copy(config))
+    transformer = config.transformer if isinstance(config, GPTModelConfig) else config
     if transformer.attention_backend is AttnBackend.local:
         raise ValueError("attention_backend local: Megatron would replace context-parallel attention by its own")
-    if transformer.mtp_num_layers:
-        raise ValueError("mtp_num_layers: Megatron builds multi-token prediction with an attention of its own choice")
+    if transformer.mtp_num_layers and not getattr(gpt.mtp_block_spec, ATTENDS_IN_CONTEXT, False):
+        raise ValueError(
+            "mtp_num_layers: Megatron builds multi-token prediction with an attention of its own choice; train with "
+            "megatron-attn2d train or megatron_attn2d.pretrain_gpt, which replace that one too"
+        )
     transformer.attention2d_head_groups = head_groups  # where the module finds it: builders pass the config alone
     spec = default_layer_spec(model, vp_stage)
     if isinstance(spec, ModuleSpec):  # a layer: as a block, so that the final norm is part of it

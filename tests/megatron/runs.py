@@ -55,7 +55,7 @@ def arguments(**options: Any) -> list[str]:
 
 def train(pool: RankPool, nranks: int, run_dir: Path, **options: Any) -> list[dict[str, Any]]:
     """Trains on `nranks`; returns the recorded steps of `run_dir`."""
-    pool.run(_train, nranks, arguments(run_dir=run_dir, **options))
+    pool.run(train_rank, nranks, arguments(run_dir=run_dir, **options))
     return metrics(run_dir)
 
 
@@ -82,10 +82,15 @@ def context_parallel(mode: str, rows: int, cols: int) -> dict[str, Any]:
     return options
 
 
-def _train(rank: int, args: list[str]) -> None:
+def train_rank(rank: int, args: list[str]) -> None:
+    """Trains as one rank of a pool."""
+    from megatron.training import argument_utils
+
     from megatron_attn2d import pretrain_gpt
 
-    pretrain_gpt.main(args)
+    # Help texts, for which upstream reads its own sources at every parsing: half a second a rank.
+    with mock.patch.object(argument_utils.ArgumentGroupFactory, "_get_field_docstrings", return_value={}):
+        pretrain_gpt.main(args)
 
 
 def _train_states(rank: int, args: list[str], sigterm_at: int | None) -> Tensors:
@@ -114,5 +119,5 @@ def _train_states(rank: int, args: list[str], sigterm_at: int | None) -> Tensors
         mock.patch.object(training, "train", functools.partial(train, training.train)),
         mock.patch.object(training, "train_step", functools.partial(train_step, training.train_step)),
     ):
-        _train(rank, args)
+        train_rank(rank, args)
     return states

@@ -14,7 +14,7 @@ from tests.pool import RankPool
 
 
 @contextmanager
-def built(cp: int, cp_comm_type: str | None, sizes: list[int] | None, **changes: Any) -> Iterator[Any]:
+def built(cp: int, mode: str | None, sizes: list[int] | None, **changes: Any) -> Iterator[Any]:
     """The core attention of a two-layer model, on Megatron's groups, which end with the block."""
     from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnMaskType
@@ -30,7 +30,7 @@ def built(cp: int, cp_comm_type: str | None, sizes: list[int] | None, **changes:
         **{"num_attention_heads": 4, "num_query_groups": 2, "attention_dropout": 0.0, **changes},
     )
     try:
-        yield ContextParallelAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type=cp_comm_type)
+        yield ContextParallelAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type=mode)
     finally:
         parallel_state.destroy_model_parallel()
         parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = None  # upstream keeps them
@@ -76,8 +76,10 @@ def test_against_dense(pool: RankPool, ranks: int, cp: int, cp_comm_type: str | 
 def refusal(
     rank: int, cp_comm_type: str | None, sizes: list[int] | None, changes: dict[str, Any], call: dict[str, Any]
 ) -> str:
-    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 
+    if "attention_backend" in changes:
+        changes = {"attention_backend": AttnBackend[changes["attention_backend"]]}
     try:
         with built(2, cp_comm_type, sizes, **changes) as module:
             if "attn_mask_type" in call:
@@ -117,6 +119,23 @@ REFUSALS = [
         {},
         "qk_clip / log_max_attention_logit is not supported",
     ),
+    (
+        "attention2d",
+        [2, 1],
+        {"cp_comm_type": ["attention2d", "a2a+p2p"]},
+        {},
+        "cp_comm_type a2a+p2p on one layer and attention2d on another is not supported by context-parallel attention: "
+        "use one of the two, as both would take --hierarchical-context-parallel-sizes",
+    ),
+    (
+        "attention2d",
+        [2, 1],
+        {"hybrid_context_parallel": True},
+        {},
+        "hybrid_context_parallel (dynamic context parallelism) is not supported by context-parallel attention: use "
+        "context-parallel groups that stay the same",
+    ),
+    ("p2p", None, {"attention_backend": "local"}, {}, "attention_backend local, with which Megatron replaces it by"),
     ("p2p", None, {}, {"packed_seq_params": object()}, "packed sequences (THD) are not supported yet"),
     ("p2p", None, {}, {"attention_bias": torch.zeros(1)}, "attention bias is not supported"),
     (
@@ -135,3 +154,30 @@ def test_refusals(
 ) -> None:
     for found in pool.run(refusal, 2, cp_comm_type, sizes, changes, call):
         assert message in found
+
+
+def without_hierarchical_groups(rank: int, mode: str) -> str:
+    """What an attention says to process groups that were made without Megatron's global state."""
+    import torch.distributed as dist
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.0, context_parallel_size=2
+    )
+    groups = ProcessGroupCollection(cp=dist.group.WORLD, hcp=None)
+    try:
+        ContextParallelAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type=mode, pg_collection=groups)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_decentralised_groups_serve_the_modes_without_a_grid(pool: RankPool) -> None:
+    message = "which decentralised process groups don't have: set use_decentralized_pg=False (Megatron-Bridge's"
+    assert all(message in found for found in pool.run(without_hierarchical_groups, 2, "attention2d"))
+    for mode in ("p2p", "all_gather", "a2a"):
+        assert pool.run(without_hierarchical_groups, 2, mode) == [""] * 2

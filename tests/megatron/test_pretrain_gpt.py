@@ -14,7 +14,8 @@ from tests.pool import RankFailed, RankPool
     [
         ({"no_such_flag": True}, "ValueError: Megatron's arguments: unrecognized arguments: --no-such-flag"),
         ({"seq_length": "long"}, "ValueError: Megatron's arguments: argument --seq-length: invalid int value: 'long'"),
-        ({"mtp_num_layers": 1}, "ValueError: --mtp-num-layers is not supported"),
+        ({"hybrid_context_parallel": True}, "ValueError: --hybrid-context-parallel is not supported: it changes the"),
+        ({"hybrid_layer_pattern": "*M"}, "ValueError: hybrid_layer_pattern: M and G, Mamba and Gated DeltaNet, need"),
         ({"attention_dropout": 0.1}, "ValueError: attention_dropout 0.1"),
     ],
 )

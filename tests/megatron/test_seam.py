@@ -1,5 +1,6 @@
 """The patches: each name exists, each is still needed, and none outlives its context."""
 
+import importlib.util
 import inspect
 import signal
 from collections.abc import Callable
@@ -43,6 +44,8 @@ TESTED_BELOW = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
     "megatron.core.datasets.utils:compile_helpers",
     "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
+    "megatron.training.models.gpt:mtp_block_spec",
+    "megatron.core.models.hybrid.hybrid_block:TENorm",
 }
 
 
@@ -232,6 +235,46 @@ def test_upstream_counts_the_epochs_of_no_tokens_for_ever() -> None:
     message = "the valid split of text holds no document but has a weight in --split 9,1,0"
     with compat.applied_fixes(), pytest.raises(ValueError, match=message):
         GPTDataset._get_num_epochs(empty, 0)
+
+
+def test_upstream_gives_multi_token_prediction_an_attention_of_its_own() -> None:
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.models import gpt
+
+    from megatron_attn2d.megatron import layer_spec
+
+    transformer = TransformerConfig(
+        num_layers=1, hidden_size=64, num_attention_heads=4, transformer_impl="local", mtp_num_layers=1
+    )
+    model = gpt.GPTModelConfig(transformer=transformer)
+
+    def attention_of(spec: Any) -> Any:
+        [layer] = gpt.mtp_block_spec(model, spec).layer_specs
+        return layer.submodules.mtp_model_layer.submodules.self_attention.submodules.core_attention
+
+    with (
+        mock.patch.object(gpt_layer_specs, "get_mtp_num_layers_to_build", return_value=1),
+        mock.patch.object(layer_spec, "get_num_layers_to_build", return_value=1),
+    ):
+        with pytest.raises(ValueError, match=r"mtp_num_layers: .* an attention of its own choice; train with"):
+            layer_spec.attention2d_layer_spec(model)
+        with compat.applied_fixes():
+            ours = layer_spec.attention2d_layer_spec(model)
+            assert attention_of(ours) is layer_spec.CoreAttention
+        assert attention_of(ours) is not layer_spec.CoreAttention
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="for hosts without it")
+def test_upstream_ends_hybrid_models_with_a_norm_of_transformer_engine() -> None:
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4)
+    with pytest.raises(ImportError, match="Transformer Engine is not installed"):
+        hybrid_block.TENorm(config=config, hidden_size=64)
+    with compat.applied_fixes():
+        assert isinstance(hybrid_block.TENorm(config=config, hidden_size=64), torch.nn.LayerNorm)
 
 
 @pytest.fixture(scope="module")
