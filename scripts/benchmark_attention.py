@@ -3,6 +3,7 @@
 
     python scripts/benchmark_attention.py                          # all GPUs of this host
     python scripts/benchmark_attention.py --ranks 16 --nodes       # 16 emulated one-GPU nodes
+    python scripts/benchmark_attention.py --graphs --seq 16384     # and as CUDA graphs
     python scripts/benchmark_attention.py --device cpu --ranks 4 --seq 4096 --modes ring attention2d
 
 Every mode gets the same tensors in the same run: bf16 (fp32 on CPU), causal, one sequence. A figure is the median over
@@ -15,130 +16,65 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megatron_attn2d import Grid, attention2d, ring_attention
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+from attention_modes import Attention, add_arguments, build_grids, build_modes, spawn
 
 
 def main() -> None:
     """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="context-parallel ranks")
-    parser.add_argument("--nodes", action="store_true", help="pose as one node a rank")
+    add_arguments(parser)
     parser.add_argument("--seq", nargs="+", type=int, default=[16384, 65536, 131072], help="tokens of the sequence")
-    parser.add_argument("--heads", nargs="+", default=["12/12", "16/2"], help="query/key heads")
-    parser.add_argument("--modes", nargs="+", default=["te:p2p", "te:all_gather", "te:a2a", "ring", "attention2d"])
-    parser.add_argument("--grids", nargs="*", help="RxC or UxRxC; default: all RxC of --ranks")
-    parser.add_argument("--groups", nargs="+", type=int, default=[1], help="head groups of attention2d")
-    parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--inner", type=int, default=0, help="calls a repeat, back to back; 0: about 40 ms worth")
     parser.add_argument("--forward", action="store_true", help="forward only")
+    parser.add_argument("--graphs", action="store_true", help="time each mode as a replayed CUDA graph too")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="draw a PNG here")
     args = parser.parse_args()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run_rank, (args, port), nprocs=args.ranks)
+    spawn(run_rank, args)
     if args.plot:
         plot(json.loads(args.json.read_text()), args.plot)
 
 
-def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
+def run_rank(rank: int, args: argparse.Namespace) -> None:
     """All cases on one rank; rank 0 prints."""
-    if args.nodes:
-        os.environ |= {
-            "NCCL_HOSTID": f"node{rank}",
-            "NCCL_SOCKET_IFNAME": "lo",
-            "NCCL_P2P_DISABLE": "1",
-            "NCCL_SHM_DISABLE": "1",
-            "NCCL_NET": "Socket",
-        }
-    if args.device == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    else:
-        torch.set_num_threads(1)
-    backend = "nccl" if args.device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=args.ranks)
-    grids = [tuple(map(int, g.split("x"))) for g in args.grids or []] or [
-        (r, args.ranks // r) for r in range(1, args.ranks + 1) if args.ranks % r == 0
-    ]
-    assert dist.group.WORLD is not None
-    built = {}
-    for heads, rows, cols in ((1, *g) if len(g) == 2 else g for g in grids):
-        name = f"{heads}x{rows}x{cols}" if heads > 1 else f"{rows}x{cols}"
-        built[name] = Grid.from_group(dist.group.WORLD, rows=rows, cols=cols, heads=heads)
+    grids = build_grids(args)
     rows: list[dict[str, Any]] = []
+    if rank == 0 and args.device == "cuda":
+        print(f"{args.ranks} ranks on {torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {torch.__version__}")
     for heads in args.heads:
         h, g = map(int, heads.split("/"))
         for seq in args.seq:
-            for name, attention in modes(args, h, g, built):
-                try:
-                    row = measure(attention, seq, h, g, args)
-                except (RuntimeError, AssertionError, ValueError) as error:
-                    row = {"failed": str(error).strip().splitlines()[0][:90]}
-                    if os.environ.get("DEBUG"):
-                        traceback.print_exc()
-                    if isinstance(error, torch.cuda.OutOfMemoryError):
-                        torch.cuda.empty_cache()
-                rows.append({"ranks": args.ranks, "nodes": args.nodes, "seq": seq, "heads": heads, "mode": name, **row})
-                if rank == 0:
-                    show(rows[-1], rows)
+            for name, attention in build_modes(args, h, g, grids):
+                for graphed in (False, True) if args.graphs else (False,):
+                    try:
+                        row = measure(attention, seq, h, g, args, graphed)
+                    except (RuntimeError, AssertionError, ValueError) as error:
+                        row = {"failed": str(error).strip().splitlines()[0][:90]}
+                        if os.environ.get("DEBUG"):
+                            traceback.print_exc()
+                        if isinstance(error, torch.cuda.OutOfMemoryError):
+                            torch.cuda.empty_cache()
+                    case = {"ranks": args.ranks, "nodes": args.nodes, "seq": seq, "heads": heads}
+                    rows.append({**case, "mode": name + (", graph" if graphed else ""), **row})
+                    if rank == 0:
+                        show(rows[-1], rows)
     if rank == 0 and args.json:
         args.json.write_text(json.dumps(rows, indent=1))
-    dist.destroy_process_group()
 
 
-def modes(args: argparse.Namespace, h: int, g: int, grids: dict[str, Grid]) -> list[tuple[str, Attention]]:
-    """The attention functions to compare, by name."""
-    found: list[tuple[str, Attention]] = []
-    for mode in args.modes:
-        if mode.startswith("te:"):
-            comm = mode.removeprefix("te:")
-            if comm != "a2a" or (h % args.ranks == 0 and g % args.ranks == 0):
-                found.append((f"TE {comm}", transformer_engine(comm, h, g, args.head_dim)))
-        elif mode == "ring":
-            found.append(("ring", partial(ring_attention, group=dist.group.WORLD)))
-        else:
-            for shape, grid in grids.items():
-                for count in (count for count in args.groups if g % count == 0):
-                    label = f"attention2d {shape}" + (f" G{count}" if count > 1 else "")
-                    found.append((label, partial(attention2d, grid=grid, head_groups=count)))
-    return found
-
-
-def transformer_engine(comm: str, h: int, g: int, head_dim: int) -> Attention:
-    """Transformer Engine's attention with its context parallelism over all ranks."""
-    from transformer_engine.pytorch import DotProductAttention
-
-    module = DotProductAttention(
-        h, head_dim, num_gqa_groups=g, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal"
-    )
-    ranks = list(range(dist.get_world_size()))
-    module.set_context_parallel_group(dist.group.WORLD, ranks, torch.cuda.Stream(), comm)
-    return lambda q, k, v: module(q, k, v).unflatten(-1, (h, head_dim))
-
-
-def measure(attention: Attention, seq: int, h: int, g: int, args: argparse.Namespace) -> dict[str, float]:
+def measure(
+    attention: Attention, seq: int, h: int, g: int, args: argparse.Namespace, graphed: bool = False
+) -> dict[str, float]:
     """Milliseconds and MiB of one mode."""
     shard = seq // args.ranks
     torch.manual_seed(dist.get_rank())
@@ -155,13 +91,28 @@ def measure(attention: Attention, seq: int, h: int, g: int, args: argparse.Names
     for _ in range(3):
         call()
     transient = peak(call) if args.device == "cuda" else 0.0
-    inner = args.inner or max(1, int(40 / max(timed(call, 1, args.device), 1e-3)))
-    times = [timed(call, inner, args.device) for _ in range(args.repeats)]
+    timed_call = captured(call) if graphed else call
+    inner = args.inner or max(1, int(40 / max(timed(timed_call, 1, args.device), 1e-3)))
+    times = [timed(timed_call, inner, args.device) for _ in range(args.repeats)]
     return {
         "ms": statistics.median(times),
         "spread": (max(times) - min(times)) / min(times),
         "mib": slowest(transient, args.device),
     }
+
+
+def captured(call: Callable[[], None]) -> Callable[[], None]:
+    """The call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, NCCL's watchdog above all, go on meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
 
 
 def peak(call: Callable[[], None]) -> float:
@@ -201,7 +152,7 @@ def slowest(value: float, device: str) -> float:
 
 def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Print a row; the speed-up is against Transformer Engine's p2p, or the ring, of the same case."""
-    head = f"{row['ranks']:3d} ranks  S={row['seq']:7d}  h={row['heads']:6s} {row['mode']:22s}"
+    head = f"{row['ranks']:3d} ranks  S={row['seq']:7d}  h={row['heads']:6s} {row['mode']:32s}"
     if "failed" in row:
         print(head, row["failed"], flush=True)
         return

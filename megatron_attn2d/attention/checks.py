@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.layout import FULL, Band, Mask
+from megatron_attn2d.attention.packing import Packing
 
-def check_shards(q: Tensor, k: Tensor, v: Tensor) -> None:
+
+def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
     """Check shards q [s/cp, b, h, d], k [s/cp, b, g, d], v [s/cp, b, g, dv] in the zigzag layout.
+
+    With `across`, keys may be of another sequence, as long as it likes.
 
     Raises:
         ValueError: naming what does not fit.
@@ -20,15 +29,100 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
     if not q.dtype.is_floating_point:
         raise ValueError(f"q, k and v must be floating-point, got {q.dtype}")
-    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.size(3) != k.size(3):
+    if not across and q.size(0) != k.size(0) and q.shape[1:2] == k.shape[1:2]:
+        raise ValueError(
+            f"{q.size(0)} tokens of q and {k.size(0)} of k a rank don't fit a mask: attention across sequences is "
+            "served with causal=False and without a window"
+        )
+    if q.size(1) != k.size(1) or k.shape[:3] != v.shape[:3] or q.size(3) != k.size(3):
         raise ValueError(
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} don't fit: tokens and batch must agree, heads "
             "of k and v, and head dims of q and k"
         )
     if k.size(2) == 0 or q.size(2) % k.size(2):
         raise ValueError(f"{q.size(2)} query heads are no multiple of {k.size(2)} key/value heads")
-    if q.size(0) == 0 or q.size(0) % 2:
+    for name, x in (("q", q), ("k", k)):
+        if x.size(0) == 0 or x.size(0) % 2:
+            raise ValueError(
+                f"a shard of {x.size(0)} tokens is no pair of zigzag chunks ({name}): the sequence length must be a "
+                f"multiple of 2 * cp; the nearest shards have {x.size(0) // 2 * 2 or 2} and {x.size(0) // 2 * 2 + 2}"
+            )
+
+
+def band_of(causal: bool, window: tuple[int | None, int | None] | None, tokens: int) -> Band:
+    """Who sees whom in a sequence of `tokens`; -1 and None are a window's side without a limit.
+
+    Under the causal mask nobody sees what follows, whatever the window's right side says.
+
+    Raises:
+        ValueError: for a window that is none.
+    """
+    sides = [None if side == -1 else side for side in (window or (None, None))]
+    if len(sides) != 2 or any(side is not None and side < 0 for side in sides):
         raise ValueError(
-            f"a shard of {q.size(0)} tokens is no pair of zigzag chunks: the sequence length must be a multiple of "
-            "2 * cp"
+            f"window={window} is no window: choose (left, right), how many tokens before and after it a "
+            "token sees, -1 for all"
+        )
+    left, right = (None if side is None or side >= tokens - 1 else side for side in sides)
+    return Band(left, 0 if causal else right)
+
+
+def packed(
+    cu_seqlens: Sequence[int], cu_seqlens_padded: Sequence[int] | None, shards: Sequence[Tensor], ranks: int
+) -> Packing:
+    """Where packed sequences lie in shards [t/cp, heads, d] of `ranks` ranks.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    for name, x in zip("qkv", shards, strict=True):
+        if x.dim() != 3 or x.size(0) != shards[0].size(0):
+            raise ValueError(
+                f"{name} of packed sequences must be [t/cp, heads, head dim] with the tokens of q, got {list(x.shape)}"
+            )
+    return Packing.of(cu_seqlens, cu_seqlens_padded, shards[0].size(0) * ranks, ranks)
+
+
+def mask_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    places: int,
+    heads: int,
+    packing: Packing | None,
+) -> Mask:
+    """Who sees whom on a zigzag of `places` chunks pairs, each of `heads` ranks' shards.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    longest = q.size(0) * places * heads if packing is None else max(packing.places)
+    band = band_of(causal, window, longest)
+    check_shards(q, k, v, across=band == FULL and packing is None)
+    if packing is not None:
+        return Mask(band, places, packing.chunks(places), packing.lengths)
+    chunk, key_chunk = (x.size(0) * heads // 2 for x in (q, k))
+    return Mask(band, places, (chunk,), key_chunks=None if key_chunk == chunk else (key_chunk,))
+
+
+def request_of(q: Tensor, v: Tensor, mask: Mask, dropout: Dropout | None) -> Request:
+    """What the call asks of a kernel."""
+    return Request(
+        q.device.type,
+        q.dtype,
+        q.size(3),
+        v.size(3),
+        windows=mask.windows,
+        dropout=dropout is not None and dropout.p > 0,
+    )
+
+
+def check_sink(sink: Tensor | None, q: Tensor) -> None:
+    """Raise ValueError unless there is a score for each head of q."""
+    if sink is not None and (sink.shape != (q.size(2),) or sink.device != q.device):
+        raise ValueError(
+            f"sink must be one score for each of the {q.size(2)} query heads, on {q.device}: got shape "
+            f"{list(sink.shape)} on {sink.device}"
         )

@@ -14,15 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d.attention.grid import Grid
-from megatron_attn2d.attention.layout import LOWER, UPPER, Chunk, TilePlan, tile_plan
+from megatron_attn2d.attention.layout import LOWER, UPPER, Chunk, Mask, TilePlan, tile_plan
 from megatron_attn2d.attention.routes import Message, Routes, by_nodes, plan_routes
 
 _BETWEEN, _WITHIN = 0, 1
+_MOST_DERIVED = 1024
 
 
 class ExchangeError(RuntimeError):
@@ -95,7 +97,7 @@ class Axis:
 
     def own_slot(self, half: int) -> int | None:
         """Slot of the caller's own chunk; None where the tile has no use for it."""
-        return self._slot(Chunk(self.own, half))
+        return self._slot_of.get(Chunk(self.own, half))
 
     def gather(self, shards: Sequence[Tensor], *, tag: int) -> tuple[list[Tensor], Pending]:
         """Start to gather the tile's chunks of each tensor.
@@ -163,11 +165,14 @@ class Axis:
                 outgoing[-1].append(chunk)
         return outgoing, later
 
-    def give_back(self, partials: Sequence[Sequence[Tensor]], combine: Combine, *, tag: int) -> Returned:
+    def give_back(
+        self, partials: Sequence[Sequence[Tensor]], like: Sequence[Tensor], combine: Combine, *, tag: int
+    ) -> Returned:
         """Start to return each slot's partial results to the chunk's owner.
 
         Args:
             partials: for each kind of result, a tensor for each slot; all of one kind have one shape.
+            like: a tensor of the shape and dtype of each kind: the own tile may have no slot.
             combine: makes one partial result of those that several ranks of a node have of one chunk.
             tag: as in `gather`.
 
@@ -180,7 +185,7 @@ class Axis:
             return received, Pending()
         mine = {chunk: [partials[kind][slot] for kind in kinds] for slot, chunk in enumerate(self.slots)}
         # The way back: what came to me goes out again, what I sent returns.
-        near = self._landing(self._from_me(_WITHIN), partials)
+        near = self._landing(self._from_me(_WITHIN), like)
         if self.routes.within:
             self._return(_WITHIN, mine, near, tag).wait()
         combined = {}
@@ -190,7 +195,7 @@ class Axis:
             combined[message.chunk] = (
                 found[0] if len(found) == 1 else combine([list(x) for x in zip(*found, strict=True)])
             )
-        far = self._landing(self._from_me(_BETWEEN), partials)
+        far = self._landing(self._from_me(_BETWEEN), like)
         pending = self._return(_BETWEEN, combined, far, tag)
         for message, tensors in (*near.items(), *far.items()):
             if message.chunk.rank == self.own:
@@ -210,22 +215,32 @@ class Axis:
         assert self.group is not None
         return launch(self.group, sends, receives, 2 * tag + stage, self.describe("returning results"))
 
-    def _landing(self, messages: Sequence[Message], like: Sequence[Sequence[Tensor]]) -> dict[Message, list[Tensor]]:
+    def _landing(self, messages: Sequence[Message], like: Sequence[Tensor]) -> dict[Message, list[Tensor]]:
         """Buffers for what returns of `messages`, in one allocation a kind."""
-        buffers = [kind[0].new_empty((len(messages), *kind[0].shape)).unbind() for kind in like]
+        buffers = [kind.new_empty((len(messages), *kind.shape)).unbind() for kind in like]
         return {m: [buffer[i] for buffer in buffers] for i, m in enumerate(messages)}
 
     def _slot(self, chunk: Chunk) -> int | None:
-        return self.slots.index(chunk) if chunk in self.slots else None
+        return self._slot_of.get(chunk)
 
     def _from_me(self, stage: int) -> list[Message]:
-        return [m for m in self._stage(stage) if m.sender == self.own]
+        return self._messages[stage][0]
 
     def _to_me(self, stage: int) -> list[Message]:
-        return [m for m in self._stage(stage) if m.receiver == self.own]
+        return self._messages[stage][1]
 
-    def _stage(self, stage: int) -> tuple[Message, ...]:
-        return self.routes.within if stage == _WITHIN else self.routes.between
+    # A layer makes the same calls in each step: what they need of the routes is picked out once.
+    @cached_property
+    def _slot_of(self) -> dict[Chunk, int]:
+        return {chunk: slot for slot, chunk in enumerate(self.slots)}
+
+    @cached_property
+    def _messages(self) -> tuple[tuple[list[Message], list[Message]], ...]:
+        """By stage: from the caller and to it."""
+        return tuple(
+            ([m for m in stage if m.sender == self.own], [m for m in stage if m.receiver == self.own])
+            for stage in (self.routes.between, self.routes.within)
+        )
 
 
 def _sender(message: Message) -> int:
@@ -259,12 +274,22 @@ def launch(
         return Pending(dist.batch_isend_irecv(operations), [buffer for _, buffer in (*sends, *receives)], what=what)
 
 
-def axes(grid: Grid, causal: bool, label: str) -> tuple[TilePlan, Axis, Axis]:
+def axes(grid: Grid, mask: Mask, label: str) -> tuple[TilePlan, Axis, Axis]:
     """The plan of the caller's tile, its row (queries) and its column (keys and values); `label` names the layer."""
+    key = axes, mask, label
+    if key not in grid.derived:
+        if len(grid.derived) >= _MOST_DERIVED:  # packed sequences: each batch has lengths of its own
+            grid.derived.clear()
+        grid.derived[key] = _axes(grid, mask, label)
+    found: tuple[TilePlan, Axis, Axis] = grid.derived[key]
+    return found
+
+
+def _axes(grid: Grid, mask: Mask, label: str) -> tuple[TilePlan, Axis, Axis]:
     row, column = grid.query_ranks, grid.key_ranks(grid.column)
-    plan = tile_plan(row, column, causal)
-    queries = {rank: tile_plan(row, grid.key_ranks(c), causal).queries for c, rank in enumerate(row)}
-    keys = {rank: tile_plan(line, column, causal).keys for line, rank in zip(grid.ranks, column, strict=True)}
+    plan = tile_plan(row, column, mask)
+    queries = {rank: tile_plan(row, grid.key_ranks(c), mask).queries for c, rank in enumerate(row)}
+    keys = {rank: tile_plan(line, column, mask).keys for line, rank in zip(grid.ranks, column, strict=True)}
     return (
         plan,
         Axis(

@@ -18,7 +18,7 @@ its rows' and columns' ranks are outside. Attention is exact in any order of the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -42,6 +42,7 @@ class Grid:
         head_peers: its global ranks.
         node_rows, node_cols: how many neighbours of a column and of a row share a node: chunks cross the network once
             a node, see `routes`. 1: each rank for itself.
+        derived: what calls on this grid derive from it once, by their arguments.
     """
 
     ranks: tuple[tuple[int, ...], ...]
@@ -55,6 +56,7 @@ class Grid:
     head_peers: tuple[int, ...] = field(default=(0,), repr=False)
     node_rows: int = 1
     node_cols: int = 1
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -72,6 +74,11 @@ class Grid:
         return len(self.head_peers)
 
     @property
+    def head_rank(self) -> int:
+        """The calling process's place among the U ranks: it attends that part of the heads."""
+        return 0 if self.head_group is None else self.head_group.rank()
+
+    @property
     def size(self) -> int:
         """P = U x R x C, the context-parallel size."""
         return self.heads * self.rows * self.cols
@@ -84,7 +91,7 @@ class Grid:
     @property
     def context_rank(self) -> int:
         """The calling process's context-parallel rank, that is, whose shard of the sequence it holds."""
-        return self.rank * self.heads + (0 if self.head_group is None else self.head_group.rank())
+        return self.rank * self.heads + self.head_rank
 
     @property
     def query_ranks(self) -> tuple[int, ...]:

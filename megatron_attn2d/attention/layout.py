@@ -26,16 +26,36 @@ a key chunk that no query of the tile sees.
 
 Two chunk pairs of ranks a != b hold 1 + [a > b] + [a < b] = 2 squares of causal work, a rank with itself 1 + 2/2 = 2:
 every tile of every grid has the same work, in whatever order the ranks lie on it.
+
+Sliding windows and padding have no such prefixes. There each query chunk makes a call for every run of key chunks whose
+tokens follow each other, trimmed to the rows and keys that have something to do with each other; chunks that nobody in
+the tile sees are not gathered. Packed sequences are each cut into 2P chunks of their own; a rank's lower half is the
+lower chunks of all sequences one after the other, and each sequence has calls of its own within the same buffers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
 LOWER, UPPER = 0, 1
+
+
+class Band(NamedTuple):
+    """Row i of a block of sq x sk scores sees the keys j with -left <= j - i - (sk - sq) <= right; None: no limit.
+
+    Aligned at the bottom right: the last row stands on the last key. Over whole sequences, sq = sk, it is what the
+    attention masks.
+    """
+
+    left: int | None
+    right: int | None
+
+
+FULL, CAUSAL = Band(None, None), Band(None, 0)
 
 
 class Chunk(NamedTuple):
@@ -49,32 +69,105 @@ class Chunk(NamedTuple):
         """Sorts chunks as their tokens stand in the sequence, for any number of ranks."""
         return (self.half, self.rank if self.half == LOWER else -self.rank)
 
+    def position(self, ranks: int) -> int:
+        """Where the chunk stands among the 2 * ranks of the sequence."""
+        return self.rank if self.half == LOWER else 2 * ranks - 1 - self.rank
 
-class Rectangle(NamedTuple):
-    """Query slots [start, stop) attend, unmasked, the first `keys` key slots."""
+
+@dataclass(frozen=True)
+class Mask:
+    """What a call attends, all tiles alike.
+
+    Attributes:
+        band: who sees whom within each sequence.
+        ranks: P; where it is left out, only full and causal masks without padding can be planned.
+        chunks: tokens of a chunk of each sequence, one sequence unless they are packed.
+        lengths: tokens of each sequence that are no padding; without it, all.
+        key_chunks: the same as `chunks` for keys, where those are of another sequence.
+    """
+
+    band: Band
+    ranks: int = 0
+    chunks: tuple[int, ...] = (1,)
+    lengths: tuple[int, ...] | None = None
+    key_chunks: tuple[int, ...] | None = None
+
+    @property
+    def padded(self) -> bool:
+        """Whether some token is padding."""
+        whole = tuple(2 * self.ranks * chunk for chunk in self.chunks)
+        return self.lengths is not None and self.lengths != whole
+
+    @property
+    def windows(self) -> bool:
+        """Whether kernels must serve bands besides full rectangles and causal squares."""
+        return self.band not in (FULL, CAUSAL)
+
+
+class Call(NamedTuple):
+    """Query tokens [start, stop) attend the key tokens [first, last) of one sequence in the gathered chunks."""
 
     start: int
     stop: int
-    keys: int
+    first: int
+    last: int
+    band: Band = FULL
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of query and key."""
+        rows, keys = self.stop - self.start, self.last - self.first
+        left, right = self.band
+        total = 0
+        for row in range(rows):
+            at = row + keys - rows
+            low = 0 if left is None else max(0, at - left)
+            high = keys if right is None else min(keys, at + right + 1)
+            total += max(0, high - low)
+        return total
+
+
+@dataclass(frozen=True)
+class Part:
+    """The kernel calls of one sequence. Its tokens are [offset, offset + chunk) of each chunk, of keys likewise.
+
+    Where `diagonal` is set, the tile's own rank attends each of its own two chunks to itself under that band, besides
+    the calls.
+    """
+
+    offset: int
+    chunk: int
+    key_offset: int
+    key_chunk: int
+    calls: tuple[Call, ...] = field(repr=False)
+    diagonal: Band | None
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """The kernel calls of one tile, in units of chunks.
-
-    `queries` and `keys` name the chunk in each slot of the two gathered buffers. Where `diagonal` is set, the tile's
-    own rank attends its own two chunks causally besides the rectangles.
-    """
+    """The kernel calls of one tile; `queries` and `keys` name the chunk in each slot of the two gathered buffers."""
 
     queries: tuple[Chunk, ...]
     keys: tuple[Chunk, ...]
-    rectangles: tuple[Rectangle, ...]
-    diagonal: bool
+    parts: tuple[Part, ...]
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the tile's own rank attends its own chunks besides the calls."""
+        return self.parts[0].diagonal is not None
 
     @property
     def squares(self) -> float:
         """Work in chunk x chunk squares; a causal diagonal square counts one half."""
-        return sum((r.stop - r.start) * r.keys for r in self.rectangles) + (2 * 0.5 if self.diagonal else 0.0)
+        work = 0.0
+        for part in self.parts:
+            pairs = sum((c.stop - c.start) * (c.last - c.first) if c.band == FULL else c.pairs for c in part.calls)
+            work += pairs / (part.chunk * part.key_chunk)
+            if part.diagonal == CAUSAL:
+                work += 2 * 0.5
+            elif part.diagonal is not None:
+                work += 2 * Call(0, part.chunk, 0, part.chunk, part.diagonal).pairs / part.chunk**2
+        return work
 
 
 def visible_prefix(query: Chunk, key_ranks: tuple[int, ...], causal: bool) -> int:
@@ -86,30 +179,132 @@ def visible_prefix(query: Chunk, key_ranks: tuple[int, ...], causal: bool) -> in
     return len(key_ranks) + sum(rank > query.rank for rank in key_ranks)
 
 
-@lru_cache(maxsize=65536)
-def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], causal: bool) -> TilePlan:
+@lru_cache(maxsize=4096)
+def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask) -> TilePlan:
     """Plan the tile of the queries of `query_ranks` against the keys of `key_ranks`.
 
     Args:
         query_ranks: context-parallel ranks whose queries are gathered (a row of the grid).
         key_ranks: ranks whose keys are gathered (a column). The two share one rank at most.
-        causal: causal mask over the whole sequence, or none.
+        mask: what is attended.
     """
     shared = set(query_ranks) & set(key_ranks)
     assert len(shared) <= 1, "a row and a column of a grid share one rank"
+    if mask.windows or mask.padded:
+        return _plan_runs(query_ranks, key_ranks, mask)
+    causal = mask.band == CAUSAL
     prefix = {
         Chunk(rank, half): visible_prefix(Chunk(rank, half), key_ranks, causal)
         for rank in query_ranks
         for half in (LOWER, UPPER)
     }
     queries = tuple(sorted((c for c in prefix if prefix[c]), key=lambda c: (prefix[c], c)))
-    keys = sorted((Chunk(rank, half) for rank in key_ranks for half in (LOWER, UPPER)), key=lambda c: c.token_order)
+    keys = sorted(_chunks(key_ranks), key=lambda c: c.token_order)
     rectangles = []
     for seen, run in groupby(range(len(queries)), key=lambda slot: prefix[queries[slot]]):
         slots = list(run)
-        rectangles.append(Rectangle(slots[0], slots[-1] + 1, seen))
-    longest = max(prefix.values())
-    return TilePlan(queries, tuple(keys[:longest]), tuple(rectangles), diagonal=causal and bool(shared))
+        rectangles.append((slots[0], slots[-1] + 1, seen))
+    parts = tuple(
+        Part(
+            *place,
+            tuple(Call(start * place[1], stop * place[1], 0, seen * place[3]) for start, stop, seen in rectangles),
+            CAUSAL if causal and shared else None,
+        )
+        for place in _places(mask)
+    )
+    return TilePlan(queries, tuple(keys[: max(prefix.values())]), parts)
+
+
+def _chunks(ranks: tuple[int, ...]) -> list[Chunk]:
+    return [Chunk(rank, half) for rank in ranks for half in (LOWER, UPPER)]
+
+
+def _places(mask: Mask) -> Iterator[tuple[int, int, int, int]]:
+    """Offset and tokens in a chunk of each sequence, of queries and of keys."""
+    offset = key_offset = 0
+    for chunk, key_chunk in zip(mask.chunks, mask.key_chunks or mask.chunks, strict=True):
+        yield offset, chunk, key_offset, key_chunk
+        offset, key_offset = offset + chunk, key_offset + key_chunk
+
+
+def _plan_runs(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask) -> TilePlan:
+    """The plan under any band, with padding: for each query chunk a call a run of key chunks."""
+    order = sorted(_chunks(query_ranks), key=lambda c: c.token_order)
+    key_order = sorted(_chunks(key_ranks), key=lambda c: c.token_order)
+    lengths = mask.lengths or tuple(2 * mask.ranks * chunk for chunk in mask.chunks)
+    # Padding differs between the own two chunks: there they are attended one by one, with the other keys.
+    apart = not mask.padded and mask.band.right == 0
+
+    def visible(query: Chunk, key: Chunk) -> bool:
+        if mask.band.right == 0 and key.position(mask.ranks) > query.position(mask.ranks):
+            return False  # said first, as it saves a look at each sequence
+        return not (apart and query == key) and any(
+            _trimmed(query.position(mask.ranks) * n, n, key.position(mask.ranks) * n, n, length, mask.band)
+            for n, length in zip(mask.chunks, lengths, strict=True)
+        )
+
+    queries = tuple(query for query in order if any(visible(query, key) for key in key_order))
+    keys = tuple(key for key in key_order if any(visible(query, key) for query in order))
+    parts = []
+    for place, length in zip(_places(mask), lengths, strict=True):
+        n, calls = place[1], []
+        for slot, query in enumerate(queries):
+            for first, last in _runs(query, keys, mask, apart):
+                at, key_at = query.position(mask.ranks) * n, keys[first].position(mask.ranks) * n
+                found = _trimmed(at, n, key_at, (last - first) * n, length, mask.band)
+                if found is not None:
+                    rows, columns = slot * n - at, first * n - key_at
+                    calls.append(
+                        Call(found[0] + rows, found[1] + rows, found[2] + columns, found[3] + columns, found[4])
+                    )
+        left = mask.band.left
+        diagonal = Band(None if left is None or left >= n - 1 else left, 0)
+        parts.append(Part(*place, tuple(calls), diagonal if apart and set(query_ranks) & set(key_ranks) else None))
+    return TilePlan(queries, keys, tuple(parts))
+
+
+def _runs(query: Chunk, keys: tuple[Chunk, ...], mask: Mask, apart: bool) -> Iterator[tuple[int, int]]:
+    """Slots [first, last) of key chunks that follow each other in the sequence.
+
+    The query chunk itself is left out where it is attended apart, and by itself under a causal mask without a window:
+    then every call is a full rectangle or a causal square, which every kernel serves.
+    """
+    first = 0
+    for slot in range(1, len(keys) + 1):
+        if (
+            slot == len(keys)
+            or keys[slot].position(mask.ranks) != keys[slot - 1].position(mask.ranks) + 1
+            or (mask.band.right == 0 and query in (keys[slot], keys[slot - 1]))
+        ):
+            if not (apart and keys[first] == query):
+                yield first, slot
+            first = slot
+
+
+def _trimmed(
+    at: int, rows: int, key_at: int, columns: int, length: int, band: Band
+) -> tuple[int, int, int, int, Band] | None:
+    """Rows [start, stop), keys [first, last), in tokens of the sequence, and band of what is visible in a block.
+
+    Args:
+        at, rows: first query and number of queries.
+        key_at, columns: of keys.
+        length: tokens of the sequence; others are padding.
+        band: of the sequence.
+    """
+    stop, last = min(at + rows, length), min(key_at + columns, length)
+    # Row i sees a key of the block if i - left < last and i + right >= key_at.
+    start = at if band.right is None else max(at, key_at - band.right)
+    stop = stop if band.left is None else min(stop, last + band.left)
+    if start >= stop or key_at >= last:
+        return None
+    first = key_at if band.left is None else max(key_at, start - band.left)
+    last = last if band.right is None else min(last, stop + band.right)
+    sq, sk = stop - start, last - first
+    ahead = stop - last  # of the last row before the last key
+    left = None if band.left is None or band.left - ahead >= sk - 1 else band.left - ahead
+    right = None if band.right is None or band.right + ahead >= sq - 1 else band.right + ahead
+    return start, stop, first, last, Band(left, right)
 
 
 def place_ranks(rows: int, cols: int, tile_rows: int, tile_cols: int) -> tuple[tuple[int, ...], ...]:

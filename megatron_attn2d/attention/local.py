@@ -7,27 +7,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.kernels import Kernel
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.layout import Band
+from megatron_attn2d.attention.merge import apply_sink, sink_gradient
+from megatron_attn2d.attention.tile import Scores
 
 
-def local_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, causal: bool, scale: float) -> Tensor:
+def local_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scores: Scores, band: Band) -> Tensor:
     """Attend q [s, b, h, d] to k [s, b, g, d] and v [s, b, g, dv]; a single rank's two chunks are the sequence."""
-    out: Tensor = _LocalAttention.apply(q, k, v, kernel, causal, scale)
+    out: Tensor = _LocalAttention.apply(q, k, v, sink, scores, band)
     return out
 
 
 class _LocalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, causal: bool, scale: float) -> Tensor:
-        out, lse = kernel.forward(q, k, v, causal=causal, scale=scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call = kernel, causal, scale
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scores: Scores, band: Band) -> Tensor:
+        kept = _kept(q, k, scores)
+        out, lse = scores.kernel.forward(q, k, v, band=band, scale=scores.scale, dropout=kept)
+        if sink is not None:
+            apply_sink(out, lse, sink)
+        ctx.save_for_backward(q, k, v, out, lse, sink)
+        ctx.call = scores, band
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        kernel, causal, scale = ctx.call
+        q, k, v, out, lse, sink = ctx.saved_tensors
+        scores, band = ctx.call
         # Kernels that take the output derive delta from it themselves.
-        delta = lse if kernel.needs_out else (grads[0].to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
-        return (*kernel.backward(grads[0], q, k, v, out, lse, delta, causal=causal, scale=scale), None, None, None)
+        delta = lse
+        if sink is not None or not scores.kernel.needs_out:
+            delta = (grads[0].to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
+        gradients = scores.kernel.backward(
+            grads[0], q, k, v, out, lse, delta, band=band, scale=scores.scale, dropout=_kept(q, k, scores)
+        )
+        return (*gradients, None if sink is None else sink_gradient(lse, delta, sink), None, None)
+
+
+def _kept(q: Tensor, k: Tensor, scores: Scores) -> KeepMask | None:
+    if scores.dropout is None:
+        return None
+    batch = q.size(1)
+    sequences = torch.arange(batch, device=q.device)
+    rows, keys = (torch.arange(x.size(0), device=q.device).expand(batch, -1) for x in (q, k))
+    return scores.dropout.at(sequences, q.size(2), rows, keys)

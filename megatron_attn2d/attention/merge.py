@@ -27,19 +27,26 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
-    """Merge partial attention outputs.
+def merge_partials(
+    outs: Sequence[Sequence[Tensor]], lses: Sequence[Sequence[Tensor]], out: Sequence[Tensor], lse: Sequence[Tensor]
+) -> None:
+    """Merge the partial attention outputs of one or two chunks.
 
     Args:
-        outs: partial outputs [n, b, h, d].
+        outs: for each chunk its partial outputs [n, b, h, d].
         lses: their log-sum-exps [b, h, n], fp32 or fp64; -inf where a row saw no key (its output is then ignored).
-        out: receives the merged output [n, b, h, d]; zero for a row that saw no key at all.
+        out: receives each chunk's merged output [n, b, h, d]; zero for a row that saw no key at all.
         lse: receives the merged log-sum-exp [b, h, n]; -inf for such a row.
     """
-    if _on_gpu(out):
+    if _on_gpu(out[0]):
         from megatron_attn2d.attention import triton_kernels
 
         return triton_kernels.merge_partials(outs, lses, out, lse)
+    for chunk in zip(outs, lses, out, lse, strict=True):
+        _merge_chunk(*chunk)
+
+
+def _merge_chunk(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
     stacked = torch.stack(list(lses))
     highest = stacked.amax(0)
     # A row without any key keeps -inf: subtracting it from itself would give NaN.
@@ -57,16 +64,17 @@ def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, 
     out.copy_(merged)
 
 
-def sum_partials(partials: Sequence[Tensor], total: Tensor) -> None:
-    """Sum gradients [n, b, h, d] of one chunk into `total`, rounding once."""
-    if _on_gpu(total):
+def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor]) -> None:
+    """Sum gradients [n, b, h, d] of up to four chunks of one shape, each into its total, rounding once."""
+    if _on_gpu(totals[0]):
         from megatron_attn2d.attention import triton_kernels
 
-        return triton_kernels.sum_partials(partials, total)
-    accumulator = partials[0].to(accumulation_dtype(partials[0].dtype), copy=True)
-    for partial in partials[1:]:
-        accumulator += partial
-    total.copy_(accumulator)
+        return triton_kernels.sum_partials(partials, totals)
+    for parts, total in zip(partials, totals, strict=True):
+        accumulator = parts[0].to(accumulation_dtype(parts[0].dtype), copy=True)
+        for part in parts[1:]:
+            accumulator += part
+        total.copy_(accumulator)
 
 
 def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
@@ -85,6 +93,26 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         return triton_kernels.row_statistics(dout, out, lse)
     delta = (dout.to(lse.dtype) * out).sum(-1).permute(0, 2, 3, 1)
     return torch.stack((lse, delta), 1)
+
+
+def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> None:
+    """Let every row see, besides its keys, one of score `sink` [h] and value 0; in place.
+
+    Args:
+        out: output over the keys, [tokens, b, h, d].
+        lse: their log-sum-exp, [..., h, n] whose rows are the tokens' after (2, 0, 1) or, by half, (0, 3, 1, 2).
+    """
+    with_sink = torch.logaddexp(lse, sink.to(lse.dtype).unsqueeze(-1))
+    share = torch.exp(lse - with_sink)
+    share = share.permute(2, 0, 1) if lse.dim() == 3 else share.permute(0, 3, 1, 2).flatten(0, 1)
+    out.copy_(out * share.unsqueeze(-1))
+    lse.copy_(with_sink)
+
+
+def sink_gradient(lse: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
+    """Gradient of the sinks [h]: their probability times -delta, over all rows; lse and delta [..., h, n]."""
+    gradient = (torch.exp(sink.to(lse.dtype).unsqueeze(-1) - lse) * delta).sum(-1).flatten(0, -2).sum(0)
+    return gradient.neg_().to(sink.dtype)
 
 
 def stand_in(dout: Tensor, delta: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Legend as in `attention2d`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -17,12 +18,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_attn2d.attention.checks import check_shards
+from megatron_attn2d.attention.checks import check_sink, mask_of, packed, request_of
+from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.exchange import Pending, launch
-from megatron_attn2d.attention.kernels import Kernel, choose_kernel
-from megatron_attn2d.attention.layout import LOWER, UPPER, tile_plan
-from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, row_statistics
-from megatron_attn2d.attention.tile import Queries, attend, attend_diagonal, differentiate, differentiate_diagonal
+from megatron_attn2d.attention.kernels import choose_kernel
+from megatron_attn2d.attention.layout import LOWER, UPPER, Mask, TilePlan, tile_plan
+from megatron_attn2d.attention.merge import (
+    accumulation_dtype,
+    apply_sink,
+    merge_partials,
+    row_statistics,
+    sink_gradient,
+)
+from megatron_attn2d.attention.tile import (
+    Queries,
+    Scores,
+    attend,
+    attend_diagonal,
+    differentiate,
+    differentiate_diagonal,
+)
 
 _KEYS, _GRADIENTS = 0, 1
 
@@ -34,6 +49,11 @@ def ring_attention(
     group: dist.ProcessGroup | None,
     *,
     causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    sink: Tensor | None = None,
+    dropout: Dropout | None = None,
+    cu_seqlens: Sequence[int] | None = None,
+    cu_seqlens_padded: Sequence[int] | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
     label: str = "ring attention",
@@ -42,19 +62,24 @@ def ring_attention(
 
     Arguments, result and errors are those of `attention2d`; a rank's place in the zigzag layout is its rank in `group`.
     """
-    check_shards(q, k, v)
-    kernel = choose_kernel(backend, q.device.type, q.dtype, q.size(3), v.size(3))
+    packing, size = None, 1 if group is None else group.size()
+    if cu_seqlens is not None:
+        packing = packed(cu_seqlens, cu_seqlens_padded, (q, k, v), size)
+        q, k, v = (packing.by_half(x, size) for x in (q, k, v))
+    mask = mask_of(q, k, v, causal, window, size, 1, packing)
+    check_sink(sink, q)
+    kernel = choose_kernel(backend, request_of(q, v, mask, dropout))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
-    out: Tensor = _RingAttention.apply(q, k, v, _Ring(group, causal, kernel, scale, label))
-    return out
+    ring = _Ring(group, mask, Scores(kernel, scale, size, dropout), label)
+    out: Tensor = _RingAttention.apply(q, k, v, sink, ring)
+    return out if packing is None else packing.by_sequence(out, size)
 
 
 @dataclass(frozen=True)
 class _Ring:
     group: dist.ProcessGroup | None
-    causal: bool
-    kernel: Kernel
-    scale: float
+    mask: Mask
+    scores: Scores
     label: str
 
     @property
@@ -64,6 +89,15 @@ class _Ring:
     @property
     def rank(self) -> int:
         return 0 if self.group is None else self.group.rank()
+
+    def tile(self, step: int) -> tuple[TilePlan, slice, slice]:
+        """The plan of a step's tile, and which of the two own queries and of the two keys at hand it uses."""
+        plan = tile_plan((self.rank,), ((self.rank - step) % self.size,), self.mask)
+        rows, keys = (
+            slice(chunks[0].half, chunks[-1].half + 1) if chunks else slice(0, 0)
+            for chunks in (plan.queries, plan.keys)
+        )
+        return plan, rows, keys
 
     def pass_on(self, tensors: list[Tensor], kind: int, what: str) -> tuple[list[Tensor], Pending]:
         """Start to send tensors to the next rank and to receive the previous rank's."""
@@ -78,16 +112,18 @@ class _Ring:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, ring: _Ring) -> Tensor:
         out, lse = _forward(q, k, v, ring)
-        ctx.save_for_backward(q, k, v, out, lse)
+        if sink is not None:
+            apply_sink(out, lse, sink)
+        ctx.save_for_backward(q, k, v, out, lse, sink)
         ctx.ring = ring
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        return (*_backward(grads[0], q, k, v, out, lse, ctx.ring), None)
+        q, k, v, out, lse, sink = ctx.saved_tensors
+        return (*_backward(grads[0], q, k, v, out, lse, sink, ctx.ring), None)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
@@ -103,23 +139,23 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
         keys, values = travelling
         if step + 1 < ring.size:
             travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step}")
-        plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
-        halves, seen = [chunk.half for chunk in plan.queries], len(plan.keys)
-        tile = attend(plan, ring.kernel, ring.scale, own_q[halves[0] :], keys[:seen], values[:seen])
-        diagonal = attend_diagonal(plan, ring.kernel, ring.scale, own_q, own_k, own_v)
+        plan, rows, seen = ring.tile(step)
+        halves = [chunk.half for chunk in plan.queries]
+        tile = attend(plan, ring.scores, own_q[rows], keys[seen], values[seen])
+        diagonal = attend_diagonal(plan, ring.scores, own_q, own_k, own_v, ring.rank)
         partials = [
             *zip(halves, tile.outs, tile.lses, strict=True),
             *zip((LOWER, UPPER), diagonal.outs, diagonal.lses, strict=plan.diagonal),
         ]
         for half, part, part_lse in partials:
-            merge_partials([out[half], part], [lse[half], part_lse], out[half], lse[half])
+            merge_partials([[out[half], part]], [[lse[half], part_lse]], [out[half]], [lse[half]])
     return out.flatten(0, 1).to(q.dtype), lse
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ring: _Ring
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, like them."""
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None, ring: _Ring
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sink, like them."""
     own_q, own_k, own_v, own_dout, own_out = (_chunks(x) for x in (q, k, v, dout, out))
     delta = row_statistics(own_dout, own_out, lse)[:, 1]
     own = Queries(own_q, own_dout, lse, delta, own_out)
@@ -133,15 +169,14 @@ def _backward(
         keys, values = travelling
         if step + 1 < ring.size:
             travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step} of the backward pass")
-        plan = tile_plan((ring.rank,), ((ring.rank - step) % ring.size,), ring.causal)
-        first, seen = plan.queries[0].half, len(plan.keys)
-        tile = differentiate(plan, ring.kernel, ring.scale, own.starting(first), keys[:seen], values[:seen])
-        diagonal = differentiate_diagonal(plan, ring.kernel, ring.scale, own, own_k, own_v)
-        for half, part in (*zip((LOWER, UPPER)[first:], tile.dq, strict=True), *enumerate(diagonal.dq)):
+        plan, rows, seen = ring.tile(step)
+        tile = differentiate(plan, ring.scores, own.slots(rows), keys[seen], values[seen])
+        diagonal = differentiate_diagonal(plan, ring.scores, own, own_k, own_v, ring.rank)
+        for half, part in (*zip(range(2)[rows], tile.dq, strict=True), *enumerate(diagonal.dq)):
             dq[half] += part
         partial = [torch.zeros_like(own_k), torch.zeros_like(own_v)]
         for total, by_slot, own_part in zip(partial, (tile.dk, tile.dv), (diagonal.dk, diagonal.dv), strict=True):
-            for half, part in (*enumerate(by_slot), *enumerate(own_part)):
+            for half, part in (*zip(range(2)[seen], by_slot, strict=True), *enumerate(own_part)):
                 total[half] += part
         if step == 0:
             home = partial
@@ -154,7 +189,8 @@ def _backward(
     if ring.size > 1:
         home = [mine.add_(theirs) for mine, theirs in zip(home, gradients, strict=True)]
     dk, dv = home
-    return dq.flatten(0, 1).to(q.dtype), dk.flatten(0, 1), dv.flatten(0, 1)
+    dsink = None if sink is None else sink_gradient(lse, delta, sink)
+    return dq.flatten(0, 1).to(q.dtype), dk.flatten(0, 1), dv.flatten(0, 1), dsink
 
 
 def _chunks(shard: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The functions of `merge` as one Triton kernel each: every input is read once, every result written once.
 
-Each program takes BLOCK_N rows of one head of one sequence of the batch. The partial results come as a tuple of
-tensors, of which each has its own strides, so that nothing is stacked or copied beforehand; the last dim is contiguous.
+Each program takes BLOCK_N rows of one head of one sequence of the batch. The partial results of a chunk come as a tuple
+of tensors, of which each has its own strides, so that nothing is stacked or copied beforehand; the last dim is
+contiguous. Several chunks share a launch (the third axis of its grid): at short sequences launches are what costs.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -25,7 +26,7 @@ def _tile(pointer, strides, batch, head, rows, columns):
 
 
 @triton.jit
-def _merge(
+def _merge_chunk(
     outs, out_strides, lses, out, out_stride, lse, lse_stride, heads, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
@@ -52,7 +53,41 @@ def _merge(
 
 
 @triton.jit
-def _sum(partials, strides, total, total_stride, heads, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _merge(
+    outs,
+    out_strides,
+    lses,
+    out,
+    out_stride,
+    lse,
+    lse_stride,
+    heads,
+    n,
+    d,
+    CHUNKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    for c in tl.static_range(CHUNKS):
+        if tl.program_id(2) == c:
+            _merge_chunk(
+                outs[c],
+                out_strides[c],
+                lses[c],
+                out[c],
+                out_stride,
+                lse[c],
+                lse_stride,
+                heads,
+                n,
+                d,
+                BLOCK_N,
+                BLOCK_D,
+            )
+
+
+@triton.jit
+def _sum_chunk(partials, strides, total, stride, heads, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     inside = (rows < n)[:, None] & (columns < d)[None, :]
@@ -61,7 +96,16 @@ def _sum(partials, strides, total, total_stride, heads, n, d, BLOCK_N: tl.conste
         accumulator += tl.load(_tile(partials[i], strides[i], batch, head, rows, columns), inside, other=0.0).to(
             tl.float32
         )
-    tl.store(_tile(total, total_stride, batch, head, rows, columns), accumulator.to(total.dtype.element_ty), inside)
+    tl.store(_tile(total, stride, batch, head, rows, columns), accumulator.to(total.dtype.element_ty), inside)
+
+
+@triton.jit
+def _sum(
+    partials, strides, totals, stride, heads, n, d, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    for c in tl.static_range(CHUNKS):
+        if tl.program_id(2) == c:
+            _sum_chunk(partials[c], strides[c], totals[c], stride, heads, n, d, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -111,36 +155,40 @@ def _stand_in(
     tl.store(_tile(out, out_stride, batch, head, slot * n + rows, columns), result.to(out.dtype.element_ty), inside)
 
 
-def merge_partials(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
+def merge_partials(
+    outs: Sequence[Sequence[Tensor]], lses: Sequence[Sequence[Tensor]], out: Sequence[Tensor], lse: Sequence[Tensor]
+) -> None:
     """See `merge.merge_partials`."""
-    n, b, h, d = out.shape
-    _merge[_programs(n, b * h)](
-        tuple(outs),
-        tuple(x.stride()[:3] for x in outs),
-        tuple(x.contiguous() for x in lses),
-        out,
-        out.stride()[:3],
-        lse,
-        lse.stride()[:2],
+    n, b, h, d = out[0].shape
+    _merge[(*_programs(n, b * h), len(out))](
+        tuple(map(tuple, outs)),
+        _strides(outs),
+        tuple(tuple(x.contiguous() for x in chunk) for chunk in lses),
+        tuple(out),
+        out[0].stride()[:3],
+        tuple(lse),
+        lse[0].stride()[:2],
         h,
         n,
         d,
-        **_blocks(d, *outs, out),
+        CHUNKS=len(out),
+        **_blocks(d, *(x for chunk in outs for x in chunk), *out),
     )
 
 
-def sum_partials(partials: Sequence[Tensor], total: Tensor) -> None:
+def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor]) -> None:
     """See `merge.sum_partials`."""
-    n, b, h, d = total.shape
-    _sum[_programs(n, b * h)](
-        tuple(partials),
-        tuple(x.stride()[:3] for x in partials),
-        total,
-        total.stride()[:3],
+    n, b, h, d = totals[0].shape
+    _sum[(*_programs(n, b * h), len(totals))](
+        tuple(map(tuple, partials)),
+        _strides(partials),
+        tuple(totals),
+        totals[0].stride()[:3],
         h,
         n,
         d,
-        **_blocks(d, *partials, total),
+        CHUNKS=len(totals),
+        **_blocks(d, *(x for chunk in partials for x in chunk), *totals),
     )
 
 
@@ -165,6 +213,10 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
         rows, rows.stride()[:3], delta, delta.stride(0), result, result.stride()[:3], b, h, n, d, **_blocks(d, rows)
     )
     return out
+
+
+def _strides(chunks: Sequence[Sequence[Tensor]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return tuple(tuple(x.stride()[:3] for x in chunk) for chunk in chunks)
 
 
 def _programs(n: int, heads: int) -> tuple[int, int]:

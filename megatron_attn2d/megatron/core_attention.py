@@ -60,7 +60,7 @@ class ContextParallelAttention(MegatronModule):
         self.head_dims = k_channels or config.kv_channels, v_channels or config.kv_channels
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
-        self.head_groups = getattr(config, "attention2d_head_groups", 1)
+        self.head_groups = getattr(config, "attention2d_head_groups", None)
         self.ring = None
         self.grid = Grid.single()
         if config.context_parallel_size == 1:

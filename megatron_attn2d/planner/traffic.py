@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from megatron_attn2d.attention.layout import place_ranks, tile_plan
+from megatron_attn2d.attention.layout import CAUSAL, FULL, Band, Mask, place_ranks, tile_plan
 from megatron_attn2d.attention.routes import Routes, by_nodes, plan_routes
 
 _STATISTIC_BYTES = 4  # log-sum-exp and delta are fp32
@@ -28,6 +28,7 @@ class Workload:
         batch: sequences at once.
         element_bytes: 2 for bf16.
         causal: causal mask, or none.
+        window: tokens before and after it that a token sees, if that is not all.
     """
 
     seq: int
@@ -37,6 +38,14 @@ class Workload:
     batch: int = 1
     element_bytes: int = 2
     causal: bool = True
+    window: tuple[int, int] | None = None
+
+    def mask(self, places: int) -> Mask:
+        """Who sees whom on so many places of the grid."""
+        if self.window is None:
+            return Mask(CAUSAL if self.causal else FULL, places)
+        left, right = self.window
+        return Mask(Band(left, 0 if self.causal else right), places, (self.seq // (2 * places),))
 
     def shard_bytes(self, ranks: int) -> float:
         """u: one rank's shard of Q."""
@@ -79,7 +88,7 @@ def attention2d_traffic(axes: tuple[int, int, int], work: Workload, *, tile: tup
     kv = chunk * kv_heads * work.head_dim * work.element_bytes
     row_statistic = chunk * heads * _STATISTIC_BYTES
 
-    queries, keys = _links(rows, cols, tile, work.causal)
+    queries, keys = _links(rows, cols, tile, work.mask(places))
     spread = work.seq / (places * u) * token_head  # one head of one rank's tokens
     forward = [
         _over_heads("q, k, v", places, u, spread * (heads + 2 * kv_heads), 3),
@@ -125,7 +134,7 @@ type _Links = tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]]
 
 
 @lru_cache(maxsize=256)
-def _links(rows: int, cols: int, tile: tuple[int, int] | None, causal: bool) -> tuple[_Links, _Links]:
+def _links(rows: int, cols: int, tile: tuple[int, int] | None, mask: Mask) -> tuple[_Links, _Links]:
     """What gathers the queries along all rows, and the keys along all columns; without a tile, each rank for itself."""
     ranks = place_ranks(rows, cols, *(tile or (rows, 1)))
     columns = tuple(zip(*ranks, strict=True))
@@ -133,10 +142,10 @@ def _links(rows: int, cols: int, tile: tuple[int, int] | None, causal: bool) -> 
     queries: _Links = (Counter(), Counter())
     keys: _Links = (Counter(), Counter())
     for row in ranks:
-        slots = {rank: tile_plan(row, column, causal).queries for rank, column in zip(row, columns, strict=True)}
+        slots = {rank: tile_plan(row, column, mask).queries for rank, column in zip(row, columns, strict=True)}
         _add(queries, plan_routes(by_nodes(row, node_cols), slots))
     for column in columns:
-        slots = {rank: tile_plan(row, column, causal).keys for rank, row in zip(column, ranks, strict=True)}
+        slots = {rank: tile_plan(row, column, mask).keys for rank, row in zip(column, ranks, strict=True)}
         _add(keys, plan_routes(by_nodes(column, node_rows), slots))
     return queries, keys
 

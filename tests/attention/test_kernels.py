@@ -8,14 +8,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_attn2d import Grid, attention2d
 from megatron_attn2d.attention.kernels import choose_kernel
+from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
+from megatron_attn2d.attention.layout import CAUSAL, FULL
 from megatron_attn2d.attention.merge import stand_in
 from tests.attention.dense import dense_attention, inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_cpu_runs_the_reference(dtype: torch.dtype) -> None:
-    assert choose_kernel("auto", "cpu", dtype, 64, 64).name == "reference"
+    assert choose_kernel("auto", Request("cpu", dtype, 64, 64)).name == "reference"
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def test_cpu_runs_the_reference(dtype: torch.dtype) -> None:
 )
 def test_refusals_say_what_would_work(request_: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_kernel(*request_)
+        choose_kernel(request_[0], Request(*request_[1:]))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -45,10 +47,10 @@ def test_reference_against_autograd(heads: tuple[int, int], causal: bool) -> Non
     expected = dense_attention(*leaves, causal, scale=0.3)
     gradients = torch.autograd.grad(expected, leaves, dout)
     q, k, v = (x.detach() for x in leaves)
-    kernel = choose_kernel("reference", "cpu", q.dtype, 8, 6)
-    out, lse = kernel.forward(q, k, v, causal=causal, scale=0.3)
+    kernel = choose_kernel("reference", Request("cpu", q.dtype, 8, 6))
+    out, lse = kernel.forward(q, k, v, band=CAUSAL if causal else FULL, scale=0.3)
     delta = (dout * out).sum(-1).permute(1, 2, 0)
-    found = kernel.backward(dout, q, k, v, None, lse, delta, causal=causal, scale=0.3)
+    found = kernel.backward(dout, q, k, v, None, lse, delta, band=CAUSAL if causal else FULL, scale=0.3)
     for a, b in zip((out, *found), (expected.detach(), *gradients), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
@@ -98,7 +100,7 @@ def test_gpu_kernels_call_the_operators_that_this_torch_has(
     with FakeTensorMode():
         q = torch.empty(64, 1, heads[0], 128, device="cuda", dtype=torch.bfloat16)
         k = torch.empty(96, 1, heads[1], 128, device="cuda", dtype=torch.bfloat16)
-        out, lse = kernel().forward(q, k, k, causal=False, scale=1.0)
+        out, lse = kernel().forward(q, k, k, band=FULL, scale=1.0)
         assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, heads[0], 64), torch.float32)
-        gradients = kernel().backward(out, q, k, k, out, lse, lse, causal=False, scale=1.0)
+        gradients = kernel().backward(out, q, k, k, out, lse, lse, band=FULL, scale=1.0)
         assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]

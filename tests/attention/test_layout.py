@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_attn2d.attention.layout import LOWER, UPPER, Chunk, tile_plan, visible_prefix
+from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Chunk, Mask, tile_plan, visible_prefix
 
 SHAPES = [(r, c) for r in range(1, 9) for c in range(1, 9) if r * c <= 36]
 
@@ -26,12 +26,7 @@ def tiles(ranks: list[list[int]], causal: bool):
     columns = list(zip(*ranks, strict=True))
     for row in ranks:
         for c, column in enumerate(columns):
-            yield row[c], tile_plan(tuple(row), tuple(column), causal)
-
-
-def position(chunk: Chunk, size: int) -> int:
-    """Where the chunk stands in the sequence of 2 * size chunks."""
-    return chunk.rank if chunk.half == LOWER else 2 * size - 1 - chunk.rank
+            yield row[c], tile_plan(tuple(row), tuple(column), Mask(CAUSAL if causal else FULL))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -41,11 +36,12 @@ def test_every_visible_pair_is_attended_exactly_once(shape: tuple[int, int], ord
     size = shape[0] * shape[1]
     seen: Counter[tuple[int, int]] = Counter()
     for own, plan in tiles(grid(*shape, order), causal):
-        for start, stop, keys in plan.rectangles:
+        for start, stop, first, keys, band in plan.parts[0].calls:
+            assert (first, band) == (0, FULL)
             for query in plan.queries[start:stop]:
-                seen.update((position(query, size), position(key, size)) for key in plan.keys[:keys])
+                seen.update((query.position(size), key.position(size)) for key in plan.keys[:keys])
         if plan.diagonal:
-            seen.update((position(Chunk(own, half), size),) * 2 for half in (LOWER, UPPER))
+            seen.update((Chunk(own, half).position(size),) * 2 for half in (LOWER, UPPER))
     visible = {(i, j) for i in range(2 * size) for j in range(2 * size) if j <= i or not causal}
     assert set(seen) == visible
     assert set(seen.values()) == {1}
@@ -62,24 +58,24 @@ def test_tiles_have_equal_work(shape: tuple[int, int], order: str) -> None:
 @pytest.mark.parametrize("order", ["columns", "rows"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_at_most_four_rectangles(shape: tuple[int, int], order: str) -> None:
-    assert max(len(plan.rectangles) for _, plan in tiles(grid(*shape, order), True)) <= 4
-    assert {len(plan.rectangles) for _, plan in tiles(grid(*shape, order), False)} == {1}
+    assert max(len(plan.parts[0].calls) for _, plan in tiles(grid(*shape, order), True)) <= 4
+    assert {len(plan.parts[0].calls) for _, plan in tiles(grid(*shape, order), False)} == {1}
 
 
 @pytest.mark.parametrize("order", ["columns", "rows", "shuffled"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_nothing_is_gathered_that_nobody_sees(shape: tuple[int, int], order: str) -> None:
     for _, plan in tiles(grid(*shape, order), True):
-        assert max(keys for *_, keys in plan.rectangles) == len(plan.keys)
-        covered = [slot for start, stop, _ in plan.rectangles for slot in range(start, stop)]
+        assert max(call.last for call in plan.parts[0].calls) == len(plan.keys)
+        covered = [slot for call in plan.parts[0].calls for slot in range(call.start, call.stop)]
         assert covered == list(range(len(plan.queries)))
 
 
 def test_the_picture_in_the_docstring() -> None:
-    plan = tile_plan((0, 2), (0, 1), True)
+    plan = tile_plan((0, 2), (0, 1), Mask(CAUSAL))
     assert plan.keys == (Chunk(0, LOWER), Chunk(1, LOWER), Chunk(1, UPPER))
     assert plan.queries == (Chunk(2, LOWER), Chunk(2, UPPER), Chunk(0, UPPER))
-    assert [tuple(r) for r in plan.rectangles] == [(0, 2, 2), (2, 3, 3)]
+    assert [call[:4] for call in plan.parts[0].calls] == [(0, 2, 0, 2), (2, 3, 0, 3)]
     assert plan.diagonal
 
 
@@ -93,4 +89,4 @@ def test_visible_prefix(query: tuple[int, int], expected: int) -> None:
 
 def test_a_row_and_a_column_share_one_rank() -> None:
     with pytest.raises(AssertionError, match="share one rank"):
-        tile_plan((0, 1), (0, 1), True)
+        tile_plan((0, 1), (0, 1), Mask(CAUSAL))

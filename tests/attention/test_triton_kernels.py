@@ -29,10 +29,10 @@ def compare(d: int) -> None:
     dout, whole, whole_lse = torch.randn(2, n, b, h, d), torch.randn(2, n, b, h, d), torch.randn(2, b, h, n)
     dout[0, 4] = 0
     for module in (merge, triton_kernels):
-        out, lse = torch.empty(n, 2, b, h, d)[:, 1], torch.empty(b, 2 * h, n)[:, h:]
-        module.merge_partials(outs, lses, out, lse)
-        total = torch.empty(n, b, h, d)
-        module.sum_partials(outs[1:], total)
+        out, lse = torch.empty(2, n, 2, b, h, d)[:, :, 1], torch.empty(2, b, 2 * h, n)[:, :, h:]
+        module.merge_partials([outs, outs[1:]], [lses, lses[1:]], out.unbind(), lse.unbind())
+        total = torch.empty(3, n, b, h, d)
+        module.sum_partials([outs[1:], outs[2:], [outs[2], outs[1]]], total.unbind())
         statistics = module.row_statistics(dout, whole, whole_lse)
         results.append((out, lse, total, statistics, module.stand_in(dout, statistics[:, 1])))
     for expected, found in zip(*results, strict=True):

@@ -70,10 +70,10 @@ def test_what_is_not_finite_reaches_all_that_see_it(pool: RankPool, mode: str, s
 def test_a_merge_keeps_nan_whose_weight_underflows_and_drops_what_an_empty_row_left() -> None:
     outs = [torch.ones(2, 1, 1, 4), torch.full((2, 1, 1, 4), NAN)]
     out, lse = torch.empty(2, 1, 1, 4), torch.empty(1, 1, 2)
-    merge_partials(outs, [torch.zeros(1, 1, 2), torch.tensor([[[-1e4, -INF]]])], out, lse)
+    merge_partials([outs], [[torch.zeros(1, 1, 2), torch.tensor([[[-1e4, -INF]]])]], [out], [lse])
     assert out[0].isnan().all(), "the row saw keys whose values are NaN"
     assert torch.equal(out[1], outs[0][1]), "the row saw no key there"
-    merge_partials(outs, [torch.full((1, 1, 2), -INF)] * 2, out, lse)
+    merge_partials([outs], [[torch.full((1, 1, 2), -INF)] * 2], [out], [lse])
     assert torch.equal(out, torch.zeros_like(out))
     assert (lse == -INF).all()
 

@@ -63,7 +63,11 @@ def broken(rank: int, cp_comm_type: str, sizes: list[int] | None, how: str) -> s
             "local": [mock.patch.object(attention, "grid", Grid.single()), mock.patch.object(attention, "ring", None)],
             "layout": [mock.patch.object(layout, "visible_prefix", one_chunk_too_few)],
             "gradients": [
-                mock.patch.object(attention2d, "sum_partials", lambda partials, total: total.copy_(partials[0])),
+                mock.patch.object(
+                    attention2d,
+                    "sum_partials",
+                    lambda partials, totals: [t.copy_(p[0]) for p, t in zip(partials, totals, strict=True)],
+                ),
                 mock.patch.object(ring, "row_statistics", lambda dout, out, lse: torch.stack((lse, lse * 0), 1)),
             ],
         }[how]

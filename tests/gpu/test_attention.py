@@ -58,12 +58,15 @@ def errors(
     chunk: int = 128,
     causal: bool = True,
     backend: str = "auto",
-    head_groups: int = 1,
+    head_groups: int | None = None,
     logits: float = 1.0,
+    head_ranks: int = 1,
+    deterministic: bool = False,
 ) -> list[float]:
-    """Relative errors (2-norm) of O, dQ, dK, dV on this rank; a second run must agree bit for bit."""
+    """Relative errors (2-norm) of O, dQ, dK, dV on this rank; what a second run must equal bit for bit, does."""
     start(rank)
-    size = grid[0] * grid[1]
+    torch.use_deterministic_algorithms(deterministic)
+    size = head_ranks * grid[0] * grid[1]
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1])]
     whole = [
@@ -72,7 +75,7 @@ def errors(
     whole[0] *= logits
     mine = zigzag(2 * size * chunk, size, rank).cuda()
     assert dist.group.WORLD is not None
-    layout = Grid.from_group(dist.group.WORLD, rows=grid[0], cols=grid[1])
+    layout = Grid.from_group(dist.group.WORLD, rows=grid[0], cols=grid[1], heads=head_ranks)
     runs = []
     for _ in range(2):
         q, k, v = (x[mine].requires_grad_() for x in whole[:3])
@@ -82,14 +85,16 @@ def errors(
             out = attention2d(q, k, v, layout, causal=causal, backend=backend, head_groups=head_groups)
         runs.append([out.detach(), *torch.autograd.grad(out, (q, k, v), whole[3][mine])])
     # Fast backward kernels add dQ up in no fixed order; all else has one.
-    ordered = len(runs[0]) if backend == "reference" or dtype in (torch.float32, torch.float64) else 1
+    all_ordered = deterministic or backend == "reference" or dtype in (torch.float32, torch.float64)
+    ordered = len(runs[0]) if all_ordered else 1
     assert all(torch.equal(a, b) for a, b in zip(*(run[:ordered] for run in runs), strict=True)), "two runs differ"
     references = dense(*whole, causal=causal)
     return [((a.double() - b[mine]).norm() / b[mine].norm()).item() for a, b in zip(runs[0], references, strict=True)]
 
 
 def check(pool: RankPool, mode: str, grid: tuple[int, int], **case: object) -> None:
-    found = pool.run(errors, grid[0] * grid[1], mode, grid, init_group=False, **case)
+    heads: int = case.get("head_ranks", 1)  # type: ignore[assignment]
+    found = pool.run(errors, heads * grid[0] * grid[1], mode, grid, init_group=False, **case)
     bound = BOUNDS[case.get("dtype", torch.bfloat16)]  # type: ignore[index]
     worst = [max(column) for column in zip(*found, strict=True)]
     print("O dQ dK dV:", *(f"{x:.2e}" for x in worst))
@@ -116,10 +121,22 @@ def test_head_dims(pool: RankPool, dims: tuple[int, int]) -> None:
     check(pool, "attention2d", (1, 2), dims=dims)
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "flash", "reference"])
+@pytest.mark.parametrize("backend", ["flash_attn_4", "cudnn", "transformer_engine", "flash", "reference"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
 def test_backends_and_grouped_heads(pool: RankPool, heads: tuple[int, int], backend: str) -> None:
+    if (package := {"flash_attn_4": "cutlass", "transformer_engine": "transformer_engine"}.get(backend)) is not None:
+        pytest.importorskip(package)
     check(pool, "attention2d", (2, 2), heads=heads, backend=backend)
+
+
+@pytest.mark.parametrize("mode", ["attention2d", "ring"])
+def test_deterministic_algorithms_give_the_same_bits(pool: RankPool, mode: str) -> None:
+    check(pool, mode, (2, 2), chunk=512, heads=(8, 4), dims=(128, 128), deterministic=True)
+
+
+@pytest.mark.parametrize(("head_ranks", "grid"), [(2, (1, 1)), (2, (2, 1)), (2, (1, 2)), (2, (2, 2)), (4, (2, 1))])
+def test_head_axis(pool: RankPool, head_ranks: int, grid: tuple[int, int]) -> None:
+    check(pool, "attention2d", grid, heads=(8, 4), head_ranks=head_ranks)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 127])
@@ -134,5 +151,37 @@ def test_head_groups_and_batch(pool: RankPool, batch: int, head_groups: int) -> 
     check(pool, "attention2d", (2, 2), heads=(16, 8), batch=batch, head_groups=head_groups)
 
 
-def test_large_logits(pool: RankPool) -> None:
-    check(pool, "attention2d", (2, 2), logits=20.0, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_logits(pool: RankPool, dtype: torch.dtype) -> None:
+    check(pool, "attention2d", (2, 2), logits=12.0, dtype=dtype, chunk=512)
+
+
+def replayed(rank: int) -> list[bool]:
+    """Whether output and gradients of a replayed CUDA graph equal those of a plain call on the same inputs."""
+    start(rank)
+    assert dist.group.WORLD is not None
+    grid = Grid.from_group(dist.group.WORLD, rows=2, cols=1)
+    q, k, v = (torch.randn(512, 1, 4, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    dout = torch.randn_like(q)
+
+    def call() -> list[Tensor]:
+        out = attention2d(q, k, v, grid)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+    torch.use_deterministic_algorithms(True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        static = call()
+    with torch.no_grad():
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    return [torch.equal(a, b) for a, b in zip(static, call(), strict=True)]
+
+
+def test_cuda_graph(pool: RankPool) -> None:
+    assert all(map(all, pool.run(replayed, 2, init_group=False)))

@@ -1,23 +1,30 @@
 """The kernel seam: the only place that knows which attention kernels exist and what they can do.
 
-A kernel attends a rectangle without a mask or a square under the causal mask. It returns the log-sum-exp of the scores
-beside the output, and its backward pass takes the log-sum-exp and delta over *all* keys, of which it sees some.
+A kernel attends a rectangle without a mask or a square under the causal mask; some attend any band of a rectangle, and
+some drop probabilities. It returns the log-sum-exp of the scores beside the output, and its backward pass takes the
+log-sum-exp and delta over *all* keys, of which it sees some.
 
-`choose_kernel` picks one by device, dtype and head dim, once, and logs it; a request that a kernel can't meet is
-refused with the kernels that can.
+`choose_kernel` picks one for a request, once, and logs it; a request that a kernel can't meet is refused with the
+kernels that can.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.flash_attn import FlashAttention4Kernel
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
+from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
+from megatron_attn2d.attention.kernels.transformer_engine import TransformerEngineKernel
+from megatron_attn2d.attention.layout import Band
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +42,19 @@ class Kernel(Protocol):
         """Whether `backward` wants the output, to derive delta from it; else delta suffices."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    @property
+    def deterministic(self) -> bool:
+        """Whether two backward passes agree bit for bit under torch.use_deterministic_algorithms."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Attend q [sq, b, h, d] to k [sk, b, g, d] and v [sk, b, g, dv], h a multiple of g.
 
-        With `causal`, sq = sk and row i sees keys 0..i. Returns the output [sq, b, h, dv] and the log-sum-exp
-        [b, h, sq] of the scaled scores, natural logarithm, fp32 (fp64 for fp64 inputs).
+        `band` says who sees whom; CAUSAL comes with sq = sk only. Returns the output [sq, b, h, dv] and the log-sum-exp
+        [b, h, sq] of the scaled scores, natural logarithm, fp32 (fp64 for fp64 inputs). Probabilities are those over
+        all keys of a row, dropped ones included.
         """
         ...
 
@@ -53,8 +68,9 @@ class Kernel(Protocol):
         lse: Tensor,
         delta: Tensor,
         *,
-        causal: bool,
+        band: Band,
         scale: float,
+        dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients dq, dk, dv of the scores between q and these keys, like q, k and v.
 
@@ -66,36 +82,48 @@ class Kernel(Protocol):
         ...
 
 
-_KERNELS = {kernel.name: kernel for kernel in (CudnnKernel, FlashKernel, ReferenceKernel)}
+# In the order in which "auto" prefers them.
+_KERNELS = {
+    kernel.name: kernel
+    for kernel in (FlashAttention4Kernel, CudnnKernel, TransformerEngineKernel, FlashKernel, ReferenceKernel)
+}
 
 
-@lru_cache
-def choose_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> Kernel:
+def choose_kernel(name: str, request: Request) -> Kernel:
     """The kernel `name`, or with "auto" the fastest one known to serve the request.
 
+    Under torch.use_deterministic_algorithms (Megatron's --deterministic-mode) only kernels whose backward pass has a
+    fixed order serve.
+
     Args:
-        name: "auto", "cudnn", "flash" or "reference".
-        device: device type, "cpu" or "cuda".
+        name: "auto", "flash_attn_4", "cudnn", "transformer_engine", "flash" or "reference".
+        request: what the call needs.
 
     Raises:
         ValueError: if the name is unknown or that kernel can't serve the request.
     """
-    refusals = {
-        each: "needs a CUDA device"
-        if device != "cuda" and each != "reference"
-        else kernel.refusal(dtype, head_dim, v_head_dim)
-        for each, kernel in _KERNELS.items()
-    }
-    able = [each for each, refusal in refusals.items() if refusal is None]
+    deterministic = request.deterministic or torch.are_deterministic_algorithms_enabled()
+    return _choose(name, replace(request, deterministic=deterministic))
+
+
+@lru_cache
+def _choose(name: str, request: Request) -> Kernel:
+    def refusal(kernel: Any) -> str | None:
+        if request.device != "cuda" and kernel is not ReferenceKernel:
+            return "needs a CUDA device"
+        if request.deterministic and not kernel.deterministic:
+            return "has no deterministic backward pass, which torch.use_deterministic_algorithms asks for,"
+        refused: str | None = kernel.refusal(request)
+        return refused
+
+    refusals = {each: refusal(kernel) for each, kernel in _KERNELS.items()}
+    able = [each for each, refused in refusals.items() if refused is None]
     if name != "auto" and name not in _KERNELS:
         raise ValueError(f"backend={name!r} is no attention kernel: choose one of auto, {', '.join(_KERNELS)}")
     if name != "auto" and refusals[name] is not None:
-        raise ValueError(
-            f"backend={name!r} {refusals[name]} (device {device}, {dtype}, head dims {head_dim} and {v_head_dim}): "
-            f"choose one of auto, {', '.join(able)}"
-        )
+        raise ValueError(f"backend={name!r} {refusals[name]} ({request}): choose one of auto, {', '.join(able)}")
+    if not able:
+        raise ValueError(f"no attention kernel serves {request}: reference {refusals['reference']}")
     chosen = able[0] if name == "auto" else name
-    logger.info(
-        "attention kernel: %s (device %s, %s, head dims %d and %d)", chosen, device, dtype, head_dim, v_head_dim
-    )
+    logger.info("attention kernel: %s (%s)", chosen, request)
     return _KERNELS[chosen]()

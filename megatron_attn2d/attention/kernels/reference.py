@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.layout import FULL, Band
 from megatron_attn2d.attention.merge import accumulation_dtype
 
 
@@ -16,17 +19,22 @@ class ReferenceKernel:
 
     name = "reference"
     needs_out = False
+    deterministic = True
 
     @staticmethod
-    def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
-        """Why the kernel can't serve these, or None."""
-        return None if dtype.is_floating_point else "serves floating-point dtypes"
+    def refusal(request: Request) -> str | None:
+        """Why the kernel can't serve the request, or None."""
+        return None if request.dtype.is_floating_point else "serves floating-point dtypes"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        scores = _scores(q, k, causal, scale)
+        scores = _scores(q, k, band, scale)
         lse = scores.logsumexp(-1)
         probabilities = torch.exp(scores.sub_(lse.unsqueeze(-1)))
+        if dropout is not None:
+            probabilities *= _kept(dropout, k.size(2), probabilities.dtype)
         out = _unfold(probabilities @ _keys(v), q)
         return out.to(q.dtype), _unfold_rows(lse, q)
 
@@ -40,27 +48,43 @@ class ReferenceKernel:
         lse: Tensor,
         delta: Tensor,
         *,
-        causal: bool,
+        band: Band,
         scale: float,
+        dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
         heads = k.size(2)
         folded_q, folded_k, folded_v, folded_dout = _queries(q, heads), _keys(k), _keys(v), _queries(dout, heads)
-        p = torch.exp(_scores(q, k, causal, scale).sub_(_fold_rows(lse, heads)))
-        dv = p.transpose(-1, -2) @ folded_dout
-        ds = (folded_dout @ folded_v.transpose(-1, -2)).sub_(_fold_rows(delta, heads)).mul_(p).mul_(scale)
+        p = torch.exp(_scores(q, k, band, scale).sub_(_fold_rows(lse, heads)))
+        dp = folded_dout @ folded_v.transpose(-1, -2)
+        kept = p
+        if dropout is not None:
+            factors = _kept(dropout, heads, p.dtype)
+            kept, dp = p * factors, dp * factors
+        dv = kept.transpose(-1, -2) @ folded_dout
+        ds = dp.sub_(_fold_rows(delta, heads)).mul_(p).mul_(scale)
         dq = _unfold(ds @ folded_k, q)
         dk = ds.transpose(-1, -2) @ folded_q
         return dq.to(q.dtype), dk.permute(2, 0, 1, 3).to(k.dtype), dv.permute(2, 0, 1, 3).to(v.dtype)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, band: Band, scale: float) -> Tensor:
     """Scaled scores [b, g, (h/g) * sq, sk], -inf where masked."""
     scores = (_queries(q, k.size(2)) @ _keys(k).transpose(-1, -2)).mul_(scale)
-    if causal:
-        future = torch.ones(q.size(0), k.size(0), dtype=torch.bool, device=q.device).triu(1)
-        scores.unflatten(2, (-1, q.size(0))).masked_fill_(future, -torch.inf)
+    if band != FULL:
+        last = k.size(0) - q.size(0)  # the diagonal that ends at the bottom right
+        hidden = torch.zeros(q.size(0), k.size(0), dtype=torch.bool, device=q.device)
+        if band.right is not None:
+            hidden |= torch.ones_like(hidden).triu(last + band.right + 1)
+        if band.left is not None:
+            hidden |= torch.ones_like(hidden).tril(last - band.left - 1)
+        scores.unflatten(2, (-1, q.size(0))).masked_fill_(hidden, -torch.inf)
     return scores
+
+
+def _kept(dropout: KeepMask, heads: int, dtype: torch.dtype) -> Tensor:
+    """[b, h, sq, sk] -> [b, g, (h/g) * sq, sk]."""
+    return dropout.factors(dtype).unflatten(1, (heads, -1)).flatten(2, 3)
 
 
 def _queries(x: Tensor, heads: int) -> Tensor:

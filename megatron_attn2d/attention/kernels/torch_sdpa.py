@@ -9,20 +9,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.layout import CAUSAL, Band
+
 _HALF = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
 
 
 class CudnnKernel:
-    """cuDNN's fused attention: the fastest on Hopper, about twice FlashAttention-2 there."""
+    """cuDNN's fused attention: on Hopper about twice as fast as FlashAttention-2.
+
+    Its deterministic backward pass keeps partial dQ for every block of keys, gigabytes at long context: not offered.
+    """
 
     name = "cudnn"
     needs_out = True
+    deterministic = False
 
     @staticmethod
-    def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
-        """Why the kernel can't serve these, or None."""
-        if dtype not in _HALF:
+    def refusal(request: Request) -> str | None:
+        """Why the kernel can't serve the request, or None."""
+        head_dim, v_head_dim = request.head_dim, request.v_head_dim
+        if request.dropout:
+            return "has no dropout of probabilities by position"
+        if request.windows:
+            return "serves full and causal attention, no sliding windows"
+        if request.dtype not in _HALF:
             return "serves bfloat16 and float16"
         if head_dim % 8 or v_head_dim % 8 or max(head_dim, v_head_dim) > 128:
             return "serves head dims up to 128 in multiples of 8"
@@ -30,8 +43,11 @@ class CudnnKernel:
             return "needs cuDNN"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
+        causal = band == CAUSAL
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             _bhsd(q), _bhsd(k), _bhsd(v), None, True, 0.0, causal, False, scale=scale
         )
@@ -47,10 +63,12 @@ class CudnnKernel:
         lse: Tensor,
         delta: Tensor,
         *,
-        causal: bool,
+        band: Band,
         scale: float,
+        dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
+        causal = band == CAUSAL
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
         dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -59,7 +77,7 @@ class CudnnKernel:
             _bhsd(k),
             _bhsd(v),
             _bhsd(out),
-            lse.unsqueeze(-1),
+            lse.contiguous().unsqueeze(-1),
             unused,
             unused,
             None,
@@ -79,11 +97,17 @@ class FlashKernel:
 
     name = "flash"
     needs_out = True
+    deterministic = True  # on request: torch passes torch.use_deterministic_algorithms on to it
 
     @staticmethod
-    def refusal(dtype: torch.dtype, head_dim: int, v_head_dim: int) -> str | None:
-        """Why the kernel can't serve these, or None."""
-        if dtype not in _HALF:
+    def refusal(request: Request) -> str | None:
+        """Why the kernel can't serve the request, or None."""
+        head_dim, v_head_dim = request.head_dim, request.v_head_dim
+        if request.dropout:
+            return "has no dropout of probabilities by position"
+        if request.windows:
+            return "serves full and causal attention, no sliding windows"
+        if request.dtype not in _HALF:
             return "serves bfloat16 and float16"
         if head_dim != v_head_dim or head_dim % 8 or head_dim > 256:
             return "serves equal head dims up to 256 in multiples of 8"
@@ -91,8 +115,11 @@ class FlashKernel:
             return "is not part of this torch build"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
+        causal = band == CAUSAL
         out, lse, *_ = _aten._flash_attention_forward(
             _bshd(q), _bshd(k), _bshd(v), None, None, q.size(0), k.size(0), 0.0, causal, False, scale=scale
         )
@@ -108,10 +135,12 @@ class FlashKernel:
         lse: Tensor,
         delta: Tensor,
         *,
-        causal: bool,
+        band: Band,
         scale: float,
+        dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
+        causal = band == CAUSAL
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
         dq, dk, dv = _aten._flash_attention_backward(

@@ -1,0 +1,85 @@
+"""Dropout of attention probabilities by a hash of where each of them stands, so that no layout changes the mask.
+
+Whether the probability of a query and a key is dropped depends on the seed, the sequence in the batch, the head among
+all heads of the layer and the positions of both tokens in the whole sequence, and on nothing else: forward and backward
+pass, every grid and every tensor-parallel layout agree without a word or a stored mask.
+
+Each of these numbers goes through the finaliser of a 64-bit mixer (Steele et al., SplitMix, OOPSLA 2014) together with
+the hash of those before it. torch's int64 arithmetic wraps around, as that of unsigned numbers does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+_BITS = 31
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of one call of attention.
+
+    Attributes:
+        p: probability with which a score's probability is dropped; the others are divided by 1 - p.
+        seed: the same on every rank; another for every call. A tensor [1] of int64 spares a GPU the wait for it.
+        first_head: number of this rank's first query head among all of the layer, under tensor parallelism.
+    """
+
+    p: float
+    seed: int | Tensor
+    first_head: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise ValueError(f"dropout p={self.p} is no probability below 1: choose 0 <= p < 1")
+
+    def starting(self, head: int) -> Dropout:
+        """The dropout of the heads from `head` on."""
+        return replace(self, first_head=self.first_head + head)
+
+    def at(self, sequences: Tensor, heads: int, rows: Tensor, keys: Tensor) -> KeepMask:
+        """The mask of one kernel call; arguments as the attributes of `KeepMask`."""
+        return KeepMask(self, sequences, self.first_head + torch.arange(heads, device=rows.device), rows, keys)
+
+
+@dataclass(frozen=True)
+class KeepMask:
+    """Which probabilities of one kernel call are kept.
+
+    Attributes:
+        dropout: probability and seed.
+        sequences: number of the sequence in the batch, [b].
+        heads: number of the head in the layer, [h].
+        rows, keys: positions of queries and keys in the whole sequence, [b, sq] and [b, sk].
+    """
+
+    dropout: Dropout
+    sequences: Tensor
+    heads: Tensor
+    rows: Tensor
+    keys: Tensor
+
+    def factors(self, dtype: torch.dtype) -> Tensor:
+        """0 for what is dropped, 1 / (1 - p) for what is kept, [b, h, sq, sk]."""
+        seed = torch.as_tensor(self.dropout.seed, device=self.rows.device).view(1, 1)
+        state = _mixed(_mixed(seed, self.sequences[:, None]), self.heads)
+        state = _mixed(state[:, :, None], self.rows[:, None, :])
+        state = _mixed(state[..., None], self.keys[:, None, None, :])
+        kept = (state >> (64 - _BITS)) & ((1 << _BITS) - 1) >= round(self.dropout.p * (1 << _BITS))
+        return kept.to(dtype) / (1 - self.dropout.p)
+
+
+def _mixed(state: Tensor, number: Tensor) -> Tensor:
+    x = state + (number + 1) * _GOLDEN
+    x = (x ^ _shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ _shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, filled with zeros: int64's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

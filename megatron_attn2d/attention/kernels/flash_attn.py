@@ -1,0 +1,110 @@
+"""FlashAttention-4 (the `flash-attn-4` package), whose kernels for Hopper and newer are written in CuTe.
+
+Measured on H100 at 16K-token chunks: a tenth faster than cuDNN forward and backward, and the only one here whose
+deterministic backward pass costs a few percent and no extra memory. Its functions below autograd take and return the
+log-sum-exp; the first call for a head dim compiles for some seconds.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
+
+
+class FlashAttention4Kernel:
+    """FlashAttention-4 on Hopper and Blackwell."""
+
+    name = "flash_attn_4"
+    needs_out = True
+    deterministic = True  # on request: it follows torch.use_deterministic_algorithms
+
+    @staticmethod
+    def refusal(request: Request) -> str | None:
+        """Why the kernel can't serve the request, or None."""
+        head_dim, v_head_dim = request.head_dim, request.v_head_dim
+        if request.dropout:
+            return "has no dropout of probabilities by position"
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            return "serves bfloat16 and float16"
+        if head_dim % 8 or v_head_dim % 8:
+            return "serves head dims in multiples of 8"
+        if not _installed():
+            return "needs the package flash-attn-4"
+        major, _ = torch.cuda.get_device_capability()
+        largest = {9: 256, 10: 128, 11: 128}.get(major)
+        if largest is None:
+            return "needs a GPU of compute capability 9.0 to 11.x"
+        if max(head_dim, v_head_dim) > largest:
+            return f"serves head dims up to {largest} on this GPU"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        out = torch.empty((*q.shape[:3], v.size(3)), dtype=q.dtype, device=q.device)
+        _, lse, *_ = _flash_attn_fwd(
+            *map(_bshd, (q, k, v)), **_mask(band), softmax_scale=scale, return_lse=True, out=_bshd(out)
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor,
+        *,
+        band: Band,
+        scale: float,
+        dropout: KeepMask | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        assert out is not None
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        _flash_attn_bwd(
+            *map(_bshd, (q, k, v, out, dout)),
+            lse.contiguous(),
+            softmax_scale=scale,
+            **_mask(band),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            dq=_bshd(dq),
+            dk=_bshd(dk),
+            dv=_bshd(dv),
+        )
+        return dq, dk, dv
+
+
+@cache
+def _installed() -> bool:
+    try:
+        return find_spec("flash_attn.cute") is not None and find_spec("cutlass") is not None
+    except ModuleNotFoundError:  # no flash_attn at all
+        return False
+
+
+def _mask(band: Band) -> dict[str, Any]:
+    """FlashAttention aligns windows at the bottom right too."""
+    if band in (FULL, CAUSAL):
+        return {"causal": band == CAUSAL}
+    return {"window_size_left": band.left, "window_size_right": band.right}
+
+
+def _bshd(x: Tensor) -> Tensor:
+    """[s, b, h, d] -> [b, s, h, d], a view."""
+    return x.transpose(0, 1)

@@ -1,0 +1,130 @@
+"""Transformer Engine's fused attention: cuDNN with larger and unequal head dims than torch gives access to.
+
+`fused_attn_fwd` and `fused_attn_bwd` are what its own attention module is made of. They return and take the
+log-sum-exp, so one tile's call works as any other's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.layout import CAUSAL, Band
+
+
+class TransformerEngineKernel:
+    """cuDNN's fused attention through Transformer Engine."""
+
+    name = "transformer_engine"
+    needs_out = True
+    deterministic = False
+
+    @staticmethod
+    def refusal(request: Request) -> str | None:
+        """Why the kernel can't serve the request, or None."""
+        head_dim, v_head_dim = request.head_dim, request.v_head_dim
+        if request.dropout:
+            return "has no dropout of probabilities by position"
+        if request.windows:
+            return "serves full and causal attention, no sliding windows"
+        if request.dtype not in (torch.bfloat16, torch.float16):
+            return "serves bfloat16 and float16"
+        if head_dim % 8 or v_head_dim % 8 or max(head_dim, v_head_dim) > 256:
+            return "serves head dims up to 256 in multiples of 8"
+        if find_spec("transformer_engine") is None:
+            return "needs the package transformer-engine"
+        if "fake_dtype" not in inspect.signature(_functions().fused_attn_bwd).parameters:
+            return "needs Transformer Engine 2.20 or a version with its arguments"
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernel.forward`."""
+        causal = band == CAUSAL
+        te = _functions()
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out, (lse, *_) = te.fused_attn_fwd(
+            True,
+            q.size(0),
+            k.size(0),
+            *_lengths(q, k),
+            q,
+            k,
+            v,
+            q.dtype,
+            te.FusedAttnBackend["F16_arbitrary_seqlen"],
+            attn_scale=scale,
+            qkv_layout="sbhd_sbhd_sbhd",
+            o_format="sbhd",
+            **_mask(causal),
+        )
+        return out.view(*q.shape[:3], v.size(3)), lse.squeeze(-1)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor,
+        *,
+        band: Band,
+        scale: float,
+        dropout: KeepMask | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernel.backward`."""
+        causal = band == CAUSAL
+        assert out is not None
+        te = _functions()
+        q, k, v, out, dout = (x.contiguous() for x in (q, k, v, out, dout))
+        dq, dk, dv, *_ = te.fused_attn_bwd(
+            q.size(0),
+            k.size(0),
+            *_lengths(q, k),
+            q,
+            k,
+            v,
+            out,
+            dout,
+            dout.dtype,
+            # log-sum-exp and the state of the random numbers, which only dropout reads
+            [lse.contiguous().unsqueeze(-1), torch.zeros(2, dtype=torch.int64, device=q.device)],
+            te.FusedAttnBackend["F16_arbitrary_seqlen"],
+            attn_scale=scale,
+            qkv_layout="sbhd_sbhd_sbhd",
+            o_format="sbhd",
+            do_format="sbhd",
+            dqkv_layout="sbhd_sbhd_sbhd",
+            **_mask(causal),
+        )
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
+
+@cache
+def _functions() -> Any:
+    from transformer_engine.pytorch.cpp_extensions import fused_attn
+
+    return fused_attn
+
+
+def _mask(causal: bool) -> dict[str, Any]:
+    return {"attn_mask_type": "causal" if causal else "no_mask", "window_size": (-1, 0) if causal else (-1, -1)}
+
+
+def _lengths(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return _cumulative(q.size(1), q.size(0), q.device), _cumulative(k.size(1), k.size(0), k.device)
+
+
+@cache
+def _cumulative(batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(0, (batch + 1) * length, length, device=device, dtype=torch.int32)

@@ -1,0 +1,201 @@
+"""Windows, sinks, dropout, packed sequences and keys of another sequence, on every grid and the ring, against dense."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention.dropout import Dropout
+from tests.attention.dense import dense_gradients, inputs, packed_zigzag, zigzag
+from tests.pool import RankPool
+
+type Layout = tuple[int, int, int] | None
+"""U, R and C of a grid, or a ring."""
+
+LAYOUTS: list[tuple[int, Layout]] = [
+    (1, (1, 1, 1)),
+    (2, (1, 2, 1)),
+    (2, (1, 1, 2)),
+    (2, (2, 1, 1)),
+    (4, (1, 2, 2)),
+    (4, (1, 4, 1)),
+    (4, (1, 1, 4)),
+    (4, (2, 1, 2)),
+    (8, (1, 4, 2)),
+    (8, (1, 2, 4)),
+    (8, (2, 2, 2)),
+    (1, None),
+    (4, None),
+    (8, None),
+]
+on_every_layout = pytest.mark.parametrize(
+    ("size", "layout"), LAYOUTS, ids=lambda x: "ring" if x is None else "x".join(map(str, x)) if type(x) is tuple else x
+)
+
+
+def run(layout: Layout, shards: list[Tensor], **call: Any) -> tuple[Tensor, int]:
+    """Output of this rank and its context-parallel rank."""
+    group = dist.group.WORLD
+    assert group is not None
+    if layout is None:
+        call.pop("head_groups", None)
+        return ring_attention(*shards, group, **call), dist.get_rank()
+    grid = Grid.from_group(group, heads=layout[0], rows=layout[1], cols=layout[2])
+    return attention2d(*shards, grid, **call), grid.context_rank
+
+
+def worst(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    return max((a.double() - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+
+
+def masked(rank: int, layout: Layout, cases: list[dict[str, Any]], chunk: int = 3) -> list[float]:
+    """Largest error of output and gradients for each case, windows in tokens of chunks of three."""
+    size = dist.get_world_size()
+    errors = []
+    for case in cases:
+        causal, window = case.get("causal", True), case.get("window", (-1, -1))
+        whole = inputs(2 * size * chunk, 2, (4, 2), dims=(8, 6))
+        sink = torch.linspace(-2, 2, 4, dtype=torch.float64) if case.get("sink") else None
+        p = case.get("dropout", 0.0)
+        dropout = Dropout(p, seed=11) if p else None
+        factors = None
+        if dropout is not None:
+            positions = torch.arange(2 * size * chunk).expand(2, -1)
+            factors = dropout.at(torch.arange(2), 4, positions, positions).factors(torch.float64)
+        mine = zigzag(2 * size * chunk, size, rank)
+        shards = [x[mine].requires_grad_() for x in whole[:3]]
+        leaves = [*shards, *(() if sink is None else (sink.clone().requires_grad_(),))]
+        out, context_rank = run(
+            layout,
+            shards,
+            causal=causal,
+            window=window,
+            sink=None if sink is None else leaves[3],
+            dropout=dropout,
+            head_groups=2,
+        )
+        assert context_rank == rank
+        gradients = list(torch.autograd.grad(out, leaves, whole[3][mine]))
+        expected = dense_gradients(*whole, causal, window, sink, factors)
+        if sink is not None:
+            dist.all_reduce(gradients[3])  # each rank has the part of its rows, as of any parameter
+        errors.append(worst((out, *gradients), (*(x[mine] for x in expected[:4]), *expected[4:])))
+    return errors
+
+
+WINDOWS = [{"window": (left, 0)} for left in (0, 1, 2, 3, 5, 6, 7, 11)] + [
+    {"window": (left, right), "causal": False}
+    for left, right in [(0, 0), (2, 2), (5, 1), (3, 4), (7, 0), (0, 7), (-1, 2), (4, -1), (200, 200)]
+]
+
+
+@on_every_layout
+def test_windows(pool: RankPool, size: int, layout: Layout) -> None:
+    for found in pool.run(masked, size, layout, WINDOWS):
+        assert max(found) <= 1e-12, dict(zip(map(str, WINDOWS), found, strict=True))
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"sink": True},
+    {"sink": True, "causal": False},
+    {"sink": True, "window": (4, 0)},
+    {"dropout": 0.3},
+    {"dropout": 0.3, "causal": False},
+    {"dropout": 0.3, "window": (4, 0), "sink": True},
+]
+
+
+@on_every_layout
+def test_sinks_and_dropout(pool: RankPool, size: int, layout: Layout) -> None:
+    for found in pool.run(masked, size, layout, OTHERS):
+        assert max(found) <= 1e-12, dict(zip(map(str, OTHERS), found, strict=True))
+
+
+def packs(rank: int, layout: Layout, cases: list[dict[str, Any]]) -> list[float]:
+    """Largest error against every sequence alone; rows of padding must be 0, and so their gradients."""
+    size = dist.get_world_size()
+    errors = []
+    for case in cases:
+        lengths = [length(2 * size) for length in case["lengths"]]
+        places = [-(-length // (2 * size)) * 2 * size for length in lengths]
+        causal, window = case.get("causal", True), case.get("window", (-1, -1))
+        q, k, v, dout = (x.squeeze(1) for x in inputs(sum(places) + case.get("rest", 0) * 2 * size, 1, (4, 2), (8, 6)))
+        places_and_rest = [*places, *([q.size(0) - sum(places)] if case.get("rest") else [])]
+        mine = packed_zigzag(places_and_rest, size, rank)
+        shards = [x[mine].requires_grad_() for x in (q, k, v)]
+        padded = [0, *accumulate(places)]
+        out, _ = run(
+            layout,
+            shards,
+            causal=causal,
+            window=window,
+            cu_seqlens=[0, *accumulate(lengths)],
+            cu_seqlens_padded=None if lengths == places else padded,
+        )
+        found = (out, *torch.autograd.grad(out, shards, dout[mine]))
+        expected = [torch.zeros_like(x) for x in (dout, q, k, v)]
+        for start, length in zip(padded, lengths, strict=False):
+            if length:
+                alone = slice(start, start + length)
+                results = dense_gradients(*(x[alone].unsqueeze(1) for x in (q, k, v, dout)), causal, window)
+                for place, result in zip(expected, results, strict=True):
+                    place[alone] = result.squeeze(1)
+        errors.append(worst(found, tuple(x[mine] for x in expected)))
+    return errors
+
+
+def of(multiple: int, less: int = 0):
+    """A length of so many 2 * cp, less some."""
+    return Length(multiple, less)
+
+
+class Length:
+    def __init__(self, multiple: int, less: int) -> None:
+        self.multiple, self.less = multiple, less
+
+    def __call__(self, unit: int) -> int:
+        return max(0, self.multiple * unit - self.less)
+
+    def __repr__(self) -> str:
+        return f"{self.multiple}u-{self.less}"
+
+
+PACKS: list[dict[str, Any]] = [
+    {"lengths": [of(2), of(1), of(3)]},
+    {"lengths": [of(2), of(1), of(3)], "causal": False},
+    {"lengths": [of(3, 1), of(1), of(2, 5), of(1, 1)]},
+    {"lengths": [of(3, 1), of(1), of(2, 5)], "causal": False, "rest": 1},
+    {"lengths": [of(3), of(1)], "window": (3, 0)},
+    {"lengths": [of(3, 2), of(2)], "window": (3, 0), "rest": 2},
+    {"lengths": [of(3, 2), of(2)], "window": (2, 1), "causal": False},
+]
+
+
+@on_every_layout
+def test_packed_sequences(pool: RankPool, size: int, layout: Layout) -> None:
+    for found in pool.run(packs, size, layout, PACKS):
+        assert max(found) <= 1e-12, dict(zip(map(str, PACKS), found, strict=True))
+
+
+def across(rank: int, layout: Layout, lengths: tuple[int, int]) -> float:
+    size = dist.get_world_size()
+    queries, keys = (2 * size * n for n in lengths)
+    whole = inputs(queries, 2, (4, 2), dims=(8, 6), keys=keys)
+    mine, theirs = zigzag(queries, size, rank), zigzag(keys, size, rank)
+    shards = [x[at].requires_grad_() for x, at in zip(whole, (mine, theirs, theirs), strict=False)]
+    out, _ = run(layout, shards, causal=False)
+    found = (out, *torch.autograd.grad(out, shards, whole[3][mine]))
+    expected = dense_gradients(*whole, False)
+    return worst(found, tuple(x[at] for x, at in zip(expected, (mine, mine, theirs, theirs), strict=True)))
+
+
+@on_every_layout
+def test_keys_of_another_sequence(pool: RankPool, size: int, layout: Layout) -> None:
+    for lengths in ((3, 1), (1, 4)):
+        assert max(pool.run(across, size, layout, lengths)) <= 1e-12

@@ -1,0 +1,103 @@
+"""Every attention kernel on a GPU, one call at a time, against the reference kernel in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_attn2d.attention.kernels import Kernel, choose_kernel
+from megatron_attn2d.attention.kernels.reference import ReferenceKernel
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+BACKENDS = ("flash_attn_4", "cudnn", "transformer_engine", "flash")
+BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+SHAPES = {  # queries, keys, batch, query heads, key heads, band
+    "rectangle": (384, 640, 1, 4, 4, FULL),
+    "causal square": (512, 512, 1, 4, 4, CAUSAL),
+    "batch of causal squares": (256, 256, 2, 4, 2, CAUSAL),
+    "grouped heads": (384, 640, 2, 8, 2, FULL),
+    "odd lengths": (127, 3, 1, 2, 1, FULL),
+    "one token": (1, 1, 2, 2, 2, CAUSAL),
+    "window": (384, 640, 1, 4, 2, Band(200, 0)),
+    "window both ways": (384, 384, 1, 4, 4, Band(100, 50)),
+    "window without an end": (384, 384, 1, 4, 4, Band(0, None)),
+}
+
+
+def kernel_for(backend: str, dtype: torch.dtype, dims: tuple[int, int], windows: bool = False) -> Kernel:
+    """The kernel; skips what this machine has not installed or the kernel refuses by name."""
+    try:
+        return choose_kernel(backend, Request("cuda", dtype, *dims, windows=windows))
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+
+
+def errors(
+    kernel: Kernel,
+    case: tuple[int, int, int, int, int, Band],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    parts: int = 1,
+) -> list[float]:
+    """Relative errors of O, LSE, dQ, dK, dV; with `parts`, inputs are head groups of wider tensors."""
+    sq, sk, batch, heads, kv_heads, band = case
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((sq, heads, dims[0]), (sk, kv_heads, dims[0]), (sk, kv_heads, dims[1]), (sq, heads, dims[1]))
+    q, k, v, dout = (
+        torch.randn(s, batch, parts * h, d, device="cuda", generator=generator).to(dtype).chunk(parts, 2)[-1]
+        for s, h, d in sizes
+    )
+    wide = [x.double() for x in (q, k, v, dout)]
+    reference, scale = ReferenceKernel(), dims[0] ** -0.5
+    true_out, true_lse = reference.forward(*wide[:3], band=band, scale=scale)
+    delta = (wide[3] * true_out).sum(-1).permute(1, 2, 0)
+    expected = reference.backward(wide[3], *wide[:3], None, true_lse, delta, band=band, scale=scale)
+    out, lse = kernel.forward(q, k, v, band=band, scale=scale)
+    found = kernel.backward(dout, q, k, v, out, lse, delta.float(), band=band, scale=scale)
+    pairs = zip((out, lse, *found), (true_out, true_lse, *expected), strict=True)
+    # one key has probability 1 and its scores no gradient: compare with what is there at all
+    return [((a.double() - b).norm() / max(b.norm().item(), 1e-2)).item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_and_bands(backend: str, shape: str, dtype: torch.dtype) -> None:
+    windows = SHAPES[shape][5] not in (FULL, CAUSAL)
+    found = errors(kernel_for(backend, dtype, (128, 128), windows), SHAPES[shape], (128, 128), dtype)
+    assert max(found) <= BOUNDS[dtype], found
+
+
+@pytest.mark.parametrize(
+    "dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_head_dims(backend: str, dims: tuple[int, int]) -> None:
+    kernel = kernel_for(backend, torch.bfloat16, dims)
+    for shape in ("rectangle", "batch of causal squares"):
+        found = errors(kernel, SHAPES[shape], dims, torch.bfloat16)
+        assert max(found) <= BOUNDS[torch.bfloat16], (shape, found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_head_groups_are_views(backend: str) -> None:
+    kernel = kernel_for(backend, torch.bfloat16, (128, 128))
+    for shape in ("rectangle", "batch of causal squares"):
+        found = errors(kernel, SHAPES[shape], (128, 128), torch.bfloat16, parts=2)
+        assert max(found) <= BOUNDS[torch.bfloat16], (shape, found)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flash"])
+def test_deterministic_backward(backend: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        kernel = kernel_for(backend, torch.bfloat16, (128, 128))
+        q, k = (torch.randn(n, 1, 4, 128, device="cuda", dtype=torch.bfloat16) for n in (2048, 4096))
+        out, lse = kernel.forward(q, k, k, band=FULL, scale=0.1)
+        runs = [kernel.backward(q, q, k, k, out, lse, lse, band=FULL, scale=0.1) for _ in range(3)]
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
