@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -22,8 +23,22 @@ from types import TracebackType
 from typing import Any
 
 CARD = "eth0"
+HEADERS = 14 + 20 + 32
+"""Bytes of a packet before its payload: Ethernet, IPv4, TCP with time stamps."""
 _LIMITS = {"gc_thresh1": 8192, "gc_thresh2": 16384, "gc_thresh3": 32768}
-_NEIGHBOURS = Path("/proc/sys/net/ipv4/neigh/default")
+_IPV4 = Path("/proc/sys/net/ipv4")
+_NEIGHBOURS = _IPV4 / "neigh/default"
+_MTU = 4000  # about InfiniBand's largest packet
+# A card sends in the order of arrival and drops nothing. Where sockets may queue megabytes, an acknowledgement waits
+# for seconds behind them, as on no real network: TCP then repeats what is merely late, and of many senders to one host
+# a few take most of its card. So every connection has a small window, and nothing is repeated before 20 s have passed.
+_TCP = {
+    "tcp_rmem": "4096 16384 16384",
+    "tcp_wmem": "4096 65536 131072",
+    "tcp_limit_output_bytes": "8192",
+    "tcp_rto_min_us": "20000000",
+    "tcp_early_retrans": "0",
+}
 
 
 class EmulatedCluster:
@@ -38,6 +53,7 @@ class EmulatedCluster:
         self.hosts, self.rate = hosts, rate
         self._prefix = f"attn2d-{os.getpid()}"
         self._limits: dict[str, str] = {}
+        self._terminate: Any = None
 
     def namespace(self, host: int) -> str:
         """Name of a host's network namespace."""
@@ -46,6 +62,7 @@ class EmulatedCluster:
     def __enter__(self) -> EmulatedCluster:
         # A full mesh of hosts overflows the default neighbour table: "No route to host".
         self._limits = {name: (_NEIGHBOURS / name).read_text() for name in _LIMITS}
+        self._terminate = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up then too
         try:
             for name, value in _LIMITS.items():
                 (_NEIGHBOURS / name).write_text(str(value))
@@ -68,7 +85,7 @@ class EmulatedCluster:
         shape = f"root tbf rate {self.rate} burst 64kb limit 256mb"
         for host in range(self.hosts):
             _ip(
-                f"link add port{host} type veth peer name {CARD} netns {self.namespace(host)}",
+                f"link add port{host} mtu {_MTU} type veth peer name {CARD} mtu {_MTU} netns {self.namespace(host)}",
                 f"link set port{host} master bridge up",
                 namespace=switch,
             )
@@ -89,6 +106,7 @@ class EmulatedCluster:
                 subprocess.run(["ip", "netns", "delete", name], check=False)
         for name, value in self._limits.items():
             (_NEIGHBOURS / name).write_text(value)
+        signal.signal(signal.SIGTERM, self._terminate)
 
     def run(self, fn: Callable[..., Any], ranks_per_host: int, *args: Any, timeout: float = 600.0) -> list[Any]:
         """`fn(rank, *args)` on every rank, rank r on host r // ranks_per_host, in a Gloo world over the cards.
@@ -121,13 +139,13 @@ class EmulatedCluster:
                     os.waitpid(pid, 0)
 
 
-def card_bytes() -> tuple[int, int]:
-    """Bytes that the card of this process's host has received and sent."""
+def card_received() -> tuple[int, int]:
+    """Bytes, with all headers, and packets that the card of this process's host has received."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == CARD:
-            fields = counters.split()
-            return int(fields[0]), int(fields[8])
+            received, packets = counters.split()[:2]
+            return int(received), int(packets)
     raise RuntimeError(f"no {CARD} in this network namespace")
 
 
@@ -135,11 +153,11 @@ def _rank(
     rank: int, world: int, namespace: str, store: str, fn: Callable[..., Any], args: Sequence[Any], answer: Connection
 ) -> None:
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what the parent has set up is the parent's to remove
         with Path("/run/netns", namespace).open() as file:
             os.setns(file.fileno(), os.CLONE_NEWNET)
-        # A card sends in the order of arrival. With megabytes of a bulk transfer queued before it, an acknowledgement
-        # would wait for seconds, as on no real network: this namespace's sockets queue little.
-        Path("/proc/sys/net/ipv4/tcp_wmem").write_text("4096 16384 32768")
+        for name, value in _TCP.items():
+            (_IPV4 / name).write_text(value)
         os.environ["GLOO_SOCKET_IFNAME"] = CARD
         import torch
         import torch.distributed as dist

@@ -1,9 +1,8 @@
 """How long a layer's attention takes on a cluster, and how much memory, for every mode, grid and placement.
 
 A phase of messages takes as long as its busiest link: the cards of a node together, those that one rank can use, or a
-rank's links within the node, in the busier direction; each message that the busiest rank receives adds a latency.
-Kernels run at the given
-rates. Then, with m the time of the messages around a tile and c that of its kernels,
+rank's links within the node, in the busier direction, a latency, and a little for each message that a rank receives.
+Kernels run at the given rates. Then, with m the time of the messages around a tile and c that of its kernels,
 
     attention2d in G groups of heads     (m + c) / G + (G - 1) / G max(m, c)     the first gather and last return show
     ring of P ranks                      c / P + (P - 1) max(m / (P - 1), c / P) each step hides the next one's messages
@@ -17,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_attn2d.attention.layout import place_ranks
 from megatron_attn2d.planner.traffic import (
     Phase,
     Traffic,
@@ -37,7 +35,8 @@ class Cluster:
         intra_bytes_per_s: of one rank's links within its node.
         nic_bytes_per_s: of the cards of a node, over its ranks.
         rank_nic_bytes_per_s: what one rank alone gets of the cards: its own, or all of those that the node shares.
-        intra_latency_s, nic_latency_s: what a message costs besides its bytes.
+        intra_latency_s, nic_latency_s: from one rank to another, for messages that fly at once.
+        message_s: what each message costs a rank besides.
         forward_flops, backward_flops: of the attention kernel, FLOP/s.
     """
 
@@ -47,6 +46,7 @@ class Cluster:
     rank_nic_bytes_per_s: float
     intra_latency_s: float
     nic_latency_s: float
+    message_s: float
     forward_flops: float
     backward_flops: float
 
@@ -65,7 +65,7 @@ class Candidate(NamedTuple):
             return self.mode
         u, r, c = self.axes
         shape = f"{r}x{c}" if u == 1 else f"{u}x{r}x{c}"
-        tiled = "" if self.tile in (None, (r, 1)) else f", tile {self.tile[0]}x{self.tile[1]}"
+        tiled = "" if self.tile is None else f", tile {self.tile[0]}x{self.tile[1]}"
         return self.mode if self.mode in ("all_gather", "ulysses") else f"{self.mode} {shape}{tiled}"
 
 
@@ -150,7 +150,8 @@ def candidates(ranks: int, heads: int, kv_heads: int, ranks_per_node: int) -> It
         for rows in _divisors(ranks // u):
             cols = ranks // u // rows
             for tile in _tiles(rows, cols, max(1, ranks_per_node // u)):
-                yield Candidate("attention2d", (u, rows, cols), tile)
+                if rows < ranks or tile is not None:  # without tiles that is all_gather
+                    yield Candidate("attention2d", (u, rows, cols), tile)
 
 
 def plan(ranks: int, work: Workload, cluster: Cluster) -> list[Prediction]:
@@ -162,8 +163,8 @@ def plan(ranks: int, work: Workload, cluster: Cluster) -> list[Prediction]:
     return sorted(found, key=lambda p: (p.total_s, p.transient_bytes))
 
 
-def phase_seconds(phase: Phase, cluster: Cluster) -> float:
-    """Seconds of messages that fly at once."""
+def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float:
+    """Seconds of messages that fly at once; head groups share their bytes, but each sends all the messages."""
     busiest: dict[tuple[str, int], float] = {}
 
     def load(link: str, owner: int, sent: float) -> None:
@@ -183,7 +184,8 @@ def phase_seconds(phase: Phase, cluster: Cluster) -> float:
     rates = {"node": node_rate, "rank": cluster.rank_nic_bytes_per_s, "within": cluster.intra_bytes_per_s}
     seconds = max((sent / rates[link.split()[-1]] for (link, _), sent in busiest.items()), default=0.0)
     between = any(link.endswith("node") for link, _ in busiest)
-    return seconds + phase.messages * (cluster.nic_latency_s if between else cluster.intra_latency_s)
+    latency = cluster.nic_latency_s if between else cluster.intra_latency_s
+    return seconds + head_groups * (latency + phase.messages * cluster.message_s)
 
 
 def transient_bytes(candidate: Candidate, ranks: int, work: Workload, groups: int) -> float:
@@ -193,10 +195,10 @@ def transient_bytes(candidate: Candidate, ranks: int, work: Workload, groups: in
     column, one head group computed and the next gathered.
     """
     u = work.shard_bytes(ranks)
-    kv = u * work.kv_heads / work.heads
     if candidate.axes is None:
-        return 8 * kv
-    _, rows, cols = candidate.axes
+        return 8 * u * work.kv_heads / work.heads
+    spread, rows, cols = candidate.axes
+    kv = u * max(work.kv_heads, spread) / work.heads  # fewer key/value heads than U are repeated
     in_flight = 1 if groups == 1 else 2
     return (3 * cols * u + 4 * rows * kv) * in_flight / groups
 
@@ -206,11 +208,8 @@ def _grouped_seconds(
 ) -> tuple[float, float]:
     seconds = []
     for side, compute in zip((traffic.forward, traffic.backward), kernels, strict=True):
-        spread = sum(phase_seconds(p, cluster) for p in side if "over heads" in p.name)
-        inner = [p for p in side if "over heads" not in p.name]
-        # Groups share the bytes, but each sends all the messages.
-        latency = sum(p.messages for p in inner) * cluster.nic_latency_s * (groups - 1)
-        messages = sum(phase_seconds(p, cluster) for p in inner) + latency
+        spread = sum(phase_seconds(p, cluster) for p in side if p.over_heads)
+        messages = sum(phase_seconds(p, cluster, groups) for p in side if not p.over_heads)
         seconds.append(spread + (messages + compute) / groups + (groups - 1) / groups * max(messages, compute))
     return seconds[0], seconds[1]
 
@@ -220,14 +219,14 @@ def _ring_seconds(side: Sequence[Phase], ranks: int, compute: float, cluster: Cl
     return step + sum(max(phase_seconds(phase, cluster), step) for phase in side)
 
 
-def _tiles(rows: int, cols: int, places: int) -> list[tuple[int, int]]:
-    """Tiles of at most `places` places, none contained in another; whole columns first."""
+def _tiles(rows: int, cols: int, places: int) -> list[tuple[int, int] | None]:
+    """No tile, and those of at most `places` places that are contained in no other.
+
+    A whole column in a node has no chunk to pass on: it is the order of the ranks without tiles.
+    """
     fitting = [(r, c) for r in _divisors(rows) for c in _divisors(cols) if r * c <= places]
     largest = [t for t in fitting if not any(t != o and t[0] <= o[0] and t[1] <= o[1] for o in fitting)]
-    orders: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
-    for tile in sorted({(rows, 1), *largest}, key=lambda tile: (tile != (rows, 1), tile)):
-        orders.setdefault(place_ranks(rows, cols, *tile), tile)  # several tiles may be one order of the ranks
-    return list(orders.values())
+    return [None, *(tile for tile in largest if tile not in ((1, 1), (rows, 1)))]
 
 
 def _divisors(n: int) -> list[int]:

@@ -30,6 +30,9 @@ _RATES = (
     "nic_latency_us",
 )
 
+_MESSAGE_S = 2e-6
+"""What NCCL's proxy spends on a message, whichever the cluster: an order of magnitude."""
+
 
 def workload(run: RunConfig) -> Workload:
     """One layer's attention on one tensor-parallel rank."""
@@ -61,6 +64,7 @@ def cluster(run: RunConfig) -> Cluster:
         rank_nic_bytes_per_s=nic,
         intra_latency_s=rates["intra_node_latency_us"] * 1e-6,
         nic_latency_s=rates["nic_latency_us"] * 1e-6,
+        message_s=_MESSAGE_S,
         forward_flops=rates["attention_forward_tflops"] * 1e12,
         backward_flops=rates["attention_backward_tflops"] * 1e12,
     )

@@ -60,16 +60,18 @@ class Phase:
         name: what is sent.
         sent: bytes by (sender, receiver), context-parallel ranks.
         messages: the most messages that a rank receives.
+        over_heads: whether they exchange sequence for heads, before or after all else.
     """
 
     name: str
     sent: dict[tuple[int, int], float]
     messages: int
+    over_heads: bool = False
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """All phases of a layer's forward and backward pass, in order; `steps` of them alternate with computation."""
+    """All phases of a layer's forward and backward pass, in order."""
 
     forward: list[Phase] = field(default_factory=list)
     backward: list[Phase] = field(default_factory=list)
@@ -89,16 +91,16 @@ def attention2d_traffic(axes: tuple[int, int, int], work: Workload, *, tile: tup
     queries, keys = _links(rows, cols, tile, work.mask(places))
     spread = work.seq / (places * u) * token_head  # one head of one rank's tokens
     forward = [
-        _over_heads("q, k, v over heads", places, u, spread * (heads + 2 * kv_heads)),
+        _over_heads("q, k, v", places, u, spread * (heads + 2 * kv_heads), 3),
         *_phases("gather q; k, v", u, _GATHER, [(queries, q, 1), (keys, 2 * kv, 2)]),
         *_phases("return o", u, _RETURN, [(queries, q + row_statistic, 2)]),
-        _over_heads("o over heads", places, u, spread * heads),
+        _over_heads("o", places, u, spread * heads, 1),
     ]
     backward = [
-        _over_heads("do over heads", places, u, spread * heads),
+        _over_heads("do", places, u, spread * heads, 1),
         *_phases("gather q, do; k, v", u, _GATHER, [(queries, 2 * q + 2 * row_statistic, 3), (keys, 2 * kv, 2)]),
         *_phases("return dq; dk, dv", u, _RETURN, [(queries, q, 1), (keys, 2 * kv, 2)]),
-        _over_heads("dq, dk, dv over heads", places, u, spread * (heads + 2 * kv_heads)),
+        _over_heads("dq, dk, dv", places, u, spread * (heads + 2 * kv_heads), 3),
     ]
     return Traffic([p for p in forward if p.sent], [p for p in backward if p.sent])
 
@@ -133,7 +135,7 @@ type _Links = tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]]
 
 @lru_cache(maxsize=256)
 def _links(rows: int, cols: int, tile: tuple[int, int] | None, mask: Mask) -> tuple[_Links, _Links]:
-    """What gathers the queries along all rows, and the keys along all columns."""
+    """What gathers the queries along all rows, and the keys along all columns; without a tile, each rank for itself."""
     ranks = place_ranks(rows, cols, *(tile or (rows, 1)))
     columns = tuple(zip(*ranks, strict=True))
     node_rows, node_cols = tile or (1, 1)
@@ -171,8 +173,8 @@ def _phases(name: str, u: int, order: tuple[int, int], parts: list[tuple[_Links,
         yield Phase(f"{name}, {'within' if stage else 'between'} nodes", sent, max(messages.values(), default=0))
 
 
-def _over_heads(name: str, places: int, u: int, sent: float) -> Phase:
-    """Every rank of a head group sends every other one its heads of its tokens."""
+def _over_heads(name: str, places: int, u: int, sent: float, tensors: int) -> Phase:
+    """Every rank of a head group sends every other one its heads of its tokens, two chunks a tensor."""
     links = {
         (place * u + sender, place * u + receiver): sent
         for place in range(places)
@@ -180,4 +182,4 @@ def _over_heads(name: str, places: int, u: int, sent: float) -> Phase:
         for receiver in range(u)
         if sender != receiver
     }
-    return Phase(name, links, 2 * (u - 1))
+    return Phase(f"{name} over heads", links, 2 * tensors * (u - 1), over_heads=True)

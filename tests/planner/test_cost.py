@@ -8,11 +8,11 @@ import pytest
 
 from megatron_attn2d.cli import main
 from megatron_attn2d.config import load_run
-from megatron_attn2d.planner.cost import Candidate, Cluster, candidates, plan, predict
+from megatron_attn2d.planner.cost import Candidate, Cluster, candidates, plan, predict, transient_bytes
 from megatron_attn2d.planner.report import verdict
 from megatron_attn2d.planner.traffic import Workload
 
-NODES = Cluster(8, 360e9, 45e9, 45e9, 5e-6, 12e-6, 620e12, 550e12)
+NODES = Cluster(8, 360e9, 45e9, 45e9, 5e-6, 12e-6, 2e-6, 620e12, 550e12)
 MHA = Workload(seq=32768, heads=40, kv_heads=40, head_dim=128)
 RING = Candidate("ring", None, None)
 
@@ -23,14 +23,14 @@ def best(ranks: int, work: Workload, cluster: Cluster = NODES) -> Candidate:
 
 def test_an_infinitely_fast_network_leaves_the_kernels() -> None:
     free = replace(NODES, intra_bytes_per_s=1e30, nic_bytes_per_s=1e30, rank_nic_bytes_per_s=1e30)
-    free = replace(free, intra_latency_s=0.0, nic_latency_s=0.0)
+    free = replace(free, intra_latency_s=0.0, nic_latency_s=0.0, message_s=0.0)
     for prediction in plan(16, MHA, free):
         assert prediction.total_s == pytest.approx(prediction.kernels_s)
 
 
 def test_an_infinitely_fast_kernel_leaves_the_messages() -> None:
     """A ring's speed over attention2d is then the ratio of their bytes through the busiest card."""
-    fast = replace(NODES, ranks_per_node=1, forward_flops=1e30, backward_flops=1e30, nic_latency_s=0.0)
+    fast = replace(NODES, ranks_per_node=1, forward_flops=1e30, backward_flops=1e30, nic_latency_s=0.0, message_s=0.0)
     ring = predict(RING, 64, MHA, fast)
     grid = predict(Candidate("attention2d", (1, 8, 8), (8, 1)), 64, MHA, fast)
     assert ring.total_s == pytest.approx(6 * 63 * MHA.shard_bytes(64) / 45e9)
@@ -52,6 +52,41 @@ def test_few_key_heads_make_gathering_them_the_best() -> None:
         if p.candidate.axes and p.candidate.axes[0] == 1
     }
     assert min(found, key=lambda label: found[label]) in ("all_gather", "attention2d 16x1", "attention2d 8x2")
+
+
+def test_where_latency_decides_the_fewest_phases_win() -> None:
+    """Seven heads divide by no rank; a ring waits once a step, a gather of all keys once a pass."""
+    far = replace(NODES, ranks_per_node=1, nic_latency_s=200e-6)
+    found = plan(8, Workload(seq=8192, heads=7, kv_heads=1, head_dim=128), far)
+    assert found[0].candidate.mode == "all_gather"
+    assert "Take all_gather" in verdict(found)
+
+
+@pytest.mark.parametrize(("ranks", "heads", "kv_heads", "axes"), [(8, 8, 4, (8, 1, 1)), (16, 16, 8, (16, 1, 1))])
+def test_key_heads_are_repeated_where_that_pays(
+    ranks: int, heads: int, kv_heads: int, axes: tuple[int, int, int]
+) -> None:
+    """Heads over more ranks than there are key heads, over slow links, one rank a node."""
+    slow = replace(NODES, ranks_per_node=1, nic_bytes_per_s=1e9, rank_nic_bytes_per_s=1e9)
+    found = plan(ranks, Workload(seq=32768, heads=heads, kv_heads=kv_heads, head_dim=128), slow)
+    assert found[0].candidate.axes == axes
+
+
+def test_repeated_key_heads_take_memory() -> None:
+    """On 8 x 2 x 1 ranks, one of the repeated heads a rank instead of a quarter."""
+    work = Workload(seq=32768, heads=8, kv_heads=2, head_dim=128)
+    shard = work.shard_bytes(16)
+    assert transient_bytes(Candidate("attention2d", (8, 2, 1), None), 16, work, 1) == (3 * 1 + 4 * 2) * shard
+
+
+def test_a_column_on_two_nodes_crosses_the_network_once_a_node() -> None:
+    """16 x 4 on 8-GPU nodes: tiles of 8 x 1 are the order without tiles, but carry chunks within the node."""
+    tiles = {c.tile for c in candidates(64, 8, 8, 8) if c.axes == (1, 16, 4)}
+    assert tiles == {None, (8, 1), (4, 2), (2, 4)}
+    direct, carried = (
+        predict(Candidate("attention2d", (1, 16, 4), tile), 64, MHA, NODES).nic_bytes for tile in (None, (8, 1))
+    )
+    assert carried < 0.7 * direct
 
 
 def test_small_messages_over_slow_links_want_the_grid() -> None:

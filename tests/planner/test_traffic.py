@@ -15,7 +15,14 @@ from megatron_attn2d.planner.traffic import Traffic, Workload, attention2d_traff
 from tests.attention.dense import inputs, zigzag
 from tests.pool import RankPool
 
-SHAPES = [(1, 2, 2), (1, 4, 1), (1, 1, 4), (1, 2, 3), (2, 2, 1), (2, 2, 2), (4, 1, 1), (1, 2, 4)]
+GRIDS_OF_8 = [(u, r, 8 // u // r) for u in (1, 2, 4, 8) for r in (1, 2, 4, 8) if 8 % (u * r) == 0]
+TILES_OF_8 = [
+    ((u, rows, cols), (r, c))
+    for u, rows, cols in GRIDS_OF_8
+    for r in (1, 2, 4, 8)
+    for c in (1, 2, 4, 8)
+    if rows % r == 0 and cols % c == 0 and r * c > 1
+]
 
 
 def units(traffic: Traffic, ranks: int, unit: float) -> tuple[float, float]:
@@ -104,26 +111,24 @@ def sent_bytes(
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["MHA", "GQA"])
-@pytest.mark.parametrize("axes", [*SHAPES, None], ids=str)
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["MHA", "GQA"])
+@pytest.mark.parametrize("axes", [*GRIDS_OF_8, (1, 2, 3), None], ids=str)
 def test_every_byte_that_is_sent_is_counted(
     pool: RankPool, axes: tuple[int, int, int] | None, heads: tuple[int, int], causal: bool
 ) -> None:
-    size = 4 if axes is None else axes[0] * axes[1] * axes[2]
+    """On every U x R x C of 8 ranks, a grid of 6, and the ring; U = 4 and 8 repeat the two key/value heads."""
+    size = 8 if axes is None else axes[0] * axes[1] * axes[2]
     work = Workload(seq=8 * size, heads=heads[0], kv_heads=heads[1], head_dim=8, element_bytes=4, causal=causal)
     traffic = ring_traffic(size, work) if axes is None else attention2d_traffic(axes, work)
     compare(pool.run(sent_bytes, size, axes, heads, causal), traffic)
 
 
-@pytest.mark.parametrize(
-    ("axes", "tile"),
-    [((1, 4, 2), (2, 1)), ((1, 4, 2), (2, 2)), ((1, 2, 4), (1, 2)), ((1, 2, 4), (2, 4)), ((2, 2, 2), (2, 2))],
-)
+@pytest.mark.parametrize(("axes", "tile"), TILES_OF_8, ids=str)
 def test_every_byte_that_nodes_forward_is_counted(
     pool: RankPool, axes: tuple[int, int, int], tile: tuple[int, int]
 ) -> None:
-    work = Workload(seq=64, heads=4, kv_heads=2, head_dim=8, element_bytes=4)
-    compare(pool.run(sent_bytes, 8, axes, (4, 2), True, tile), attention2d_traffic(axes, work, tile=tile))
+    work = Workload(seq=64, heads=8, kv_heads=2, head_dim=8, element_bytes=4)
+    compare(pool.run(sent_bytes, 8, axes, (8, 2), True, tile), attention2d_traffic(axes, work, tile=tile))
 
 
 def compare(found: list[list[Counter]], traffic: Traffic) -> None:
