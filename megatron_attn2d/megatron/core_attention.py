@@ -193,6 +193,8 @@ def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:
             "packed_seq_params.cp_group (dynamic context parallelism) is not supported: the grid is one for all "
             "batches; leave out --dynamic-context-parallel / --hybrid-context-parallel"
         )
+    if packing.cu_seqlens_q is None:
+        raise ValueError("packed_seq_params.cu_seqlens_q is missing: packed sequences need their running totals")
     totals: dict[str, list[int] | None] = {}
     for name, queries, keys in (
         ("cu_seqlens", packing.cu_seqlens_q, packing.cu_seqlens_kv),
@@ -201,8 +203,6 @@ def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:
         totals[name] = None if queries is None else queries.flatten().tolist()
         if keys is not None and keys is not queries and keys.flatten().tolist() != totals[name]:
             raise ValueError(f"{name}_q and {name}_kv differ: packed queries attend their own sequences only")
-    if totals["cu_seqlens"] is None:
-        raise ValueError("packed_seq_params.cu_seqlens_q is missing: packed sequences need their running totals")
     vars(packing)["_attention2d_totals"] = totals
     return totals
 
