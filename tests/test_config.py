@@ -116,9 +116,10 @@ REFUSED = {
     "model.max_position_embeddings=128": (
         "model.max_position_embeddings = 128: less than training.seq_length = 256; choose 256 or more"
     ),
-    "model.attention_dropout=0.1": (
-        "model.attention_dropout = 0.1: context_parallel.mode = attention2d has no dropout inside attention yet; "
-        "choose 0.0"
+    "environment.device=cuda model.attention_dropout=0.1": (
+        "model.attention_dropout = 0.1: on GPUs context_parallel.mode = attention2d drops inside attention by its "
+        "reference kernel alone, whose memory grows with the square of the sequence; "
+        "choose 0.0, or environment.device=cpu"
     ),
     # parallelism
     "parallelism.tensor=3": (
@@ -154,7 +155,7 @@ REFUSED = {
     # context parallelism
     "training.seq_length=252": (
         "training.seq_length = 252: not a multiple of 2 * context_parallel.size = 8, the chunks of the zigzag; "
-        "choose 256"
+        "choose 248 or 256"
     ),
     "context_parallel.grid=[2, 3]": (
         "context_parallel.grid = [2, 3]: 6 ranks, but context_parallel.size is 4; "

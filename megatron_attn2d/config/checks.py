@@ -104,7 +104,7 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
         yield (
             "training.seq_length",
             f"not a multiple of 2 * context_parallel.size = {chunks}, the chunks of the zigzag",
-            f"choose {-(-length // chunks) * chunks}",
+            f"choose {' or '.join(str(n) for n in (length // chunks * chunks, -(-length // chunks) * chunks) if n)}",
         )
     if context.grid != "auto":
         grids = ", ".join(f"[{rows}, {columns}]" for rows, columns in factorisations(context.size))
@@ -153,11 +153,12 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
             f"context_parallel.mode = {context.mode} is Transformer Engine's, whose messages are not followed",
             "choose false, or context_parallel.mode=attention2d",
         )
-    if run.model.attention_dropout and ours:
+    if run.model.attention_dropout and ours and run.environment.device == "cuda":
         yield (
             "model.attention_dropout",
-            f"context_parallel.mode = {context.mode} has no dropout inside attention yet",
-            "choose 0.0",
+            f"on GPUs context_parallel.mode = {context.mode} drops inside attention by its reference kernel alone, "
+            "whose memory grows with the square of the sequence",
+            "choose 0.0, or environment.device=cpu",
         )
 
 

@@ -8,27 +8,33 @@
     a2a                 ATTENTION2D with the head axis alone: Ulysses
     a2a+p2p             refused: Transformer Engine has it
 
-It holds no parameters, so checkpoints interchange with every other vanilla-softmax attention.
+It holds no parameters but learnable sinks, under upstream's name: checkpoints interchange with every other attention.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType, CudaGraphModule
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.ulysses import check_heads
 
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
+_CAUSAL_PACKED = {**_CAUSAL, AttnMaskType.padding_causal: True, AttnMaskType.padding: False}
 
 
 class ContextParallelAttention(MegatronModule):
@@ -53,14 +59,18 @@ class ContextParallelAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp", "hcp"])
-        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        _refuse_unsupported(config, layer_number, attention_type, dropout)
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp", "hcp", "tp"])
+        _refuse_unsupported(config, attention_type)
         self.layer_number = layer_number
         self.mode = cp_comm_type
         self.head_dims = k_channels or config.kv_channels, v_channels or config.kv_channels
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = tuple(config.window_size) if windowed else None
+        self.tp_group = pg_collection.tp
+        self.softmax_offset = self._sinks(config)
         self.head_groups = getattr(config, "attention2d_head_groups", None)
         self.ring = None
         self.grid = Grid.single()
@@ -95,22 +105,107 @@ class ContextParallelAttention(MegatronModule):
         """Attend query [s/cp, b, h, d] to key and value [s/cp, b, g, d] in the zigzag layout.
 
         The mask is that of `attn_mask_type`; `attention_mask` is not read, as Megatron's loader need not make it.
+        With `packed_seq_params` (THD) the shapes are [t/cp, heads, d], each sequence in a zigzag of its own.
 
         Returns:
-            [s/cp, b, h * d].
+            [s/cp, b, h * d], or [t/cp, h * d].
         """
-        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
-        if mask_type not in _CAUSAL:
-            raise ValueError(f"attention mask {mask_type.name} is not supported: choose causal or no_mask")
-        if packed_seq_params is not None:
-            raise ValueError("packed sequences (THD) are not supported yet: train on unpacked sequences")
+        causal = self._is_causal(attn_mask_type, packed_seq_params)
         if attention_bias is not None:
             raise ValueError("attention bias is not supported: choose rotary or learned positions")
-        causal, label = _CAUSAL[mask_type], f"layer {self.layer_number}"
         on_grid = partial(attention2d, grid=self.grid, head_groups=self.head_groups)
         attend = on_grid if self.ring is None else partial(ring_attention, group=self.ring)
-        out = attend(query, key, value, causal=causal, softmax_scale=self.softmax_scale, label=label)
-        return out.flatten(2)
+        out = attend(
+            query,
+            key,
+            value,
+            causal=causal,
+            window=self.window,
+            sink=self.softmax_offset,
+            dropout=self._draw_dropout(query),
+            softmax_scale=self.softmax_scale,
+            label=f"layer {self.layer_number}",
+            **({} if packed_seq_params is None else _totals(packed_seq_params)),
+        )
+        return out.flatten(-2)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """Learnable sinks, spread over tensor-parallel ranks by heads; nothing else."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+
+    def _sinks(self, config: TransformerConfig) -> torch.Tensor | None:
+        """A score for each head of this tensor-parallel rank, as upstream's DotProductAttention has it."""
+        if config.softmax_type == "vanilla":
+            return None
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        offsets = torch.zeros(heads, device=device, dtype=config.params_dtype)
+        if config.softmax_type == "off-by-one":
+            return offsets
+        parameter = torch.nn.Parameter(offsets)
+        if config.perform_initialization:
+            config.init_method(parameter)
+        set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        return parameter
+
+    def _is_causal(self, attn_mask_type: AttnMaskType | None, packing: PackedSeqParams | None) -> bool:
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        # With packed sequences "padding" says no more than their lengths do.
+        served = _CAUSAL if packing is None else _CAUSAL_PACKED
+        if mask_type not in served:
+            raise ValueError(f"attention mask {mask_type.name} is not supported: choose causal or no_mask")
+        return served[mask_type]
+
+    def _draw_dropout(self, query: Tensor) -> Dropout | None:
+        """Dropout under a new seed, while training.
+
+        It comes from the random numbers that all ranks of a replica have in common. Activation recomputation restores
+        them, and so draws the same.
+        """
+        if not self.training or self.dropout == 0:
+            return None
+        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+            seed = torch.randint(2**62, (1,), device=query.device)
+        return Dropout(self.dropout, seed, first_head=self.tp_group.rank() * query.size(-2))
+
+
+def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:
+    """Running totals of packed sequences, for attention.
+
+    Raises:
+        ValueError: for what is packed in a way that is not served.
+    """
+    known: dict[str, list[int] | None] | None = vars(packing).get("_attention2d_totals")
+    if known is not None:  # read once for all layers: each reading makes the GPU's queue run empty
+        return known
+    if packing.qkv_format != "thd":
+        raise ValueError(f"packed_seq_params.qkv_format {packing.qkv_format!r} is not supported: choose thd")
+    if packing.cp_group is not None or packing.local_cp_size is not None:
+        raise ValueError(
+            "packed_seq_params.cp_group (dynamic context parallelism) is not supported: the grid is one for all "
+            "batches; leave out --dynamic-context-parallel / --hybrid-context-parallel"
+        )
+    if packing.cu_seqlens_q is None:
+        raise ValueError("packed_seq_params.cu_seqlens_q is missing: packed sequences need their running totals")
+    totals: dict[str, list[int] | None] = {}
+    for name, queries, keys in (
+        ("cu_seqlens", packing.cu_seqlens_q, packing.cu_seqlens_kv),
+        ("cu_seqlens_padded", packing.cu_seqlens_q_padded, packing.cu_seqlens_kv_padded),
+    ):
+        totals[name] = None if queries is None else queries.flatten().tolist()
+        if keys is not None and keys is not queries and keys.flatten().tolist() != totals[name]:
+            raise ValueError(f"{name}_q and {name}_kv differ: packed queries attend their own sequences only")
+    vars(packing)["_attention2d_totals"] = totals
+    return totals
 
 
 def _hierarchical_grid(groups: ProcessGroupCollection) -> Grid:
@@ -144,15 +239,10 @@ def _tiled_grid(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> Grid:
     )
 
 
-def _refuse_unsupported(config: TransformerConfig, layer_number: int, attention_type: str, dropout: float) -> None:
+def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
+    modules = config.cuda_graph_modules or []
+    captured = config.cuda_graph_impl != "none" and (not modules or CudaGraphModule.attn in modules)
     refused = [
-        (dropout > 0, f"attention_dropout {dropout}", "set model.attention_dropout: 0.0 (--attention-dropout 0)"),
-        (
-            is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number),
-            f"window_size {config.window_size}",
-            "full attention (no --window-size)",
-        ),
-        (config.softmax_type != "vanilla", f"softmax_type {config.softmax_type!r}", "softmax_type vanilla"),
         (config.qk_clip or config.log_max_attention_logit, "qk_clip / log_max_attention_logit", "leave both off"),
         (config.fp8_dot_product_attention, "fp8_dot_product_attention", "bf16 attention; FP8 in linear layers is fine"),
         (
@@ -171,6 +261,11 @@ def _refuse_unsupported(config: TransformerConfig, layer_number: int, attention_
             "auto, flash, fused or unfused",
         ),
         (attention_type != "self", f"attention_type {attention_type!r}", "self attention"),
+        (
+            captured,
+            f"cuda_graph_impl {config.cuda_graph_impl!r} around attention, whose messages are not captured,",
+            "cuda_graph_modules without attn (moe_router, say), or cuda_graph_impl none",
+        ),
     ]
     for condition, what, instead in refused:
         if condition:

@@ -56,8 +56,13 @@ def attentions(model: Iterable[torch.nn.Module]) -> Iterator[ContextParallelAtte
 
 
 def distinct_attentions(model: Iterable[torch.nn.Module]) -> list[ContextParallelAttention]:
-    """One attention of each mode and grid."""
-    return list({(attention.mode, attention.grid): attention for attention in reversed([*attentions(model)])}.values())
+    """One attention of each mode, grid and window."""
+    return list(
+        {
+            (attention.mode, attention.grid, attention.window): attention
+            for attention in reversed([*attentions(model)])
+        }.values()
+    )
 
 
 def check_attention(attention: ContextParallelAttention) -> None:
@@ -77,10 +82,15 @@ def check_attention(attention: ContextParallelAttention) -> None:
     mine = _shard(size, rank, chunk, q.device)
 
     own = [x[mine].requires_grad_() for x in (q, k, v)]
+    training = attention.training
+    attention.eval()  # without dropout
     with torch.enable_grad():
         out = attention(*own, None).unflatten(2, (heads, -1))
         found = out, *torch.autograd.grad(out, own, dout[mine])
-        expected = dense(q, k, v, dout, causal, scale := softmax_scale(config))
+        mask = hidden(q.size(0), causal, attention.window, q.device)
+        scale = softmax_scale(config)
+        expected = dense(q, k, v, dout, mask, scale, attention.softmax_offset)
+    attention.train(training)
     for name, x, y in zip(("its output", "dQ", "dK", "dV"), found, expected, strict=True):
         error = ((x.double() - y[mine]).abs().max() / y.abs().max()).item()
         if not error <= _TOLERANCE[config.params_dtype]:  # NaN included
@@ -124,8 +134,18 @@ def _shard(size: int, rank: int, chunk: int, device: torch.device) -> Tensor:
     return torch.cat([starts[LOWER] + first, starts[UPPER] + first])
 
 
+def hidden(tokens: int, causal: bool, window: tuple[int, int] | None, device: torch.device) -> Tensor:
+    """Which keys a query does not see, [s, s]."""
+    left, right = window or (-1, -1)
+    ahead = torch.arange(tokens, device=device)[None, :] - torch.arange(tokens, device=device)[:, None]
+    unseen = (ahead > 0) & causal
+    if left >= 0:
+        unseen |= ahead < -left
+    return unseen | (ahead > right) if right >= 0 else unseen
+
+
 def dense(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, unseen: Tensor, scale: float, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of the whole sequence in float64, and the gradients of q, k and v; a key head at a time."""
     shared = q.size(2) // k.size(2)
@@ -134,10 +154,11 @@ def dense(
         mine = slice(head * shared, (head + 1) * shared)
         leaves = [x.detach().double().requires_grad_() for x in (q[:, :, mine], k[:, :, head], v[:, :, head])]
         scores = torch.einsum("sbhd,tbd->bhst", leaves[0], leaves[1]) * scale
-        if causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
-        out = torch.einsum("bhst,tbd->sbhd", scores.softmax(-1), leaves[2])
+        scores = scores.masked_fill(unseen, -torch.inf)
+        if sink is not None:  # one more key, of value 0
+            column = sink.detach()[mine].double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, column], -1)
+        out = torch.einsum("bhst,tbd->sbhd", scores.softmax(-1)[..., : k.size(0)], leaves[2])
         dq, dk, dv = torch.autograd.grad(out, leaves, dout[:, :, mine].double())
         parts.append((out.detach(), dq, dk.unsqueeze(2), dv.unsqueeze(2)))
     whole_out, whole_dq, whole_dk, whole_dv = (torch.cat(part, 2) for part in zip(*parts, strict=True))

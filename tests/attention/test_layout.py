@@ -7,7 +7,19 @@ from collections import Counter
 
 import pytest
 
-from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Chunk, Mask, tile_plan, visible_prefix
+from megatron_attn2d.attention.layout import (
+    CAUSAL,
+    FULL,
+    LOWER,
+    UPPER,
+    Band,
+    Call,
+    Chunk,
+    Mask,
+    TilePlan,
+    tile_plan,
+    visible_prefix,
+)
 
 SHAPES = [(r, c) for r in range(1, 9) for c in range(1, 9) if r * c <= 36]
 
@@ -90,3 +102,92 @@ def test_visible_prefix(query: tuple[int, int], expected: int) -> None:
 def test_a_row_and_a_column_share_one_rank() -> None:
     with pytest.raises(AssertionError, match="share one rank"):
         tile_plan((0, 1), (0, 1), Mask(CAUSAL))
+
+
+WINDOWS = [Band(left, right) for left in (0, 1, 3, 4, 9, None) for right in (0, 2, 4, None)]
+
+
+def pairs_of(plan: TilePlan, own: int, size: int) -> Counter[tuple[int, int, int]]:
+    """How often (sequence, query token, key token) is attended."""
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for number, part in enumerate(plan.parts):
+        n = part.chunk
+        queries = [chunk.position(size) * n + i for chunk in plan.queries for i in range(n)]
+        keys = [chunk.position(size) * n + i for chunk in plan.keys for i in range(n)]
+        for start, stop, first, last, band in part.calls:
+            assert 0 <= start < stop <= len(queries)
+            assert 0 <= first < last <= len(keys)
+            assert all(side is None or side >= 0 for side in band)
+            for i, row in enumerate(queries[start:stop]):
+                visible = [
+                    key for j, key in enumerate(keys[first:last]) if sees(band, j - i - (last - first) + (stop - start))
+                ]
+                assert visible, "a row without a key: kernels differ on those"
+                seen.update((number, row, key) for key in visible)
+        if part.diagonal is not None:
+            for half in (LOWER, UPPER):
+                at = Chunk(own, half).position(size) * n
+                seen.update((number, at + i, at + j) for i in range(n) for j in range(n) if sees(part.diagonal, j - i))
+    return seen
+
+
+def sees(band: Band, ahead: int) -> bool:
+    return (band.left is None or -band.left <= ahead) and (band.right is None or ahead <= band.right)
+
+
+@pytest.mark.parametrize("lengths", [None, (13,), (24, 9), (0, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 4), (4, 1), (3, 2)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_bands_and_padding_token_by_token(shape: tuple[int, int], lengths: tuple[int, ...] | None) -> None:
+    size = shape[0] * shape[1]
+    chunks = (3,) if lengths is None else (3, 2)[: len(lengths)]
+    tokens = [2 * size * n for n in chunks]
+    real = tuple(map(min, lengths or tokens, tokens))
+    for band in [FULL, CAUSAL, *WINDOWS]:
+        seen: Counter[tuple[int, int, int]] = Counter()
+        ranks = grid(*shape, "columns")
+        for row in ranks:
+            for own, column in zip(row, zip(*ranks, strict=True), strict=True):
+                mask = Mask(band, size, chunks, None if lengths is None else real)
+                plan = tile_plan(tuple(row), tuple(column), mask)
+                seen += pairs_of(plan, own, size)
+                if mask.windows or mask.padded:  # all that is gathered is used
+                    used = {(c.first // p.key_chunk, -(-c.last // p.key_chunk)) for p in plan.parts for c in p.calls}
+                    assert {slot for first, last in used for slot in range(first, last)} == set(range(len(plan.keys)))
+        expected = {
+            (number, i, j)
+            for number, length in enumerate(real)
+            for i in range(length)
+            for j in range(length)
+            if sees(band, j - i)
+        }
+        assert set(seen) == expected, band
+        assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("window", [8, 32, 64])
+def test_keys_outside_the_window_are_not_gathered(window: int) -> None:
+    """64 ranks on 8 x 8, chunks of 8 tokens: a rank's work and its messages stay with the window, not the sequence."""
+    ranks = grid(8, 8, "columns")
+    columns = list(zip(*ranks, strict=True))
+    for row in ranks:
+        for column in columns:
+            plan, whole = (
+                tile_plan(tuple(row), tuple(column), Mask(band, 64, (8,))) for band in (Band(window - 1, 0), CAUSAL)
+            )
+            needed = {
+                key
+                for key in whole.keys
+                for query in (Chunk(rank, half) for rank in row for half in (LOWER, UPPER))
+                if 0 <= query.position(64) - key.position(64) <= -(-(window - 1) // 8)
+            }
+            assert set(plan.keys) <= needed
+    parts = [
+        tile_plan(tuple(row), tuple(column), Mask(Band(window - 1, 0), 64, (8,))).parts[0]
+        for row in ranks
+        for column in columns
+    ]
+    squares = [Call(0, 8, 0, 8, part.diagonal) for part in parts for _ in range(2) if part.diagonal is not None]
+    total = sum(call.pairs for part in parts for call in part.calls) + sum(call.pairs for call in squares)
+    tokens = 128 * 8
+    visible = tokens * window - window * (window - 1) / 2
+    assert total == visible

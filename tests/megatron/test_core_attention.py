@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.attention.dense import dense_gradients, inputs, zigzag
+from tests.attention.dense import dense_gradients, hidden, inputs, packed_zigzag, zigzag
 from tests.pool import RankPool
 
 
@@ -73,6 +73,105 @@ def test_against_dense(pool: RankPool, ranks: int, cp: int, cp_comm_type: str | 
     assert max(pool.run(errors, ranks, cp, cp_comm_type, sizes)) <= 1e-12
 
 
+def packing(**changes: Any) -> Any:
+    """Megatron's parameters of packed sequences, of 8 tokens if nothing else is said."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    params: dict[str, Any] = {"qkv_format": "thd", "cu_seqlens_q": [0, 4, 8], "cu_seqlens_kv": [0, 4, 8], **changes}
+    tensors = {k: torch.tensor(v, dtype=torch.int32) if isinstance(v, list) else v for k, v in params.items()}
+    return PackedSeqParams(**tensors)
+
+
+def packed_error(rank: int, cp_comm_type: str, sizes: list[int] | None) -> float:
+    """Padding between packed sequences: against each sequence alone."""
+    with built(4, cp_comm_type, sizes) as module:
+        q, k, v, dout = (x.squeeze(1) for x in inputs(32, 1, (4, 2)))
+        mine = packed_zigzag([8, 24], 4, rank)
+        params = packing(
+            cu_seqlens_q=[0, 7, 27],
+            cu_seqlens_kv=[0, 7, 27],
+            cu_seqlens_q_padded=[0, 8, 32],
+            cu_seqlens_kv_padded=[0, 8, 32],
+        )
+        own = [x[mine].requires_grad_() for x in (q, k, v)]
+        out = module(*own, None, packed_seq_params=params).unflatten(1, (4, 8))
+        found = (out, *torch.autograd.grad(out, own, dout[mine]))
+    expected = [torch.zeros_like(x) for x in (dout, q, k, v)]
+    for alone in (slice(0, 7), slice(8, 28)):
+        results = dense_gradients(*(x[alone].unsqueeze(1) for x in (q, k, v, dout)), True)
+        for whole, result in zip(expected, results, strict=True):
+            whole[alone] = result.squeeze(1)
+    return max((a - b[mine]).abs().max().item() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("cp_comm_type", "sizes"), [("attention2d", [2, 2]), ("p2p", None), ("a2a", None)])
+def test_packed_sequences(pool: RankPool, cp_comm_type: str, sizes: list[int] | None) -> None:
+    assert max(pool.run(packed_error, 4, cp_comm_type, sizes)) <= 1e-12
+
+
+def upstream_error(rank: int, changes: dict[str, Any]) -> tuple[float, bool]:
+    """Against Megatron's own attention without context parallelism: largest error, and whether checkpoints agree."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_attn2d.megatron import cpu
+
+    whole = inputs(16, 2, (4, 2), dtype=torch.float32)
+    unseen = hidden(16, 16, True, changes.get("window_size", (-1, -1)))
+    with cpu.seam(), built(1, None, None, **changes) as ours:
+        model_parallel_cuda_manual_seed(1)  # upstream draws for dropout, whatever its rate
+        theirs = DotProductAttention(ours.config, 1, AttnMaskType.causal, "self")
+        theirs.load_state_dict(ours.state_dict())
+        results, states = [], []
+        for module in (ours, theirs):
+            leaves = [x.clone().requires_grad_() for x in whole[:3]]
+            out = module(*leaves, unseen)
+            wanted = [*leaves, *module.parameters()]
+            results.append((out, *torch.autograd.grad(out, wanted, whole[3].flatten(2))))
+            metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+            tensors = module.sharded_state_dict("core.", (), metadata)
+            states.append({key: (x.global_shape, x.global_offset, x.dtype) for key, x in tensors.items()})
+    error = max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+    return error, states[0] == states[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window_size": (5, 0)},
+        {"window_size": (5, 0), "window_attn_skip_freq": 2},
+        {"softmax_type": "off-by-one"},
+        {"softmax_type": "learnable", "init_method_std": 2.0},
+        {"softmax_type": "learnable", "init_method_std": 2.0, "window_size": (3, 0)},
+    ],
+    ids=str,
+)
+def test_it_is_upstreams_attention(pool: RankPool, changes: dict[str, Any]) -> None:
+    for error, same_checkpoints in pool.run(upstream_error, 1, changes):
+        assert error <= 2e-6
+        assert same_checkpoints
+
+
+def windows(rank: int, freq: Any) -> list[Any]:
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+
+    with built(1, None, None, window_size=(5, 0), window_attn_skip_freq=freq) as module:
+        layers = [ContextParallelAttention(module.config, n, AttnMaskType.causal, "self") for n in (1, 2)]
+    return [layer.window for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("freq", "expected"), [(None, [(5, 0), (5, 0)]), (2, [(5, 0), None]), ([0, 1], [None, (5, 0)])], ids=str
+)
+def test_windows_are_those_of_the_layer(pool: RankPool, freq: Any, expected: list[Any]) -> None:
+    assert pool.run(windows, 1, freq) == [expected]
+
+
 def refusal(
     rank: int, cp_comm_type: str | None, sizes: list[int] | None, changes: dict[str, Any], call: dict[str, Any]
 ) -> str:
@@ -85,6 +184,8 @@ def refusal(
             if "attn_mask_type" in call:
                 call = {"attn_mask_type": AttnMaskType[call["attn_mask_type"]]}
             q = torch.zeros(4, 1, 4, 8)
+            if "packing" in call:
+                call, q = {"packed_seq_params": packing(**call["packing"])}, q.squeeze(1)
             module(q, q, q, None, **call)
     except ValueError as error:
         return str(error)
@@ -109,9 +210,14 @@ REFUSALS = [
         {},
         "3 query heads don't divide",
     ),
-    ("attention2d", [2, 1], {"attention_dropout": 0.1}, {}, "attention_dropout 0.1 is not supported"),
-    ("attention2d", [2, 1], {"window_size": (4, 0)}, {}, "window_size (4, 0) is not supported"),
-    ("attention2d", [2, 1], {"softmax_type": "off-by-one"}, {}, "softmax_type 'off-by-one' is not supported"),
+    (
+        "attention2d",
+        [2, 1],
+        {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]},
+        {},
+        "cuda_graph_impl 'local' around attention, whose messages are not captured, is not supported",
+    ),
+    ("attention2d", [2, 1], {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []}, {}, "cuda_graph_impl"),
     (
         "attention2d",
         [2, 1],
@@ -127,6 +233,17 @@ REFUSALS = [
         "cp_comm_type a2a+p2p on one layer and attention2d on another is not supported by context-parallel attention: "
         "use one of the two, as both would take --hierarchical-context-parallel-sizes",
     ),
+    ("p2p", None, {}, {"packing": {"qkv_format": "sbhd"}}, "qkv_format 'sbhd' is not supported: choose thd"),
+    ("p2p", None, {}, {"packing": {"local_cp_size": 1}}, "packed_seq_params.cp_group (dynamic context parallelism)"),
+    ("p2p", None, {}, {"packing": {"cu_seqlens_q": None}}, "packed_seq_params.cu_seqlens_q is missing"),
+    ("p2p", None, {}, {"packing": {"cu_seqlens_kv": [0, 4]}}, "cu_seqlens_q and cu_seqlens_kv differ"),
+    (
+        "p2p",
+        None,
+        {},
+        {"packing": {"cu_seqlens_q": [0, 6, 8], "cu_seqlens_kv": [0, 6, 8]}},
+        "packed sequence 0 takes 6 tokens, no multiple of 2 * cp = 4: pad it to 8 (cu_seqlens_padded) or cut it to 4",
+    ),
     (
         "attention2d",
         [2, 1],
@@ -136,7 +253,14 @@ REFUSALS = [
         "context-parallel groups that stay the same",
     ),
     ("p2p", None, {"attention_backend": "local"}, {}, "attention_backend local, with which Megatron replaces it by"),
-    ("p2p", None, {}, {"packed_seq_params": object()}, "packed sequences (THD) are not supported yet"),
+    (
+        "attention2d",
+        [2, 1],
+        {},
+        {"packing": {"cu_seqlens_q": [0, 12], "cu_seqlens_kv": [0, 12]}},
+        "packed sequences take 12 of 8 tokens",
+    ),
+    ("p2p", None, {}, {"attn_mask_type": "padding_causal"}, "attention mask padding_causal is not supported"),
     ("p2p", None, {}, {"attention_bias": torch.zeros(1)}, "attention bias is not supported"),
     (
         "p2p",

@@ -78,6 +78,7 @@ def sent_bytes(
     heads: tuple[int, int],
     causal: bool,
     tile: tuple[int, int] | None = None,
+    window: tuple[int, int] | None = None,
 ) -> list[Counter]:
     """Bytes by receiver that this rank hands to torch.distributed, forward and backward."""
     sent: Counter[int] = Counter()
@@ -102,7 +103,7 @@ def sent_bytes(
         if grid is None:
             out = ring_attention(q, k, v, dist.group.WORLD, causal=causal)
         else:
-            out = attention2d(q, k, v, grid, causal=causal)
+            out = attention2d(q, k, v, grid, causal=causal, window=window)
         forward = Counter(sent)
         torch.autograd.grad(out.sum(), (q, k, v))
     finally:
@@ -129,6 +130,17 @@ def test_every_byte_that_nodes_forward_is_counted(
 ) -> None:
     work = Workload(seq=64, heads=8, kv_heads=2, head_dim=8, element_bytes=4)
     compare(pool.run(sent_bytes, 8, axes, (8, 2), True, tile), attention2d_traffic(axes, work, tile=tile))
+
+
+@pytest.mark.parametrize("axes", [(1, 4, 2), (1, 1, 8), (2, 2, 2)], ids=str)
+def test_bytes_shrink_with_the_window(pool: RankPool, axes: tuple[int, int, int]) -> None:
+    totals = []
+    for window in (None, (20, 0), (5, 0)):
+        work = Workload(seq=64, heads=4, kv_heads=2, head_dim=8, element_bytes=4, window=window)
+        traffic = attention2d_traffic(axes, work)
+        compare(pool.run(sent_bytes, 8, axes, (4, 2), True, None, window), traffic)
+        totals.append(sum(sum(phase.sent.values()) for phase in traffic.forward if "gather" in phase.name))
+    assert totals[0] > totals[1] > totals[2]
 
 
 def compare(found: list[list[Counter]], traffic: Traffic) -> None:

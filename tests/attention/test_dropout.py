@@ -1,0 +1,64 @@
+"""The mask of dropout: its rate, that nothing but the position decides, and that it looks random."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_attn2d.attention.dropout import Dropout
+
+
+def kept(p: float, seed: int = 5, first_head: int = 0, batch: int = 2, heads: int = 4, tokens: int = 128) -> Tensor:
+    """Kept probabilities of a whole sequence, [b, h, s, s]."""
+    positions = torch.arange(tokens).expand(batch, -1)
+    mask = Dropout(p, seed, first_head).at(torch.arange(batch), heads, positions, positions)
+    return mask.factors(torch.float64) != 0
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
+def test_the_rate_and_the_expectation(p: float) -> None:
+    found = kept(p).double()
+    # 5 standard deviations of the mean of 131072 draws; the same of each head, row and column
+    assert abs(found.mean().item() - (1 - p)) <= 5 * (p * (1 - p) / found.numel()) ** 0.5
+    for dims, draws in (
+        ((0, 2, 3), 2 * 128 * 128),
+        ((0, 1, 3), 8 * 128),
+        ((0, 1, 2), 8 * 128),
+        ((1, 2, 3), 4 * 128**2),
+    ):
+        assert (found.mean(dims) - (1 - p)).abs().max().item() <= 5 * (p * (1 - p) / draws) ** 0.5
+    positions = torch.arange(128).expand(2, -1)
+    factors = Dropout(p, 5).at(torch.arange(2), 4, positions, positions).factors(torch.float64)
+    assert set(factors.unique().tolist()) <= {0.0, 1 / (1 - p)}
+
+
+@pytest.mark.parametrize("shift", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 1, 1)])
+def test_neighbours_are_independent(shift: tuple[int, ...]) -> None:
+    found = kept(0.5).double() * 2 - 1
+    pairs = found * found.roll(shift, (0, 1, 2, 3))
+    assert abs(pairs.mean().item()) <= 5 / found.numel() ** 0.5
+
+
+def test_another_seed_is_another_mask() -> None:
+    first, *others = [kept(0.5, seed=seed).double() * 2 - 1 for seed in (1, 2, 2**62 - 1)]
+    for other in others:
+        assert abs((first * other).mean().item()) <= 5 / first.numel() ** 0.5
+
+
+def test_heads_of_a_tensor_parallel_rank_are_those_of_the_layer() -> None:
+    whole = kept(0.3, heads=8)
+    for rank in (0, 1):
+        assert torch.equal(kept(0.3, first_head=4 * rank, heads=4), whole[:, 4 * rank : 4 * rank + 4])
+
+
+def test_a_block_is_cut_from_the_mask_of_the_whole() -> None:
+    whole, rows, keys = kept(0.3), torch.tensor([[3, 9, 100]] * 2), torch.tensor([[0, 64]] * 2)
+    block = Dropout(0.3, torch.tensor([5])).at(torch.arange(2), 4, rows, keys).factors(torch.float32) != 0
+    assert torch.equal(block, whole[:, :, rows[0]][..., keys[0]])
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0])
+def test_a_rate_that_is_none_is_refused(p: float) -> None:
+    with pytest.raises(ValueError, match="is no probability below 1: choose 0 <= p < 1"):
+        Dropout(p, 1)
