@@ -151,6 +151,7 @@ def _stop_after_failure(ranks: list[Any], reports: list[Connection], failed: Any
         process.kill()
     for process in ranks:
         process.join()
+    failures += _collected(reports, 0.0)
     if failed.exitcode < 0 or not failures:  # a rank that was killed can't tell; the others only saw it vanish
         code = failed.exitcode if failed.exitcode > 0 else 128 - failed.exitcode
         how = f"was ended by {signal.Signals(-failed.exitcode).name}" if failed.exitcode < 0 else f"exited with {code}"
