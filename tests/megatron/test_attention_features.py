@@ -120,7 +120,7 @@ def test_dropout_is_the_same_in_every_layout_and_under_recomputation(
     pool: RankPool, text: Path, start: Path, tmp_path: Path
 ) -> None:
     # from a checkpoint, since fresh weights differ with the number of tensor-parallel ranks
-    common = {"train_iters": 3, "data_path": text, "load": start, "no_load_rng": True}
+    common = {"exit_interval": 3, "data_path": text, "load": start, "no_load_rng": True}
     losses = {}
     for i, (name, options) in enumerate(DROPOUT.items()):
         ranks = options.get("context_parallel_size", 1) * options.get("tensor_model_parallel_size", 1)
