@@ -10,7 +10,7 @@ from megatron_attn2d import Grid, attention2d
 from megatron_attn2d.attention.kernels import choose_kernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
-from megatron_attn2d.attention.layout import CAUSAL, FULL
+from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.merge import stand_in
 from tests.attention.dense import dense_attention, inputs
 
@@ -32,6 +32,15 @@ def test_cpu_runs_the_reference(dtype: torch.dtype) -> None:
         (("cudnn", "cuda", torch.bfloat16, 100, 100), "multiples of 8"),
         (("flash", "cuda", torch.bfloat16, 128, 64), "serves equal head dims"),
         (("reference", "cpu", torch.int64, 64, 64), "serves floating-point dtypes"),
+        (("auto", "cpu", torch.int64, 64, 64), "no attention kernel serves device cpu, torch.int64"),
+        (
+            ("cudnn", "cuda", torch.bfloat16, 64, 64, True),
+            "no sliding windows .*head dims 64 and 64, windows.*: choose one of auto, .*reference",
+        ),
+        (
+            ("flash", "cuda", torch.bfloat16, 64, 64, False, True),
+            "has no dropout of probabilities .*, dropout.*: choose one of auto, .*reference",
+        ),
     ],
 )
 def test_refusals_say_what_would_work(request_: tuple, message: str) -> None:
@@ -53,6 +62,33 @@ def test_reference_against_autograd(heads: tuple[int, int], causal: bool) -> Non
     found = kernel.backward(dout, q, k, v, None, lse, delta, band=CAUSAL if causal else FULL, scale=0.3)
     for a, b in zip((out, *found), (expected.detach(), *gradients), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("sizes", [(11, 11), (4, 11), (11, 7)])
+@pytest.mark.parametrize("band", [Band(0, 0), Band(2, 1), Band(None, 2), Band(3, None), Band(0, None)])
+def test_bands_end_at_the_bottom_right(band: Band, sizes: tuple[int, int]) -> None:
+    queries, keys = sizes
+    q, k, v, dout = inputs(queries, 2, (4, 2), dims=(8, 6), keys=keys)
+    ahead = torch.arange(keys)[None, :] - torch.arange(queries)[:, None] - (keys - queries)
+    unseen = (ahead < -(100 if band.left is None else band.left)) | (
+        ahead > (100 if band.right is None else band.right)
+    )
+    seen = ~unseen.all(1)  # kernels are never asked for rows without a key
+    kernel = choose_kernel("reference", Request("cpu", q.dtype, 8, 6, windows=True))
+    out, lse = kernel.forward(q, k, v, band=band, scale=0.3)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    wide_k, wide_v = (x.repeat_interleave(2, 2) for x in leaves[1:])
+    scores = (torch.einsum("sbhd,tbhd->bhst", leaves[0], wide_k) * 0.3).masked_fill(unseen, -torch.inf)
+    expected = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), wide_v)
+    torch.testing.assert_close(out[seen], expected[seen].detach(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(lse, scores.logsumexp(-1).detach(), rtol=0, atol=1e-13)
+    if seen.all():
+        gradients = torch.autograd.grad(expected, leaves, dout)
+        delta = (dout * out).sum(-1).permute(1, 2, 0)
+        q, k, v = (x.detach() for x in leaves)
+        found = kernel.backward(dout, q, k, v, None, lse, delta, band=band, scale=0.3)
+        for a, b in zip(found, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
 def test_stand_in_has_the_delta_of_the_output() -> None:
@@ -83,6 +119,18 @@ def test_shapes_that_dont_fit_are_refused(shapes: tuple[tuple[int, ...], ...], m
 
 def test_other_misuse_is_refused() -> None:
     q = torch.zeros(4, 1, 2, 8)
+    with pytest.raises(ValueError, match=r"2 of k a rank don't fit a mask: .* causal=False and without a window"):
+        attention2d(q, q[:2], q[:2], Grid.single())
+    with pytest.raises(ValueError, match=r"window=\(-2, 0\) is no window: choose \(left, right\)"):
+        attention2d(q, q, q, Grid.single(), window=(-2, 0))
+    with pytest.raises(ValueError, match=r"sink must be one score for each of the 2 query heads"):
+        attention2d(q, q, q, Grid.single(), sink=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"q of packed sequences must be \[t/cp, heads, head dim\]"):
+        attention2d(q, q, q, Grid.single(), cu_seqlens=[0, 4])
+    with pytest.raises(ValueError, match="packed sequence 1 has 3 tokens in a place of 2"):
+        attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=[0, 1, 4], cu_seqlens_padded=[0, 2, 4])
+    with pytest.raises(ValueError, match=r"cu_seqlens .* and cu_seqlens_padded .* don't fit"):
+        attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=[0, 1, 4], cu_seqlens_padded=[0, 4])
     with pytest.raises(ValueError, match="must share dtype and device"):
         attention2d(q, q.double(), q, Grid.single())
     with pytest.raises(ValueError, match="floating-point"):
