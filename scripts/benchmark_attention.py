@@ -191,7 +191,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         f"Attention forward + backward, {rows[0]['ranks']} ranks"
         + (", one emulated node each" if rows[0]["nodes"] else "")
     )
-    axes.legend(ncols=3, fontsize=8)
+    axes.set_ylim(0, 1.25 * axes.dataLim.y1)  # room for the legend
+    axes.legend(ncols=5, fontsize=8, loc="upper center")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
