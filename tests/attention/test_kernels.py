@@ -139,6 +139,13 @@ def test_other_misuse_is_refused() -> None:
         attention2d(q, q, q, Grid.single(), head_groups=3)
 
 
+def test_plain_torch_on_a_gpu_is_a_warning_with_the_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    kernel = choose_kernel("auto", Request("cuda", torch.float32, 64, 64, windows=True))
+    assert kernel.name == "reference"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cudnn serves full and causal attention, no sliding windows" in caplog.text
+
+
 @pytest.mark.parametrize("kernel", [CudnnKernel, FlashKernel])
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
 def test_gpu_kernels_call_the_operators_that_this_torch_has(

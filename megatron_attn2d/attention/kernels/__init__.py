@@ -125,5 +125,11 @@ def _choose(name: str, request: Request) -> Kernel:
     if not able:
         raise ValueError(f"no attention kernel serves {request}: reference {refusals['reference']}")
     chosen = able[0] if name == "auto" else name
-    logger.info("attention kernel: %s (%s)", chosen, request)
+    if chosen == "reference" and request.device == "cuda":
+        why = "; ".join(f"{each} {refused}" for each, refused in refusals.items() if refused is not None)
+        logger.warning(
+            "attention kernel: reference, slow, its memory grows with the square of tokens (%s): %s", request, why
+        )
+    else:
+        logger.info("attention kernel: %s (%s)", chosen, request)
     return _KERNELS[chosen]()
