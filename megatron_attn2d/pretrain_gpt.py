@@ -6,6 +6,7 @@ rank. Attention goes through `attention2d_layer_spec`, unless `--spec` names ano
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -259,6 +260,9 @@ def _reset_megatron(owns_process_group: bool) -> None:
     destroy_global_state()
     if owns_process_group and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # The model's configuration and its groups refer to each other: left alone they keep Gloo's threads, which spin once
+    # the other ranks have gone, until Python happens to look for cycles.
+    gc.collect()
 
 
 if __name__ == "__main__":

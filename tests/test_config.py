@@ -181,7 +181,7 @@ REFUSED = {
     "context_parallel.mode=ring context_parallel.layer_modes=[ring, attention2d, ring, ring]": (
         "context_parallel.mode = 'ring': context_parallel.layer_modes has attention2d; choose attention2d"
     ),
-    "context_parallel.layer_modes=[attention2d, ulysses, ring, ring] model={num_attention_heads: 6, hidden_size: 48}": (
+    "context_parallel.layer_modes=[attention2d,ulysses,ring,ring] model.num_attention_heads=6 model.hidden_size=48": (
         "context_parallel.size = 4: 6 query and 6 key/value heads a tensor rank don't spread over 4 ranks; ..."
     ),
     "context_parallel.mode=ring context_parallel.tile=[1, 1]": (

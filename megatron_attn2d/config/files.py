@@ -26,7 +26,8 @@ _SHAPES = (
 
 def check_files(run: RunConfig) -> None:
     """Raise ConfigError, naming each key with its path, the reason and a way out, if files of `run` are missing."""
-    if errors := [*_data(run), *_checkpoint(run), *_continued(run), *_directories(run)]:
+    # Directories are made to see whether they can be: only for a run that starts.
+    if errors := [*_data(run), *_checkpoint(run), *_continued(run)] or [*_directories(run)]:
         raise ConfigErrors(errors)
 
 

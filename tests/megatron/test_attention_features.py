@@ -116,6 +116,14 @@ DROPOUT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def start(pool: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after one step on one rank: weights drawn afresh depend on the tensor and pipeline ranks."""
+    directory = tmp_path_factory.mktemp("start")
+    train(pool, 1, directory / "run", data_path=text, exit_interval=1, save=directory / "checkpoint")
+    return directory / "checkpoint"
+
+
 def test_dropout_is_the_same_in_every_layout_and_under_recomputation(
     pool: RankPool, text: Path, start: Path, tmp_path: Path
 ) -> None:
