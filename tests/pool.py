@@ -26,6 +26,9 @@ PRELOAD = [
     "tests.pool",
 ]
 
+MOST_THREADS = 100
+"""More in a rank, and all are replaced: what a training left of Gloo's groups spins once their peers have gone."""
+
 
 class RankFailed(AssertionError):
     """A rank raised, died or did not answer in time; the message holds the first traceback."""
@@ -39,6 +42,7 @@ class RankPool:
         if method == "forkserver":
             self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[tuple[Any, Connection]] = []
+        self._tired = False
 
     def run(
         self,
@@ -54,6 +58,8 @@ class RankPool:
         With `init_group` a Gloo world of `nranks` exists during the call; without it only the environment variables of
         a launcher are set. After a failure every rank is replaced: its peers may be stuck in a collective.
         """
+        if self._tired:
+            self.close()
         while len(self._workers) < nranks:
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_worker, args=(theirs,), daemon=True)
@@ -82,9 +88,10 @@ class RankPool:
                 assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)
                 try:
-                    ok, value = connection.recv()
+                    ok, value, threads = connection.recv()
                 except EOFError:
-                    ok, value = False, "the process died"
+                    ok, value, threads = False, "the process died", 0
+                self._tired |= threads > MOST_THREADS
                 if not ok:
                     self.close()
                     raise RankFailed(f"{name}: rank {rank} of {nranks} failed\n{value}")
@@ -99,6 +106,7 @@ class RankPool:
         for process, _ in self._workers:
             process.join()
         self._workers.clear()
+        self._tired = False
 
 
 def _worker(connection: Connection) -> None:
@@ -134,7 +142,7 @@ def _worker(connection: Connection) -> None:
         except BaseException:
             answer = False, traceback.format_exc()
         try:
-            connection.send(answer)
+            connection.send((*answer, len(os.listdir("/proc/self/task"))))
         except BrokenPipeError:
             return
 
