@@ -56,6 +56,10 @@ def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]
         except SystemExit as end:  # upstream's way to end a run early, after a signal for one
             if end.code:
                 raise
+    # The model's configuration and its groups refer to each other: left alone they keep Gloo's threads, which spin once
+    # the other ranks have gone, until Python happens to look for cycles. Not after an error: the destructor of a
+    # checkpoint's half-written file ends the process.
+    gc.collect()
 
 
 def parsed() -> tuple[Namespace, Any]:
@@ -260,9 +264,6 @@ def _reset_megatron(owns_process_group: bool) -> None:
     destroy_global_state()
     if owns_process_group and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    # The model's configuration and its groups refer to each other: left alone they keep Gloo's threads, which spin once
-    # the other ranks have gone, until Python happens to look for cycles.
-    gc.collect()
 
 
 if __name__ == "__main__":
