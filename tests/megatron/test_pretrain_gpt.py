@@ -16,7 +16,6 @@ from tests.pool import RankFailed, RankPool
         ({"seq_length": "long"}, "ValueError: Megatron's arguments: argument --seq-length: invalid int value: 'long'"),
         ({"hybrid_context_parallel": True}, "ValueError: --hybrid-context-parallel is not supported: it changes the"),
         ({"hybrid_layer_pattern": "*M"}, "ValueError: hybrid_layer_pattern: M and G, Mamba and Gated DeltaNet, need"),
-        ({"attention_dropout": 0.1}, "ValueError: attention_dropout 0.1"),
     ],
 )
 def test_what_it_refuses_it_names(options: dict[str, object], message: str, pool: RankPool, tmp_path: Path) -> None:
