@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_BITS = 31
+BITS = 31
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 
 
@@ -69,7 +69,7 @@ class KeepMask:
         state = _mixed(_mixed(seed, self.sequences[:, None]), self.heads)
         state = _mixed(state[:, :, None], self.rows[:, None, :])
         state = _mixed(state[..., None], self.keys[:, None, None, :])
-        kept = (state >> (64 - _BITS)) & ((1 << _BITS) - 1) >= round(self.dropout.p * (1 << _BITS))
+        kept = (state >> (64 - BITS)) & ((1 << BITS) - 1) >= round(self.dropout.p * (1 << BITS))
         return kept.to(dtype) / (1 - self.dropout.p)
 
 

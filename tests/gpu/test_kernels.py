@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from megatron_attn2d.attention.dropout import Dropout, KeepMask
 from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
@@ -12,8 +15,8 @@ from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-BACKENDS = ("flash_attn_4", "cudnn", "transformer_engine", "flash")
-BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+BACKENDS = ("flash_attn_4", "cudnn", "transformer_engine", "flash", "triton")
+BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 5e-6}
 SHAPES = {  # queries, keys, batch, query heads, key heads, band
     "rectangle": (384, 640, 1, 4, 4, FULL),
     "causal square": (512, 512, 1, 4, 4, CAUSAL),
@@ -24,13 +27,17 @@ SHAPES = {  # queries, keys, batch, query heads, key heads, band
     "window": (384, 640, 1, 4, 2, Band(200, 0)),
     "window both ways": (384, 384, 1, 4, 4, Band(100, 50)),
     "window without an end": (384, 384, 1, 4, 4, Band(0, None)),
+    "causal rectangle": (300, 640, 1, 4, 4, CAUSAL),
+    "window of few keys": (130, 200, 2, 4, 1, Band(3, 0)),
 }
 
 
-def kernel_for(backend: str, dtype: torch.dtype, dims: tuple[int, int], windows: bool = False) -> Kernel:
+def kernel_for(
+    backend: str, dtype: torch.dtype, dims: tuple[int, int], windows: bool = False, dropout: bool = False
+) -> Kernel:
     """The kernel; skips what this machine has not installed or the kernel refuses by name."""
     try:
-        return choose_kernel(backend, Request("cuda", dtype, *dims, windows=windows))
+        return choose_kernel(backend, Request("cuda", dtype, *dims, windows=windows, dropout=dropout))
     except ValueError as refusal:
         pytest.skip(str(refusal))
 
@@ -41,6 +48,7 @@ def errors(
     dims: tuple[int, int],
     dtype: torch.dtype,
     parts: int = 1,
+    dropped: float = 0.0,
 ) -> list[float]:
     """Relative errors of O, LSE, dQ, dK, dV; with `parts`, inputs are head groups of wider tensors."""
     sq, sk, batch, heads, kv_heads, band = case
@@ -52,11 +60,16 @@ def errors(
     )
     wide = [x.double() for x in (q, k, v, dout)]
     reference, scale = ReferenceKernel(), dims[0] ** -0.5
-    true_out, true_lse = reference.forward(*wide[:3], band=band, scale=scale)
+    mask: KeepMask | None = None
+    if dropped:
+        rows, keys = (torch.arange(n, device="cuda").expand(batch, -1) for n in (sq, sk))
+        mask = Dropout(dropped, 99, first_head=1).at(torch.arange(batch, device="cuda"), heads, rows + 70_000, keys)
+    how: dict[str, Any] = {"band": band, "scale": scale, "dropout": mask}
+    true_out, true_lse = reference.forward(*wide[:3], **how)
     delta = (wide[3] * true_out).sum(-1).permute(1, 2, 0)
-    expected = reference.backward(wide[3], *wide[:3], None, true_lse, delta, band=band, scale=scale)
-    out, lse = kernel.forward(q, k, v, band=band, scale=scale)
-    found = kernel.backward(dout, q, k, v, out, lse, delta.float(), band=band, scale=scale)
+    expected = reference.backward(wide[3], *wide[:3], None, true_lse, delta, **how)
+    out, lse = kernel.forward(q, k, v, **how)
+    found = kernel.backward(dout, q, k, v, out, lse, delta.float(), **how)
     pairs = zip((out, lse, *found), (true_out, true_lse, *expected), strict=True)
     # one key has probability 1 and its scores no gradient: compare with what is there at all
     return [((a.double() - b).norm() / max(b.norm().item(), 1e-2)).item() for a, b in pairs]
@@ -66,7 +79,8 @@ def errors(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_and_bands(backend: str, shape: str, dtype: torch.dtype) -> None:
-    windows = SHAPES[shape][5] not in (FULL, CAUSAL)
+    sq, sk, _, _, _, band = SHAPES[shape]
+    windows = band not in (FULL, CAUSAL) or (band == CAUSAL and sq != sk)
     found = errors(kernel_for(backend, dtype, (128, 128), windows), SHAPES[shape], (128, 128), dtype)
     assert max(found) <= BOUNDS[dtype], found
 
@@ -90,7 +104,15 @@ def test_head_groups_are_views(backend: str) -> None:
         assert max(found) <= BOUNDS[torch.bfloat16], (shape, found)
 
 
-@pytest.mark.parametrize("backend", ["flash_attn_4", "flash"])
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dropout(shape: str, dtype: torch.dtype) -> None:
+    for dims in ((64, 64), (128, 128), (192, 128)):
+        found = errors(kernel_for("triton", dtype, dims, dropout=True), SHAPES[shape], dims, dtype, dropped=0.2)
+        assert max(found) <= BOUNDS[dtype], (dims, found)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn_4", "flash", "triton"])
 def test_deterministic_backward(backend: str) -> None:
     torch.use_deterministic_algorithms(True)
     try:

@@ -24,6 +24,7 @@ from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
 from megatron_attn2d.attention.kernels.transformer_engine import TransformerEngineKernel
+from megatron_attn2d.attention.kernels.triton import TritonKernel
 from megatron_attn2d.attention.layout import Band
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,14 @@ class Kernel(Protocol):
 # In the order in which "auto" prefers them.
 _KERNELS = {
     kernel.name: kernel
-    for kernel in (FlashAttention4Kernel, CudnnKernel, TransformerEngineKernel, FlashKernel, ReferenceKernel)
+    for kernel in (
+        FlashAttention4Kernel,
+        CudnnKernel,
+        TransformerEngineKernel,
+        FlashKernel,
+        TritonKernel,
+        ReferenceKernel,
+    )
 }
 
 
@@ -96,7 +104,7 @@ def choose_kernel(name: str, request: Request) -> Kernel:
     fixed order serve.
 
     Args:
-        name: "auto", "flash_attn_4", "cudnn", "transformer_engine", "flash" or "reference".
+        name: "auto", "flash_attn_4", "cudnn", "transformer_engine", "flash", "triton" or "reference".
         request: what the call needs.
 
     Raises:

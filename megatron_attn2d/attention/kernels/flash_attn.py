@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,6 @@ class FlashAttention4Kernel:
         """Why the kernel can't serve the request, or None."""
         if request.dropout:
             return "has no dropout of probabilities by position"
-        if request.windows:
-            return "serves full and causal attention, no sliding windows so far"
         if request.dtype not in (torch.bfloat16, torch.float16):
             return "serves bfloat16 and float16"
         if (request.head_dim, request.v_head_dim) not in _TESTED_HEAD_DIMS:
@@ -52,7 +51,7 @@ class FlashAttention4Kernel:
 
         out = torch.empty((*q.shape[:3], v.size(3)), dtype=q.dtype, device=q.device)
         _, lse, *_ = _flash_attn_fwd(
-            *map(_bshd, (q, k, v)), causal=band == CAUSAL, softmax_scale=scale, return_lse=True, out=_bshd(out)
+            *map(_bshd, (q, k, v)), softmax_scale=scale, return_lse=True, out=_bshd(out), **_mask(band)
         )
         return out, lse
 
@@ -79,11 +78,11 @@ class FlashAttention4Kernel:
             *map(_bshd, (q, k, v, out, dout)),
             lse.contiguous(),
             softmax_scale=scale,
-            causal=band == CAUSAL,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             dq=_bshd(dq),
             dk=_bshd(dk),
             dv=_bshd(dv),
+            **_mask(band),
         )
         return dq, dk, dv
 
@@ -94,6 +93,10 @@ def _installed() -> bool:
         return find_spec("flash_attn.cute") is not None and find_spec("cutlass") is not None
     except ModuleNotFoundError:  # no flash_attn at all
         return False
+
+
+def _mask(band: Band) -> dict[str, Any]:
+    return {"causal": band == CAUSAL, "window_size_left": band.left, "window_size_right": band.right}
 
 
 def _bshd(x: Tensor) -> Tensor:

@@ -105,8 +105,6 @@ class FlashKernel:
         head_dim, v_head_dim = request.head_dim, request.v_head_dim
         if request.dropout:
             return "has no dropout of probabilities by position"
-        if request.windows:
-            return "serves full and causal attention, no sliding windows"
         if request.dtype not in _HALF:
             return "serves bfloat16 and float16"
         if head_dim != v_head_dim or head_dim % 8 or head_dim > 256:
@@ -119,9 +117,17 @@ class FlashKernel:
         self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        causal = band == CAUSAL
         out, lse, *_ = _aten._flash_attention_forward(
-            _bshd(q), _bshd(k), _bshd(v), None, None, q.size(0), k.size(0), 0.0, causal, False, scale=scale
+            *map(_bshd, (q, k, v)),
+            None,
+            None,
+            q.size(0),
+            k.size(0),
+            0.0,
+            band == CAUSAL,
+            False,
+            scale=scale,
+            **_window(band),
         )
         return _bshd(out), lse
 
@@ -140,7 +146,6 @@ class FlashKernel:
         dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
-        causal = band == CAUSAL
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
         dq, dk, dv = _aten._flash_attention_backward(
@@ -155,12 +160,19 @@ class FlashKernel:
             q.size(0),
             k.size(0),
             0.0,
-            causal,
+            band == CAUSAL,
             unused,
             unused,
             scale=scale,
+            **_window(band),
         )
         return _bshd(dq), _bshd(dk), _bshd(dv)
+
+
+def _window(band: Band) -> dict[str, int]:
+    """FlashAttention-2's bands end at the bottom right, as ours do; -1 is no end."""
+    left, right = (-1 if end is None else end for end in band)
+    return {"window_size_left": left, "window_size_right": right}
 
 
 def _bhsd(x: Tensor) -> Tensor:

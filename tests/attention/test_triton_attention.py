@@ -1,0 +1,62 @@
+"""The Triton attention in Triton's interpreter against the float64 reference; `tests/gpu` runs it compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.kernels.reference import ReferenceKernel
+from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
+
+CASES = {  # queries, keys, batch, query heads, key heads, head dim, value head dim, band, dropout
+    "rectangle": (70, 90, 2, 4, 2, 16, 16, FULL, 0.0),
+    "causal": (90, 90, 1, 2, 2, 24, 16, CAUSAL, 0.0),
+    "causal rectangle": (40, 100, 1, 2, 1, 16, 16, CAUSAL, 0.0),
+    "window": (150, 150, 1, 2, 1, 16, 16, Band(40, 0), 0.0),
+    "window both ways": (70, 130, 1, 1, 1, 16, 16, Band(33, 20), 0.0),
+    "window without an end": (130, 70, 1, 1, 1, 16, 16, Band(62, None), 0.0),
+    "window before the last key": (64, 96, 1, 1, 1, 16, 16, Band(None, 7), 0.0),
+    "one key": (1, 1, 2, 2, 2, 16, 16, CAUSAL, 0.0),
+    "few keys": (65, 3, 1, 2, 1, 16, 24, FULL, 0.0),
+    "dropout": (70, 90, 2, 4, 2, 16, 16, FULL, 0.3),
+    "dropout in a window": (90, 90, 1, 2, 1, 16, 16, Band(20, 0), 0.1),
+}
+
+
+def compare(case: str) -> None:
+    """Output, log-sum-exp and gradients from tensors with strides of their own."""
+    from megatron_attn2d.attention import triton_attention
+
+    sq, sk, batch, heads, key_heads, d, dv, band, p = CASES[case]
+    torch.manual_seed(0)
+    shapes = ((sq, heads, d), (sk, key_heads, d), (sk, key_heads, dv), (sq, heads, dv))
+    q, k, v, dout = (torch.randn(n, batch, 2 * h, width)[:, :, h:] for n, h, width in shapes)
+    dropped = None
+    if p:
+        rows, keys = torch.arange(sq) + 1000, torch.arange(sk)
+        dropped = Dropout(p, 1234567, first_head=3).at(
+            torch.arange(batch), heads, rows.expand(batch, -1), keys.expand(batch, -1)
+        )
+    reference, wide = ReferenceKernel(), [x.double() for x in (q, k, v, dout)]
+    out, lse = reference.forward(*wide[:3], band=band, scale=0.3, dropout=dropped)
+    delta = (out * wide[3]).sum(-1).permute(1, 2, 0)
+    expected = reference.backward(wide[3], *wide[:3], None, lse, delta, band=band, scale=0.3, dropout=dropped)
+    found = triton_attention.forward(q, k, v, band, 0.3, dropped)
+    gradients = triton_attention.backward(dout, q, k, v, lse.float(), delta.float(), band, 0.3, dropped)
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), (*found, *gradients), (out, lse, *expected), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not part of this torch")
+def test_interpreted_kernels_agree_with_the_reference() -> None:
+    # The interpreter is chosen when Triton is imported, hence a process of its own.
+    code = "from tests.attention.test_triton_attention import CASES, compare; [compare(case) for case in CASES]"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
