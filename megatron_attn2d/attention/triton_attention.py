@@ -6,8 +6,8 @@ dV, so nothing is added atomically and two runs agree bit for bit. Blocks that t
 that it cuts are masked.
 
 What kernels pass on to each other comes in tuples: `sizes` (sq, sk, d, dv), `band` (left, right) with None for no end,
-`drop` as `_drop_arguments` makes it or None, `blocks` (rows, keys, columns of d, columns of dv) and the precision of
-products. A tensor [n, b, heads, d] comes with its strides (n, b, heads).
+`drop` as `_drop_arguments` makes it or None. A tensor [n, b, heads, d] comes with its strides (n, b, heads). Blocks
+have M rows, N keys, D columns of queries and keys and DV of values.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -89,19 +89,19 @@ def _hidden(rows, keys, sizes, band):
 
 
 @triton.jit
-def _blocks_seen(first, count, other, step, size, before, after):
-    """Blocks [low, high) of `step` that positions [first, last] see, [whole, cut) of them seen in full by all.
+def _blocks_seen(first, count, size, other, step, shift, before, after):
+    """Blocks [low, high) of `step` of `other` positions that [first, first + count) see, [whole, cut) seen by all.
 
-    A position i sees [i - before, i + after] of `other` positions; None means no end.
+    Of `size` positions, i sees [i + shift - before, i + shift + after]; None means no end.
     """
-    last = tl.minimum(first + count, size) - 1
+    last = tl.minimum(first + count, size) - 1 + shift
     low, whole, high, cut = 0, 0, tl.cdiv(other, step), other // step
     if before is not None:
-        low = tl.maximum(first - before, 0) // step
+        low = tl.maximum(first + shift - before, 0) // step
         whole = tl.cdiv(tl.maximum(last - before, 0), step)
     if after is not None:
         high = tl.minimum(high, tl.cdiv(tl.maximum(last + after + 1, 0), step))
-        cut = tl.minimum(cut, tl.maximum(first + after + 1, 0) // step)
+        cut = tl.minimum(cut, tl.maximum(first + shift + after + 1, 0) // step)
     if first + count > size:  # positions beyond the end: all blocks are masked
         cut = 0
     whole = tl.minimum(tl.maximum(whole, low), high)
@@ -109,21 +109,14 @@ def _blocks_seen(first, count, other, step, size, before, after):
 
 
 @triton.jit
-def _shifted(end, shift):
-    if end is None:
-        return None
-    return end + shift
-
-
-@triton.jit
 def _attend(
     start, stop, acc, total, highest, q, rows, states, k, v, batch, key_head, scale2, sizes, band, drop,
-    MASKED: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Key blocks [start, stop) for one block of rows."""
-    columns, v_columns = tl.arange(0, BLOCKS[2]), tl.arange(0, BLOCKS[3])
+    columns, v_columns = tl.arange(0, D), tl.arange(0, DV)
     for block in range(start, stop):
-        keys = block * BLOCKS[1] + tl.arange(0, BLOCKS[1])
+        keys = block * N + tl.arange(0, N)
         k_block = _load(k, batch, key_head, keys, sizes[1], columns, sizes[2])
         scores = tl.dot(q, tl.trans(k_block), input_precision=PRECISION) * scale2
         if MASKED:
@@ -142,22 +135,36 @@ def _attend(
 
 
 @triton.jit
-def _forward(q, k, v, out, lse, scale2, heads, group, sizes, band, drop, BLOCKS: tl.constexpr, PRECISION: tl.constexpr):
+def _forward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    scale2,
+    heads,
+    group,
+    sizes,
+    band,
+    drop,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     # Under a causal mask the last rows see most: they go first.
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCKS[0]
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    rows = first + tl.arange(0, BLOCKS[0])
-    q_block = _load(q, batch, head, rows, sizes[0], tl.arange(0, BLOCKS[2]), sizes[2])
+    rows = first + tl.arange(0, M)
+    q_block = _load(q, batch, head, rows, sizes[0], tl.arange(0, D), sizes[2])
     states = rows
     if drop is not None:
         states = _row_states(drop, batch, head, rows, sizes[0])
-    acc = tl.zeros((BLOCKS[0], BLOCKS[3]), tl.float32)
-    total = tl.zeros((BLOCKS[0],), tl.float32)
-    highest = tl.full((BLOCKS[0],), -float("inf"), tl.float32)
-    shift = sizes[1] - sizes[0]
-    low, whole, cut, high = _blocks_seen(
-        first, BLOCKS[0], sizes[1], BLOCKS[1], sizes[0], _shifted(band[0], -shift), _shifted(band[1], shift)
-    )
+    acc = tl.zeros((M, DV), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    highest = tl.full((M,), -float("inf"), tl.float32)
+    low, whole, cut, high = _blocks_seen(first, M, sizes[0], sizes[1], N, sizes[1] - sizes[0], band[0], band[1])
     for part in tl.static_range(3):
         start, stop = low, whole
         if part == 1:
@@ -166,10 +173,10 @@ def _forward(q, k, v, out, lse, scale2, heads, group, sizes, band, drop, BLOCKS:
             start, stop = cut, high
         acc, total, highest = _attend(
             start, stop, acc, total, highest, q_block, rows, states, k, v, batch, head // group, scale2, sizes, band,
-            drop, part != 1, BLOCKS, PRECISION,
+            drop, part != 1, M, N, D, DV, PRECISION,
         )  # fmt: skip
     acc /= tl.where(total == 0, 1.0, total)[:, None]
-    _store(out, batch, head, rows, sizes[0], tl.arange(0, BLOCKS[3]), sizes[3], acc)
+    _store(out, batch, head, rows, sizes[0], tl.arange(0, DV), sizes[3], acc)
     at = tl.program_id(1).to(tl.int64) * sizes[0] + rows
     tl.store(lse + at, (highest + tl.log2(total)) * _LN2, rows < sizes[0])
 
@@ -177,12 +184,12 @@ def _forward(q, k, v, out, lse, scale2, heads, group, sizes, band, drop, BLOCKS:
 @triton.jit
 def _differentiate_rows(
     start, stop, dq, q, dout, rows, states, lse2, delta, k, v, batch, key_head, scale2, sizes, band, drop,
-    MASKED: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale of one block of rows from key blocks [start, stop)."""
-    columns, v_columns = tl.arange(0, BLOCKS[2]), tl.arange(0, BLOCKS[3])
+    columns, v_columns = tl.arange(0, D), tl.arange(0, DV)
     for block in range(start, stop):
-        keys = block * BLOCKS[1] + tl.arange(0, BLOCKS[1])
+        keys = block * N + tl.arange(0, N)
         k_block = _load(k, batch, key_head, keys, sizes[1], columns, sizes[2])
         v_block = _load(v, batch, key_head, keys, sizes[1], v_columns, sizes[3])
         p = tl.exp2(tl.dot(q, tl.trans(k_block), input_precision=PRECISION) * scale2 - lse2[:, None])
@@ -199,24 +206,21 @@ def _differentiate_rows(
 @triton.jit
 def _backward_rows(
     dout, q, k, v, lse, delta, dq, scale, scale2, heads, group, sizes, band, drop,
-    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCKS[0]
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    rows = first + tl.arange(0, BLOCKS[0])
-    q_block = _load(q, batch, head, rows, sizes[0], tl.arange(0, BLOCKS[2]), sizes[2])
-    dout_block = _load(dout, batch, head, rows, sizes[0], tl.arange(0, BLOCKS[3]), sizes[3])
+    rows = first + tl.arange(0, M)
+    q_block = _load(q, batch, head, rows, sizes[0], tl.arange(0, D), sizes[2])
+    dout_block = _load(dout, batch, head, rows, sizes[0], tl.arange(0, DV), sizes[3])
     at = tl.program_id(1).to(tl.int64) * sizes[0] + rows
     lse2 = tl.load(lse + at, rows < sizes[0], other=0.0) * _LOG2E
     delta_rows = tl.load(delta + at, rows < sizes[0], other=0.0)
     states = rows
     if drop is not None:
         states = _row_states(drop, batch, head, rows, sizes[0])
-    acc = tl.zeros((BLOCKS[0], BLOCKS[2]), tl.float32)
-    shift = sizes[1] - sizes[0]
-    low, whole, cut, high = _blocks_seen(
-        first, BLOCKS[0], sizes[1], BLOCKS[1], sizes[0], _shifted(band[0], -shift), _shifted(band[1], shift)
-    )
+    acc = tl.zeros((M, D), tl.float32)
+    low, whole, cut, high = _blocks_seen(first, M, sizes[0], sizes[1], N, sizes[1] - sizes[0], band[0], band[1])
     for part in tl.static_range(3):
         start, stop = low, whole
         if part == 1:
@@ -225,20 +229,20 @@ def _backward_rows(
             start, stop = cut, high
         acc = _differentiate_rows(
             start, stop, acc, q_block, dout_block, rows, states, lse2, delta_rows, k, v, batch, head // group, scale2,
-            sizes, band, drop, part != 1, BLOCKS, PRECISION,
+            sizes, band, drop, part != 1, M, N, D, DV, PRECISION,
         )  # fmt: skip
-    _store(dq, batch, head, rows, sizes[0], tl.arange(0, BLOCKS[2]), sizes[2], acc * scale)
+    _store(dq, batch, head, rows, sizes[0], tl.arange(0, D), sizes[2], acc * scale)
 
 
 @triton.jit
 def _differentiate_keys(
     start, stop, dk, dv, k, v, keys, positions, dout, q, lse, delta, batch, head, heads, scale2, sizes, band, drop,
-    MASKED: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK / scale and dV of one block of keys from row blocks [start, stop) of one head; scores are transposed."""
-    columns, v_columns = tl.arange(0, BLOCKS[2]), tl.arange(0, BLOCKS[3])
+    columns, v_columns = tl.arange(0, D), tl.arange(0, DV)
     for block in range(start, stop):
-        rows = block * BLOCKS[0] + tl.arange(0, BLOCKS[0])
+        rows = block * M + tl.arange(0, M)
         q_block = _load(q, batch, head, rows, sizes[0], columns, sizes[2])
         dout_block = _load(dout, batch, head, rows, sizes[0], v_columns, sizes[3])
         at = (batch * heads + head).to(tl.int64) * sizes[0] + rows
@@ -262,22 +266,19 @@ def _differentiate_keys(
 @triton.jit
 def _backward_keys(
     dout, q, k, v, lse, delta, dk, dv, scale, scale2, heads, group, sizes, band, drop,
-    BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCKS[1]
+    first = tl.program_id(0) * N
     batch, key_head = tl.program_id(1) // (heads // group), tl.program_id(1) % (heads // group)
-    keys = first + tl.arange(0, BLOCKS[1])
-    k_block = _load(k, batch, key_head, keys, sizes[1], tl.arange(0, BLOCKS[2]), sizes[2])
-    v_block = _load(v, batch, key_head, keys, sizes[1], tl.arange(0, BLOCKS[3]), sizes[3])
+    keys = first + tl.arange(0, N)
+    k_block = _load(k, batch, key_head, keys, sizes[1], tl.arange(0, D), sizes[2])
+    v_block = _load(v, batch, key_head, keys, sizes[1], tl.arange(0, DV), sizes[3])
     positions = keys
     if drop is not None:
         positions = _key_positions(drop, batch, keys, sizes[1])
-    dk_acc = tl.zeros((BLOCKS[1], BLOCKS[2]), tl.float32)
-    dv_acc = tl.zeros((BLOCKS[1], BLOCKS[3]), tl.float32)
-    shift = sizes[1] - sizes[0]
-    low, whole, cut, high = _blocks_seen(
-        first, BLOCKS[1], sizes[0], BLOCKS[0], sizes[1], _shifted(band[1], shift), _shifted(band[0], -shift)
-    )
+    dk_acc = tl.zeros((N, D), tl.float32)
+    dv_acc = tl.zeros((N, DV), tl.float32)
+    low, whole, cut, high = _blocks_seen(first, N, sizes[1], sizes[0], M, sizes[0] - sizes[1], band[1], band[0])
     for i in range(group):
         head = key_head * group + i
         for part in tl.static_range(3):
@@ -288,10 +289,10 @@ def _backward_keys(
                 start, stop = cut, high
             dk_acc, dv_acc = _differentiate_keys(
                 start, stop, dk_acc, dv_acc, k_block, v_block, keys, positions, dout, q, lse, delta, batch, head, heads,
-                scale2, sizes, band, drop, part != 1, BLOCKS, PRECISION,
+                scale2, sizes, band, drop, part != 1, M, N, D, DV, PRECISION,
             )  # fmt: skip
-    _store(dk, batch, key_head, keys, sizes[1], tl.arange(0, BLOCKS[2]), sizes[2], dk_acc * scale)
-    _store(dv, batch, key_head, keys, sizes[1], tl.arange(0, BLOCKS[3]), sizes[3], dv_acc)
+    _store(dk, batch, key_head, keys, sizes[1], tl.arange(0, D), sizes[2], dk_acc * scale)
+    _store(dv, batch, key_head, keys, sizes[1], tl.arange(0, DV), sizes[3], dv_acc)
 
 
 def forward(
@@ -311,7 +312,7 @@ def forward(
         (sq, k.size(0), q.size(3), dv),
         tuple(band),
         _drop_arguments(dropout),
-        blocks,
+        *blocks,
         _precision(q),
         **launch,
     )
@@ -344,11 +345,11 @@ def backward(
     )
     blocks, launch = _tuned(q, v, _BACKWARD_ROWS)
     _backward_rows[(triton.cdiv(sq, blocks[0]), batch * heads)](
-        *inputs, _with_strides(dq), *same, blocks, _precision(q), **launch
+        *inputs, _with_strides(dq), *same, *blocks, _precision(q), **launch
     )
     blocks, launch = _tuned(q, v, _BACKWARD_KEYS)
     _backward_keys[(triton.cdiv(sk, blocks[1]), batch * key_heads)](
-        *inputs, _with_strides(dk), _with_strides(dv_), *same, blocks, _precision(q), **launch
+        *inputs, _with_strides(dk), _with_strides(dv_), *same, *blocks, _precision(q), **launch
     )
     return dq, dk, dv_
 

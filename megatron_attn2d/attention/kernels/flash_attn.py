@@ -18,7 +18,7 @@ from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, Band
 
-_TESTED_HEAD_DIMS = ((64, 64), (128, 128))  # it has more; those we have run
+_HEAD_DIMS = (64, 96, 128, 192, 256)  # it takes others too, with wrong gradients for 80 (4.0.0b36 on H100)
 
 
 class FlashAttention4Kernel:
@@ -35,8 +35,8 @@ class FlashAttention4Kernel:
             return "has no dropout of probabilities by position"
         if request.dtype not in (torch.bfloat16, torch.float16):
             return "serves bfloat16 and float16"
-        if (request.head_dim, request.v_head_dim) not in _TESTED_HEAD_DIMS:
-            return "serves head dims 64 and 128, the same for queries and values, so far"
+        if request.head_dim != request.v_head_dim or request.head_dim not in _HEAD_DIMS:
+            return f"serves head dims {', '.join(map(str, _HEAD_DIMS))}, the same for queries and values"
         if not _installed():
             return "needs the package flash-attn-4"
         if torch.cuda.get_device_capability()[0] != 9:
