@@ -116,11 +116,6 @@ REFUSED = {
     "model.max_position_embeddings=128": (
         "model.max_position_embeddings = 128: less than training.seq_length = 256; choose 256 or more"
     ),
-    "environment.device=cuda model.attention_dropout=0.1": (
-        "model.attention_dropout = 0.1: on GPUs context_parallel.mode = attention2d drops inside attention by its "
-        "reference kernel alone, whose memory grows with the square of the sequence; "
-        "choose 0.0, or environment.device=cpu"
-    ),
     # parallelism
     "parallelism.tensor=3": (
         "parallelism.tensor = 3: does not divide model.num_attention_heads = 4; choose one of 1, 2, 4"

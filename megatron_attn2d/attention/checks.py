@@ -116,6 +116,7 @@ def request_of(q: Tensor, v: Tensor, mask: Mask, dropout: Dropout | None) -> Req
         v.size(3),
         windows=mask.windows,
         dropout=dropout is not None and dropout.p > 0,
+        grouped=v.size(2) != q.size(2),
     )
 
 

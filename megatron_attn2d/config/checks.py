@@ -153,13 +153,6 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
             f"context_parallel.mode = {context.mode} is Transformer Engine's, whose messages are not followed",
             "choose false, or context_parallel.mode=attention2d",
         )
-    if run.model.attention_dropout and ours and run.environment.device == "cuda":
-        yield (
-            "model.attention_dropout",
-            f"on GPUs context_parallel.mode = {context.mode} drops inside attention by its reference kernel alone, "
-            "whose memory grows with the square of the sequence",
-            "choose 0.0, or environment.device=cpu",
-        )
 
 
 def _check_layer_modes(run: RunConfig) -> Iterator[Refusal]:

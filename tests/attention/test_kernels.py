@@ -28,7 +28,12 @@ def test_cpu_runs_the_reference(dtype: torch.dtype) -> None:
             ("cudnn", "cpu", torch.bfloat16, 64, 64),
             "backend='cudnn' needs a CUDA device .* choose one of auto, reference",
         ),
-        (("flash", "cuda", torch.float32, 64, 64), "serves bfloat16 and float16 .*: choose one of auto, reference"),
+        (
+            ("flash", "cuda", torch.float32, 64, 64),
+            "serves bfloat16 and float16 .*: choose one of auto, triton, reference",
+        ),
+        (("triton", "cuda", torch.float64, 64, 64), "serves bfloat16, float16 and float32 .*: choose one of auto, ref"),
+        (("triton", "cuda", torch.float32, 320, 64), "serves head dims up to 256"),
         (("cudnn", "cuda", torch.bfloat16, 100, 100), "multiples of 8"),
         (("flash", "cuda", torch.bfloat16, 128, 64), "serves equal head dims"),
         (("reference", "cpu", torch.int64, 64, 64), "serves floating-point dtypes"),
@@ -140,7 +145,7 @@ def test_other_misuse_is_refused() -> None:
 
 
 def test_plain_torch_on_a_gpu_is_a_warning_with_the_reasons(caplog: pytest.LogCaptureFixture) -> None:
-    kernel = choose_kernel("auto", Request("cuda", torch.float32, 64, 64, windows=True))
+    kernel = choose_kernel("auto", Request("cuda", torch.float64, 64, 64, windows=True))
     assert kernel.name == "reference"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cudnn serves full and causal attention, no sliding windows" in caplog.text
@@ -152,10 +157,12 @@ def test_gpu_kernels_call_the_operators_that_this_torch_has(
     kernel: type[CudnnKernel | FlashKernel], heads: tuple[int, int]
 ) -> None:
     """Shapes and signatures alone, without a GPU; values are checked in tests/gpu."""
+    bands = [FULL] if kernel is CudnnKernel else [FULL, Band(20, 3)]
     with FakeTensorMode():
         q = torch.empty(64, 1, heads[0], 128, device="cuda", dtype=torch.bfloat16)
         k = torch.empty(96, 1, heads[1], 128, device="cuda", dtype=torch.bfloat16)
-        out, lse = kernel().forward(q, k, k, band=FULL, scale=1.0)
-        assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, heads[0], 64), torch.float32)
-        gradients = kernel().backward(out, q, k, k, out, lse, lse, band=FULL, scale=1.0)
-        assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+        for band in bands:
+            out, lse = kernel().forward(q, k, k, band=band, scale=1.0)
+            assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, heads[0], 64), torch.float32)
+            gradients = kernel().backward(out, q, k, k, out, lse, lse, band=band, scale=1.0)
+            assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]

@@ -1,4 +1,7 @@
-"""The Triton attention in Triton's interpreter against the float64 reference; `tests/gpu` runs it compiled."""
+"""The Triton attention without a GPU: interpreted, against the float64 reference, and compiled for A100 and H100.
+
+`tests/gpu` runs it compiled.
+"""
 
 from __future__ import annotations
 
@@ -59,4 +62,48 @@ def test_interpreted_kernels_agree_with_the_reference() -> None:
     code = "from tests.attention.test_triton_attention import CASES, compare; [compare(case) for case in CASES]"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+SHARED_KIB = {80: 163, 90: 227}  # what a block may have, CUDA C++ Programming Guide, compute capabilities
+
+
+def compile_for(capability: int) -> None:
+    """All three kernels for bf16 under a causal mask with dropout; their shared memory must fit."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class NoDevice:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    triton.runtime.driver.set_active(NoDevice())
+    from megatron_attn2d.attention import triton_attention as kernels
+
+    q, rows, positions = torch.empty(512, 1, 2, 128, dtype=torch.bfloat16), torch.empty(1, 2, 512), torch.arange(512)
+    dropped = Dropout(0.1, torch.ones(1, dtype=torch.int64)).at(torch.arange(1), 2, positions[None], positions[None])
+    x, shape = kernels._with_strides(q), (512, 512, 128, 128)
+    same = (0.1, 2, 1, shape, tuple(CAUSAL), kernels._drop_arguments(dropped))
+    forward = kernels._FORWARD if capability >= 90 else kernels._FORWARD_AMPERE
+    for kernel, arguments, table in (
+        (kernels._forward, (x, x, x, x, rows), forward),
+        (kernels._backward_rows, (x, x, x, x, rows, rows, x, 0.1), kernels._BACKWARD_ROWS),
+        (kernels._backward_keys, (x, x, x, x, rows, rows, x, x, 0.1), kernels._BACKWARD_KEYS),
+    ):
+        blocks, launch = kernels._tuned(q, q, table)
+        compiled = kernel.warmup(*arguments, *same, *blocks, kernels._precision(q), grid=(1, 1), **launch)
+        assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel, compiled.metadata.shared)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not part of this torch")
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_kernels_compile_without_a_gpu(capability: int) -> None:
+    code = f"from tests.attention.test_triton_attention import compile_for; compile_for({capability})"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, Band
 
 _HEAD_DIMS = (64, 96, 128, 192, 256)  # it takes others too, with wrong gradients for 80 (4.0.0b36 on H100)
+_LATENT = (192, 128)  # of multi-latent attention
 
 
 class FlashAttention4Kernel:
@@ -35,8 +36,12 @@ class FlashAttention4Kernel:
             return "has no dropout of probabilities by position"
         if request.dtype not in (torch.bfloat16, torch.float16):
             return "serves bfloat16 and float16"
-        if request.head_dim != request.v_head_dim or request.head_dim not in _HEAD_DIMS:
-            return f"serves head dims {', '.join(map(str, _HEAD_DIMS))}, the same for queries and values"
+        dims = request.head_dim, request.v_head_dim
+        if dims not in [(dim, dim) for dim in _HEAD_DIMS] and (dims != _LATENT or request.grouped):
+            return (
+                f"serves head dims {', '.join(map(str, _HEAD_DIMS))}, the same for queries and values, and without "
+                f"grouped heads {_LATENT[0]} with {_LATENT[1]}"
+            )
         if not _installed():
             return "needs the package flash-attn-4"
         if torch.cuda.get_device_capability()[0] != 9:

@@ -19,6 +19,7 @@ class Request:
         windows: bands occur besides the full rectangle and the causal square. They come with left and right None or
             not negative, on rectangles too, and leave no row without a key.
         dropout: probabilities are dropped.
+        grouped: there are fewer key heads than query heads.
         deterministic: two backward passes must agree bit for bit.
     """
 
@@ -29,9 +30,10 @@ class Request:
     windows: bool = False
     dropout: bool = False
     deterministic: bool = False
+    grouped: bool = False
 
     def __str__(self) -> str:
-        extras = [name for name in ("windows", "dropout", "deterministic") if getattr(self, name)]
+        extras = [name for name in ("windows", "dropout", "deterministic", "grouped") if getattr(self, name)]
         return ", ".join(
             (f"device {self.device}", str(self.dtype), f"head dims {self.head_dim} and {self.v_head_dim}", *extras)
         )

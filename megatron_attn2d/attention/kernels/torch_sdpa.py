@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, Band
 
@@ -47,6 +48,8 @@ class CudnnKernel:
         self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
+        if q.size(0) == k.size(0) == 1:  # which cuDNN refuses
+            return ReferenceKernel().forward(q, k, v, band=band, scale=scale)
         causal = band == CAUSAL
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             _bhsd(q), _bhsd(k), _bhsd(v), None, True, 0.0, causal, False, scale=scale
@@ -68,6 +71,8 @@ class CudnnKernel:
         dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
+        if q.size(0) == k.size(0) == 1:
+            return ReferenceKernel().backward(dout, q, k, v, out, lse, delta, band=band, scale=scale)
         causal = band == CAUSAL
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
