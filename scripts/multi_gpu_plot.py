@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +21,29 @@ _COLOURS = {
     "attention2d": "#2464B4",
 }
 _BASE = ("te:p2p", "ring")
+type _Case = tuple[str, int]
+"""Heads and tokens."""
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """One panel a section of attention and number of heads, one for training, one for the plan, as a PNG."""
-    panels = [
-        (section, heads)
-        for section in found["sections"]
-        for heads in dict.fromkeys(row["heads"] for row in section["rows"] if "ms" in row)
-    ]
-    count = len(panels) + 2
-    columns = min(3, count)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * -(-count // columns)), dpi=130, layout="constrained")
-    axes = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
-    for spare in axes[count:]:
-        spare.set_visible(False)
-    for place, (section, heads) in zip(axes, panels, strict=False):
-        _attention(place, section, heads)
-    _training(axes[len(panels)], found["training"])
-    _predictions(axes[len(panels) + 1], found["sections"])
-    for place in axes[:count]:
+    """Speeds of attention, by heads on one node and by section on several; training; the plan. As a PNG."""
+    panels: list[Callable[[Axes], None]] = []
+    for section in found["sections"]:
+        if section["nodes"]:
+            panels.append(partial(_bars, section=section))
+        else:
+            heads = dict.fromkeys(row["heads"] for row in section["rows"])
+            panels += [partial(_lines, section=section, heads=h) for h in heads]
+    panels += [partial(_training, rows=found["training"]), partial(_predictions, sections=found["sections"])]
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * lines), dpi=130, layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel, place in zip(panels, axes, strict=False):
+        panel(place)
         place.spines[["top", "right"]].set_visible(False)
+    for spare in axes[len(panels) :]:
+        spare.set_visible(False)
     gpu = found["host"]["gpu"]
     figure.suptitle(f"{found['host']['gpus']} x {gpu}" if gpu else "CPU ranks", fontsize=11)
     figure.savefig(path, format="png")
@@ -49,31 +53,73 @@ def _kind(mode: str) -> str:
     return "attention2d" if mode.startswith("attention2d") else ":".join(mode.split(":")[:2])
 
 
-def _attention(axes: Axes, section: dict[str, Any], heads: str) -> None:
-    """Speed over the ring by sequence length; of attention2d the fastest grid, which is named."""
-    best: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in section["rows"]:
-        if "ms" in row and row["heads"] == heads:
+def _fastest(rows: list[dict[str, Any]]) -> dict[str, dict[_Case, dict[str, Any]]]:
+    """By kind of mode and case its fastest row."""
+    best: dict[str, dict[_Case, dict[str, Any]]] = {}
+    for row in rows:
+        if "ms" in row:
             of_kind = best.setdefault(_kind(row["mode"]), {})
-            if row["seq"] not in of_kind or row["ms"] < of_kind[row["seq"]]["ms"]:
-                of_kind[row["seq"]] = row
+            case = row["heads"], row["seq"]
+            if case not in of_kind or row["ms"] < of_kind[case]["ms"]:
+                of_kind[case] = row
+    return best
+
+
+def _speeds(best: dict[str, dict[_Case, dict[str, Any]]]) -> dict[str, dict[_Case, tuple[float, str]]]:
+    """By kind and case the speed over the ring, and which grid of attention2d that was."""
     base = next((best[mode] for mode in _BASE if mode in best), {})
-    lengths = sorted({seq for rows in best.values() for seq in rows})
-    for kind, rows in best.items():
-        shared = [seq for seq in lengths if seq in rows and seq in base]
-        speeds = [base[seq]["ms"] / rows[seq]["ms"] for seq in shared]
-        places = [lengths.index(seq) for seq in shared]
-        axes.plot(places, speeds, marker="o", markersize=4, color=_COLOURS[kind], label=kind)
-        if kind == "attention2d":
-            for at, speed, seq in zip(places, speeds, shared, strict=True):
-                name = rows[seq]["mode"].removeprefix("attention2d ")
-                axes.annotate(name, (at, speed), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
+    return {
+        kind: {
+            case: (base[case]["ms"] / row["ms"], row["mode"].removeprefix("attention2d "))
+            for case, row in rows.items()
+            if case in base
+        }
+        for kind, rows in best.items()
+    }
+
+
+def _lines(axes: Axes, section: dict[str, Any], heads: str) -> None:
+    speeds = _speeds(_fastest([row for row in section["rows"] if row["heads"] == heads]))
+    cases = sorted({case for of_kind in speeds.values() for case in of_kind})
+    for kind, of_kind in speeds.items():
+        places = [at for at, case in enumerate(cases) if case in of_kind]
+        axes.plot(places, [of_kind[cases[at]][0] for at in places], marker="o", markersize=4, color=_COLOURS[kind])
+        axes.lines[-1].set_label(kind)
+        _name_grids(axes, kind, [(at, *of_kind[cases[at]]) for at in places])
+    _finish(axes, speeds, [_tokens(seq) for _, seq in cases], f"Attention, {heads} heads, {section['title']}")
+
+
+def _bars(axes: Axes, section: dict[str, Any]) -> None:
+    speeds = _speeds(_fastest(section["rows"]))
+    cases = list(dict.fromkeys(case for of_kind in speeds.values() for case in of_kind))
+    width = 0.8 / max(1, len(speeds))
+    for i, (kind, of_kind) in enumerate(speeds.items()):
+        shift = (i - (len(speeds) - 1) / 2) * width
+        places = [at for at, case in enumerate(cases) if case in of_kind]
+        heights = [of_kind[cases[at]][0] for at in places]
+        axes.bar([at + shift for at in places], heights, width, color=_COLOURS[kind], label=kind)
+        _name_grids(axes, kind, [(at + shift, *of_kind[cases[at]]) for at in places])
+    names = [f"{heads}\n{_tokens(seq)}" for heads, seq in cases]
+    _finish(axes, speeds, names, f"Attention, {section['title']}")
+
+
+def _name_grids(axes: Axes, kind: str, points: list[tuple[float, float, str]]) -> None:
+    for at, speed, name in points if kind == "attention2d" else []:
+        axes.annotate(name, (at, speed), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
+
+
+def _finish(axes: Axes, speeds: dict[str, Any], ticks: list[str], title: str) -> None:
     axes.axhline(1.0, color="#CCCCCC", linewidth=0.8, zorder=0)
-    axes.set_ylim(0, 1.3 * max(axes.dataLim.y1, 1.0))
-    axes.set_xticks(range(len(lengths)), [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
-    axes.set_ylabel(f"speed over {next((m for m in _BASE if m in best), 'ring')}", fontsize=8)
-    axes.set_title(f"Attention, {heads} heads, {section['title']}", fontsize=9)
-    axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center")
+    axes.set_ylim(0, 1.3 * max([1.0, *(speed for of_kind in speeds.values() for speed, _ in of_kind.values())]))
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    axes.set_ylabel(f"speed over {next((mode for mode in _BASE if mode in speeds), 'ring')}", fontsize=8)
+    axes.set_title(title + ("" if ticks else ": nothing measured"), fontsize=9)
+    if speeds:
+        axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center")
+
+
+def _tokens(seq: int) -> str:
+    return f"{seq // 1024}K" if seq >= 1024 else str(seq)
 
 
 def _training(axes: Axes, rows: list[dict[str, Any]]) -> None:
