@@ -98,6 +98,12 @@ class Shape(NamedTuple):
         return Grid.from_group(dist.group.WORLD, rows=rows, cols=cols, heads=u, tile=self.tile)
 
 
+def parse_grid(mode: str) -> tuple[Shape, int]:
+    """Shape and head groups of `attention2d SHAPE`, or `attention2d SHAPE GN` in N groups."""
+    _, shape, *groups = mode.split()
+    return Shape.parse(shape), int(groups[0].removeprefix("G")) if groups else 1
+
+
 def build_grids(args: argparse.Namespace) -> dict[str, Grid]:
     """The grids to compare, by name."""
     shapes = [Shape.parse(text) for text in args.grids or []] or [

@@ -9,12 +9,13 @@
 Sections, in this order; `--sections` picks some:
     nvlink    attention forward + backward on all GPUs: Transformer Engine's p2p, all_gather, a2a, a2a+p2p (all-to-all
               among as many neighbours as heads divide by, at most half), attention2d on every U x R x C whose heads
-              divide; from 256K tokens on, on the planner's best two
+              divide, in as many head groups (G) as the planner says; from 128K tokens on, on its
+              best two and the best R x C
     nodes     the same with each GPU, then each two, as a node of NCCL over loopback sockets; with more ranks than GPUs
-              where --node-ranks says so. All grids for the first heads at up to 8 ranks, else the planner's best two
+              where --node-ranks says so. All grids for the first heads at up to 8 ranks, else as few
     training  whole steps of benchmark_multi_gpu.yaml, a GPT-3 2.7B, ring (Transformer Engine's p2p where it is
               installed) and attention2d: all GPUs context ranks, tensor 2 x context N/2, context N/2 x data 2
-    half      as nvlink, on half of the GPUs, where that is 4 or more
+    half      as nvlink, on half of the GPUs, where that is 4 or more; 16K and 64K tokens
 
 Each section has a share of the budget, and what the ones before it left; short sequences come first. What time
 doesn't suffice for is printed as `not run: out of time`; what fails (memory, heads that don't divide, ranks that hang)
@@ -49,7 +50,7 @@ from megatron_attn2d.planner.traffic import Workload
 
 YAML = ROOT / "scripts/benchmark_multi_gpu.yaml"
 _GRACE_S = 10.0  # for a case that has begun when its section's time is up
-WEIGHTS = {"nvlink": 30, "nodes by one": 12, "nodes by two": 8, "training": 32, "half": 6, "shared": 5}
+WEIGHTS = {"nvlink": 34, "nodes by one": 12, "nodes by two": 8, "training": 34, "half": 8, "shared": 5}
 """By which sections share the budget; `shared`: each of those on nodes with more ranks than GPUs."""
 
 
@@ -134,6 +135,7 @@ def planned(args: argparse.Namespace) -> list[tuple[int, Section | None]]:
         if args.device == "cpu":
             section.inner = 1
         lengths = args.node_seq[: 1 if few else None] if section.nodes else args.seq
+        lengths = lengths[:3:2] if name == "half" else lengths
         attention_section(section, lengths, args.heads[: 2 if few else None], machines)
         found.append((kind, WEIGHTS[weight], section))
 

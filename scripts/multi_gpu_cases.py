@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from attention_modes import Shape, a2a_ranks
+from attention_modes import Shape, a2a_ranks, parse_grid
 
 from megatron_attn2d.config import load_run
 from megatron_attn2d.planner.cost import Candidate, Cluster, plan, predict
 from megatron_attn2d.planner.run import cluster
 from megatron_attn2d.planner.traffic import Workload
 
-LONG = 2**18
-"""Tokens from which only the planner's best two grids are run: a case takes seconds there."""
+LONG = 2**17
+"""Tokens from which only few grids are run, and what matters less at the end: a case takes seconds at last."""
 _CALLS = 5
 """How often a case is called at least: to warm up, for memory, to see how long it takes, timed."""
 _SLOW_LINKS = {"intra_bytes_per_s": 5e9, "nic_bytes_per_s": 1e9, "rank_nic_bytes_per_s": 1e9, "nic_latency_s": 1e-4}
@@ -72,7 +72,7 @@ def attention_section(section: Section, sequences: list[int], heads: list[str], 
             work = Workload(seq, h, g, section.head_dim)
             few = seq >= LONG or (section.nodes and (section.ranks > 8 or pair != heads[0]))
             modes = [*_transformer_engine(section, h, g)] if section.device == "cuda" else ["ring"]
-            modes += [f"attention2d {shape}" for shape in shapes(section, work, machines, 2 if few else 99)]
+            modes += grids(section, work, machines, few)
             if seq >= LONG:  # the figures that matter first, as time may run out
                 modes.sort(key=lambda mode: mode == "te:all_gather")
             for mode in modes:
@@ -91,15 +91,24 @@ def _transformer_engine(section: Section, h: int, g: int) -> Iterator[str]:
     yield f"te:a2a+p2p:{over_heads}"
 
 
-def shapes(section: Section, work: Workload, machines: Cluster, most: int) -> list[Shape]:
-    """Grids, the fastest predicted first: each U x R x C whose heads divide, in the better of its tiles."""
+def grids(section: Section, work: Workload, machines: Cluster, few: bool) -> list[str]:
+    """attention2d, the fastest predicted first: each U x R x C whose heads divide, in its best tile and head groups.
+
+    Few: the best two, and the best R x C.
+    """
     node = section.ranks_per_node if section.nodes else section.ranks
-    found: dict[tuple[int, int, int], Shape] = {}
+    found: dict[tuple[int, int, int], str] = {}
     for prediction in plan(section.ranks, work, replace(machines, ranks_per_node=node)):
         axes, tile = prediction.candidate.axes, prediction.candidate.tile
-        if axes is not None and axes not in found:
-            found[axes] = Shape(axes, tile if section.nodes else None)
-    return list(found.values())[:most]
+        if axes is not None and axes not in found and (section.nodes or tile is None):
+            groups = f" G{prediction.head_groups}" if prediction.head_groups > 1 else ""
+            found[axes] = f"attention2d {Shape(axes, tile)}{groups}"
+    chosen = list(found)
+    if few:
+        plain = next((axes for axes in chosen[2:] if axes[0] == 1), None)
+        alone = any(axes[0] == 1 for axes in chosen[:2])
+        chosen = chosen[:2] + ([plain] if plain and not alone else [])
+    return [found[axes] for axes in chosen]
 
 
 def gpus(yaml: str, gpus_per_node: int) -> Cluster:
@@ -142,8 +151,9 @@ def predicted_s(mode: str, section: Section, work: Workload, machines: Cluster) 
     if candidate is None or (mode.startswith("te:") and (h % (u := a2a_ranks(mode[3:], section.ranks)) or g % u)):
         return None
     work = replace(work, element_bytes=2 if section.device == "cuda" else 4)
-    node = section.ranks_per_node if section.nodes else section.ranks
-    return predict(candidate, section.ranks, work, replace(machines, ranks_per_node=node)).total_s
+    machines = replace(machines, ranks_per_node=section.ranks_per_node if section.nodes else section.ranks)
+    groups = parse_grid(mode)[1] if mode.startswith("attention2d") else 1
+    return predict(candidate, section.ranks, work, machines, (groups,)).total_s
 
 
 def _candidate(mode: str, ranks: int) -> Candidate | None:
@@ -155,5 +165,5 @@ def _candidate(mode: str, ranks: int) -> Candidate | None:
         return Candidate("ulysses", (ranks, 1, 1), None)
     if mode.startswith("te:"):
         return None
-    shape = Shape.parse(mode.removeprefix("attention2d "))
+    shape, _ = parse_grid(mode)
     return Candidate("attention2d", shape.axes, shape.tile)

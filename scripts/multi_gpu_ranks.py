@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_modes import Attention, Shape, refusal, spawn, transformer_engine
+from attention_modes import Attention, parse_grid, refusal, spawn, transformer_engine
 from benchmark_attention import measure, slowest
 
 from megatron_attn2d import Grid, attention2d, ring_attention
@@ -78,7 +78,7 @@ def attempt(case: dict[str, Any], args: argparse.Namespace, grids: dict[str, Gri
 
 
 def build(mode: str, h: int, g: int, args: argparse.Namespace, grids: dict[str, Grid]) -> Attention:
-    """The attention function of a mode: `ring`, `te:TYPE` or `attention2d SHAPE`.
+    """The attention function of a mode: `ring`, `te:TYPE` or `attention2d SHAPE`, in groups of heads ` GN`.
 
     Raises:
         ValueError: Transformer Engine can't run it with these heads.
@@ -90,9 +90,9 @@ def build(mode: str, h: int, g: int, args: argparse.Namespace, grids: dict[str, 
         if reason := refusal(comm, args.ranks, h, g):
             raise ValueError(reason)
         return transformer_engine(comm, h, g, args.head_dim)
-    shape = mode.removeprefix("attention2d ")
-    grids[shape] = grids.get(shape) or Shape.parse(shape).build()
-    return partial(attention2d, grid=grids[shape])
+    shape, groups = parse_grid(mode)
+    grids[str(shape)] = grids.get(str(shape)) or shape.build()
+    return partial(attention2d, grid=grids[str(shape)], head_groups=groups)
 
 
 def links(args: argparse.Namespace) -> dict[str, float]:
