@@ -56,6 +56,7 @@ def _run(rank: int, function: Callable[..., None], args: argparse.Namespace, por
             "NCCL_HOSTID": f"node{rank // args.ranks_per_node}",
             "NCCL_SOCKET_IFNAME": "lo",
             "NCCL_NET": "Socket",
+            "NCCL_MNNVL_ENABLE": "0",
         }
         if args.ranks_per_node == 1:
             os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from attention_modes import parse_grid
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,6 +20,7 @@ _COLOURS = {
     "te:a2a": "#E39A3B",
     "te:a2a+p2p": "#4C9F70",
     "attention2d": "#2464B4",
+    "attention2d over heads": "#7FB2E5",
 }
 _BASE = ("te:p2p", "ring")
 type _Case = tuple[str, int]
@@ -50,7 +52,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def _kind(mode: str) -> str:
-    return "attention2d" if mode.startswith("attention2d") else ":".join(mode.split(":")[:2])
+    if mode.startswith("attention2d"):
+        return "attention2d over heads" if parse_grid(mode)[0].axes[0] > 1 else "attention2d"
+    return ":".join(mode.split(":")[:2])
 
 
 def _fastest(rows: list[dict[str, Any]]) -> dict[str, dict[_Case, dict[str, Any]]]:
@@ -104,7 +108,7 @@ def _bars(axes: Axes, section: dict[str, Any]) -> None:
 
 
 def _name_grids(axes: Axes, kind: str, points: list[tuple[float, float, str]]) -> None:
-    for at, speed, name in points if kind == "attention2d" else []:
+    for at, speed, name in points if kind.startswith("attention2d") else []:
         axes.annotate(name, (at, speed), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
 
 

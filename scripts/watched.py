@@ -21,13 +21,16 @@ _POLL_S = 0.1
 
 def end(process: subprocess.Popen[Any]) -> None:
     """Kill a leader of a session and all that it started, torchrun's ranks too, which lead sessions of their own."""
+    family: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
-        for member in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
+        family = psutil.Process(process.pid).children(recursive=True)
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(family, timeout=5)  # their memory is free then
 
 
 @dataclass
