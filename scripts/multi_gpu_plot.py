@@ -102,19 +102,29 @@ def _bars(axes: Axes, section: dict[str, Any]) -> None:
         places = [at for at, case in enumerate(cases) if case in of_kind]
         heights = [of_kind[cases[at]][0] for at in places]
         axes.bar([at + shift for at in places], heights, width, color=_COLOURS[kind], label=kind)
-        _name_grids(axes, kind, [(at + shift, *of_kind[cases[at]]) for at in places])
+        _name_grids(axes, kind, [(at + shift, *of_kind[cases[at]]) for at in places], bars=True)
     names = [f"{heads}\n{_tokens(seq)}" for heads, seq in cases]
     _finish(axes, speeds, names, f"Attention, {section['title']}")
 
 
-def _name_grids(axes: Axes, kind: str, points: list[tuple[float, float, str]]) -> None:
+def _name_grids(axes: Axes, kind: str, points: list[tuple[float, float, str]], bars: bool = False) -> None:
+    below = kind == "attention2d" and not bars
     for at, speed, name in points if kind.startswith("attention2d") else []:
-        axes.annotate(name, (at, speed), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7)
+        axes.annotate(
+            name,
+            (at, speed),
+            xytext=(0, -4 if below else 4),
+            textcoords="offset points",
+            ha="center",
+            va="top" if below else "bottom",
+            fontsize=6,
+            rotation=90 if bars else 0,
+        )
 
 
 def _finish(axes: Axes, speeds: dict[str, Any], ticks: list[str], title: str) -> None:
     axes.axhline(1.0, color="#CCCCCC", linewidth=0.8, zorder=0)
-    axes.set_ylim(0, 1.3 * max([1.0, *(speed for of_kind in speeds.values() for speed, _ in of_kind.values())]))
+    axes.set_ylim(0, 1.35 * max([1.0, *(speed for of_kind in speeds.values() for speed, _ in of_kind.values())]))
     axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
     axes.set_ylabel(f"speed over {next((mode for mode in _BASE if mode in speeds), 'ring')}", fontsize=8)
     axes.set_title(title + ("" if ticks else ": nothing measured"), fontsize=9)
