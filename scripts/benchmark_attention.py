@@ -34,6 +34,8 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--seq", nargs="+", type=int, default=[16384, 65536, 131072], help="tokens of the sequence")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=3, help="calls before the first timed one")
+    parser.add_argument("--seconds", type=float, default=0, help="fewer repeats of what takes longer; 0: never fewer")
     parser.add_argument("--inner", type=int, default=0, help="calls a repeat, back to back; 0: about 40 ms worth")
     parser.add_argument("--forward", action="store_true", help="forward only")
     parser.add_argument("--graphs", action="store_true", help="time each mode as a replayed CUDA graph too")
@@ -90,12 +92,14 @@ def measure(
         if not args.forward:
             torch.autograd.grad(out, leaves, dout)
 
-    for _ in range(3):
+    for _ in range(args.warmup):
         call()
     transient = peak(call) if args.device == "cuda" else 0.0
     timed_call = captured(call) if graphed else call
-    inner = args.inner or max(1, int(40 / max(timed(timed_call, 1, args.device), 1e-3)))
-    times = [timed(timed_call, inner, args.device) for _ in range(args.repeats)]
+    once = max(timed(timed_call, 1, args.device), 1e-3)
+    inner = args.inner or max(1, int(40 / once))
+    fitting = int(args.seconds * 1e3 / (inner * once)) if args.seconds else args.repeats
+    times = [timed(timed_call, inner, args.device) for _ in range(max(1, min(fitting, args.repeats)))]
     return {
         "ms": statistics.median(times),
         "spread": (max(times) - min(times)) / min(times),

@@ -22,6 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from watched import end
+
+from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.metrics import read_steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,40 +50,89 @@ def main() -> None:
             show(seq, mode, steps, base)
 
 
+class TrainingError(RuntimeError):
+    """A run that failed, and what it printed."""
+
+
 def train(args: argparse.Namespace, seq: int, mode: str) -> list[dict[str, Any]]:
     """The recorded steps of one run."""
+    overrides = [
+        f"training.seq_length={seq}",
+        f"training.train_iters={args.steps}",
+        f"context_parallel.size={args.ranks}",
+        f"context_parallel.mode={mode}",
+        *([f"context_parallel.grid={args.grid}"] if mode == "attention2d" else []),
+        f"environment.gpus_per_node={args.ranks}",
+        *args.overrides,
+    ]
+    try:
+        return run(ROOT / "scripts/benchmark_training.yaml", args.ranks, overrides, args.timeout)
+    except TrainingError as error:
+        sys.exit(f"{mode} at {seq} tokens failed:\n{error}")
+
+
+def run(
+    yaml: Path, ranks: int, overrides: list[str], timeout: float, torchrun: bool = True, enough: int = 10**9
+) -> list[dict[str, Any]]:
+    """Train and return the recorded steps.
+
+    Args:
+        ranks: processes on this host.
+        timeout: seconds after which all of them are ended.
+        torchrun: start them by it; else the command itself forks them, which suits CPU ranks.
+        enough: steps that count although the run was ended by its timeout.
+
+    Raises:
+        TrainingError: it failed, or was ended with fewer steps than are enough.
+    """
     with tempfile.TemporaryDirectory() as directory:
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)),
-            *("-m", "megatron_attn2d.cli", "train", str(ROOT / "scripts/benchmark_training.yaml")),
-            f"run.dir={directory}",
-            f"training.seq_length={seq}",
-            f"training.train_iters={args.steps}",
-            f"context_parallel.size={args.ranks}",
-            f"context_parallel.mode={mode}",
-            *([f"context_parallel.grid={args.grid}"] if mode == "attention2d" else []),
-            f"environment.gpus_per_node={args.ranks}",
-            *args.overrides,
-        ]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if torchrun else []
+        command = [sys.executable, *launcher, "-m", "megatron_attn2d.cli", "train", str(yaml), f"run.dir={directory}"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=args.timeout)
-        if done.returncode:
-            logs = [path.read_text()[-3000:] for path in Path(directory).glob("**/*.log")]
-            sys.exit(
-                f"{mode} at {seq} tokens failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}\n" + "\n".join(logs)
+        with Path(directory, "printed.txt").open("w+") as printed:
+            process = subprocess.Popen(
+                [*command, *overrides], env=environment, stdout=printed, stderr=printed, start_new_session=True
             )
-        return list(read_steps(Path(directory)).values())
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                end(process)
+            printed.seek(0)
+            said = printed.read()[-8000:]
+        try:
+            steps = list(read_steps(Path(directory)).values())
+        except UsageError:  # none yet
+            steps = []
+        if steps and (code == 0 or (code is None and len(steps) >= enough)):
+            return steps
+        logs = [path.read_text(errors="replace")[-3000:] for path in Path(directory).glob("**/*.log")]
+        how = f"ended after {timeout:.0f} s, {len(steps)} steps" if code is None else f"exit code {code}"
+        raise TrainingError("\n".join([how, said, *logs]))
+
+
+def summary(steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, float]:
+    """What is said of a run: medians after the warm-up, and how far its losses are from those of the first mode."""
+    warm = steps[min(WARMUP, len(steps) // 2) :]
+    return {
+        "tokens_per_s": statistics.median(s["tokens_per_s"] for s in warm),
+        "tflops": statistics.median(s.get("tflops") or 0.0 for s in warm),
+        "mfu": statistics.median(s.get("mfu") or 0.0 for s in warm),
+        "memory_gib": max((s.get("memory_gib") or 0.0) for s in steps),
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "apart": max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(steps, base, strict=False)),
+    }
 
 
 def show(seq: int, mode: str, steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> None:
     """Print a row."""
-    rate, base_rate = (statistics.median(s["tokens_per_s"] for s in run[WARMUP:]) for run in (steps, base))
-    apart = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(steps, base, strict=True))
-    memory = max((s.get("memory_gib") or 0.0) for s in steps)
-    tflops = statistics.median(s.get("tflops") or 0.0 for s in steps[WARMUP:])
+    row, first = summary(steps, base), summary(base, base)
     print(
-        f"S={seq:7d} {mode:12s} {rate:9.0f} tokens/s {rate / base_rate:6.3f}x  {tflops:6.1f} TFLOP/s a rank "
-        f"{memory:6.2f} GiB  loss {base[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}, apart {apart:.1e}",
+        f"S={seq:7d} {mode:12s} {row['tokens_per_s']:9.0f} tokens/s {row['tokens_per_s'] / first['tokens_per_s']:6.3f}x"
+        f"  {row['tflops']:6.1f} TFLOP/s a rank {row['memory_gib']:6.2f} GiB  "
+        f"loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}, apart {row['apart']:.1e}",
         flush=True,
     )
 

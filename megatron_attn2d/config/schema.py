@@ -120,8 +120,8 @@ class ContextParallel(Section):
     """Rows and columns of the block of the grid that consecutive ranks fill, such as those of a node. None: whole
     columns, [R, 1], or with `grid: auto` the planner's choice."""
     head_groups: Annotated[Literal["auto"] | Ranks, NO_FLAG] = "auto"
-    """In how many groups of heads attention2d overlaps messages and kernels. auto: with `grid: auto` the planner's
-    choice, else 1."""
+    """In how many groups of heads attention2d overlaps messages and kernels. auto: the planner's choice where the YAML
+    describes the cluster, else that of attention (`automatic_head_groups`)."""
 
 
 class Data(Section):
@@ -337,8 +337,8 @@ class RunConfig(Section):
         return chosen_grid(self).tile
 
     @property
-    def head_groups(self) -> int:
-        """In how many groups of heads attention2d overlaps messages and kernels."""
+    def head_groups(self) -> int | None:
+        """In how many groups of heads attention2d overlaps messages and kernels; None: attention decides."""
         return chosen_grid(self).head_groups
 
     @property

@@ -4,10 +4,11 @@ A phase of messages takes as long as its busiest link: the cards of a node toget
 rank's links within the node, in the busier direction, a latency, and a little for each message that a rank receives.
 Kernels run at the given rates. Then, with m the time of the messages around a tile and c that of its kernels,
 
-    attention2d in G groups of heads     (m + c) / G + (G - 1) / G max(m, c)     the first gather and last return show
-    ring of P ranks                      c / P + (P - 1) max(m / (P - 1), c / P) each step hides the next one's messages
+    attention2d in G groups of heads     (m + c) / G + (G - 1) / G max(m, c) - h  first gather and last return show
+    ring of P ranks                      c / P + (P - 1) max(m / (P - 1), c / P)  each step hides the next messages
 
-and the exchange over heads, before and after, hides behind nothing.
+and the exchange over heads, before and after, hides behind nothing. h: under a causal mask a rank attends its own two
+chunks to themselves, 1/(2 R C) of its kernels, while the first gather flies, and hides as much of it.
 """
 
 from __future__ import annotations
@@ -98,10 +99,14 @@ class Prediction:
         return self.forward_s + self.backward_s
 
 
+CLOSE = 1.03
+"""Predictions are not good to 3%: such a gain decides nothing."""
+
+
 def predict(
     candidate: Candidate, ranks: int, work: Workload, cluster: Cluster, head_groups: Sequence[int] = (1, 2, 4, 8)
 ) -> Prediction:
-    """Predict one candidate with the best of `head_groups`."""
+    """Predict one candidate with the fewest of `head_groups`, ascending, that are as good as the best of them."""
     traffic = (
         ring_traffic(ranks, work)
         if candidate.axes is None
@@ -119,10 +124,12 @@ def predict(
         )
     else:
         kv_heads = max(1, work.kv_heads // candidate.axes[0])
-        groups, forward, backward = min(
-            ((g, *_grouped_seconds(traffic, kernels, g, cluster)) for g in head_groups if kv_heads % g == 0),
-            key=lambda timed: timed[1] + timed[2],
-        )
+        diagonal = diagonal_share(candidate, work)
+        timed = [
+            (g, *_grouped_seconds(traffic, kernels, g, cluster, diagonal)) for g in head_groups if kv_heads % g == 0
+        ]
+        enough = CLOSE * min(forward + backward for _, forward, backward in timed)
+        groups, forward, backward = next(t for t in timed if t[1] + t[2] <= enough)
     messages = sum(phase_seconds(phase, cluster) for phase in (*traffic.forward, *traffic.backward))
     return Prediction(
         candidate,
@@ -188,6 +195,14 @@ def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float
     return seconds + head_groups * (latency + phase.messages * cluster.message_s)
 
 
+def diagonal_share(candidate: Candidate, work: Workload) -> float:
+    """Of a rank's kernels on a grid, what needs no other rank's chunks: 1 of the 2 R C squares of its tile."""
+    if candidate.axes is None or not work.causal:
+        return 0.0
+    _, rows, cols = candidate.axes
+    return 1 / (2 * rows * cols)
+
+
 def transient_bytes(candidate: Candidate, ranks: int, work: Workload, groups: int) -> float:
     """Gathered tensors and partial results of the backward pass, where they are largest, in bytes.
 
@@ -203,19 +218,28 @@ def transient_bytes(candidate: Candidate, ranks: int, work: Workload, groups: in
     return (3 * cols * u + 4 * rows * kv) * in_flight / groups
 
 
-_GROUP_COST = 0.015
-"""What a head group adds to the time of kernels, which are smaller: 2% to 5% for 2 to 4 on two H100 at 64K tokens."""
+_GROUP_COST = 0.02
+"""What a head group adds to the time of kernels, which are smaller.
+
+On two H100 at 64K tokens, 2x1, two groups cost 2% and four 5%, though they hide 0.7% and 1.0%: so much of the kernels'
+time their returns take.
+"""
 
 
 def _grouped_seconds(
-    traffic: Traffic, kernels: tuple[float, float], groups: int, cluster: Cluster
+    traffic: Traffic, kernels: tuple[float, float], groups: int, cluster: Cluster, diagonal: float
 ) -> tuple[float, float]:
     seconds = []
     for side, alone in zip((traffic.forward, traffic.backward), kernels, strict=True):
         compute = alone * (1 + _GROUP_COST * (groups - 1))
         spread = sum(phase_seconds(p, cluster) for p in side if p.over_heads)
-        messages = sum(phase_seconds(p, cluster, groups) for p in side if not p.over_heads)
-        seconds.append(spread + (messages + compute) / groups + (groups - 1) / groups * max(messages, compute))
+        gather, back = (
+            sum(phase_seconds(p, cluster, groups) for p in side if not p.over_heads and p.returns == returns)
+            for returns in (False, True)
+        )
+        messages = gather + back
+        hidden = min(gather, diagonal * compute) / groups
+        seconds.append(spread + (messages + compute) / groups + (groups - 1) / groups * max(messages, compute) - hidden)
     return seconds[0], seconds[1]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_attn2d.planner.cost import Cluster, Prediction
+from megatron_attn2d.planner.cost import CLOSE, Cluster, Prediction
 from megatron_attn2d.planner.run import cluster, missing_rates, predictions, workload
 from megatron_attn2d.planner.traffic import Workload
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from megatron_attn2d.config.schema import RunConfig
 
 _SHOWN = 12
-_CLOSE = 1.03  # predictions are not good to 3%
 
 
 def report(run: RunConfig) -> str:
@@ -56,10 +55,10 @@ def verdict(found: Sequence[Prediction]) -> str:
     ring = by_mode["ring"]
     hides = ring.messages_s < ring.kernels_s
     bound = f"its messages take {ring.messages_s * 1e3:.3f} ms where kernels take {ring.kernels_s * 1e3:.3f}"
-    if best.total_s * _CLOSE > ring.total_s:
+    if best.total_s * CLOSE > ring.total_s:
         return f"Take the ring: {bound}{', so it hides them,' if hides else ''} and nothing is faster by more than 3%."
     plain = by_mode["all_gather"]
-    if best.total_s * _CLOSE > plain.total_s:
+    if best.total_s * CLOSE > plain.total_s:
         return f"Take all_gather: with so few key/value heads nothing beats gathering them ({bound} in a ring)."
     return f"Take {best.candidate.label}: {ring.total_s / best.total_s:.2f}x as fast as a ring; there, {bound}."
 

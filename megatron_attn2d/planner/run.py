@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_attn2d.planner import best_grid
-from megatron_attn2d.planner.cost import Cluster, Prediction, plan
+from megatron_attn2d.planner.cost import Candidate, Cluster, Prediction, plan, predict
 from megatron_attn2d.planner.traffic import Workload
 
 if TYPE_CHECKING:
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Shape(NamedTuple):
-    """A grid: U, R and C, rows and columns of its tile, and into how many groups heads are split."""
+    """A grid: U, R and C, rows and columns of its tile, into how many groups heads are split (None: its choice)."""
 
     axes: tuple[int, int, int]
     tile: tuple[int, int]
-    head_groups: int
+    head_groups: int | None
 
 
 _RATES = (
@@ -79,21 +79,36 @@ def predictions(ranks: int, work: Workload, machines: Cluster) -> tuple[Predicti
 def chosen_grid(run: RunConfig) -> Shape:
     """The grid of a run: as written, or for `auto` the planner's choice.
 
-    Where the YAML does not describe the cluster, the choice is the R x C with the fewest bytes (`best_grid`).
+    Where the YAML does not describe the cluster, the choice is the R x C with the fewest bytes (`best_grid`), and head
+    groups are the attention's own (`automatic_head_groups`).
     """
     context = run.context_parallel
-    groups = 1 if context.head_groups == "auto" else context.head_groups
+    asked = None if context.head_groups == "auto" else context.head_groups
+    tile = (context.tile[0], context.tile[1]) if context.tile else None
+    known = context.mode == "attention2d" and context.size > 1 and not missing_rates(run)
     if context.grid != "auto":
         heads, rows, cols = context.grid if len(context.grid) == 3 else (1, *context.grid)
-    elif context.mode != "attention2d" or context.size == 1 or missing_rates(run):
+    elif not known:
         heads, (rows, cols) = 1, best_grid(context.size, run.model.queries_per_kv_head)
     else:
         found = predictions(context.size, workload(run), cluster(run))
         best = next(p for p in found if p.candidate.axes is not None)
         assert best.candidate.axes is not None
         heads, rows, cols = best.candidate.axes
-        groups = best.head_groups if context.head_groups == "auto" else groups
-        if context.tile is None:
-            return Shape(best.candidate.axes, best.candidate.tile or (rows, 1), groups)
-    tile = (context.tile[0], context.tile[1]) if context.tile else (rows, 1)
-    return Shape((heads, rows, cols), tile, groups)
+        tile = tile or best.candidate.tile
+    shape = Shape((heads, rows, cols), tile or (rows, 1), asked)
+    if not known or asked is not None or not _fits(shape, run):
+        return shape
+    candidate = Candidate("attention2d", shape.axes, tile)
+    return shape._replace(head_groups=_head_groups(candidate, context.size, workload(run), cluster(run)))
+
+
+def _fits(shape: Shape, run: RunConfig) -> bool:
+    """Whether there is something to predict: what does not fit is refused later, with a message."""
+    (heads, rows, cols), (tile_rows, tile_cols) = shape.axes, shape.tile
+    return heads * rows * cols == run.context_parallel.size and not (rows % tile_rows or cols % tile_cols)
+
+
+@lru_cache(maxsize=64)
+def _head_groups(candidate: Candidate, ranks: int, work: Workload, machines: Cluster) -> int:
+    return predict(candidate, ranks, work, machines).head_groups

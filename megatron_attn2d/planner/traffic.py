@@ -61,12 +61,14 @@ class Phase:
         sent: bytes by (sender, receiver), context-parallel ranks.
         messages: the most messages that a rank receives.
         over_heads: whether they exchange sequence for heads, before or after all else.
+        returns: whether they return partial results after a computation.
     """
 
     name: str
     sent: dict[tuple[int, int], float]
     messages: int
     over_heads: bool = False
+    returns: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ def _phases(name: str, u: int, order: tuple[int, int], parts: list[tuple[_Links,
                 for head in range(u):
                     pair = sender * u + head, receiver * u + head
                     sent[pair] = sent.get(pair, 0.0) + chunks * chunk_bytes
-        yield Phase(f"{name}, {'within' if stage else 'between'} nodes", sent, max(messages.values(), default=0))
+        where = f"{name}, {'within' if stage else 'between'} nodes"
+        yield Phase(where, sent, max(messages.values(), default=0), returns=order == _RETURN)
 
 
 def _over_heads(name: str, places: int, u: int, sent: float, tensors: int) -> Phase:

@@ -37,6 +37,45 @@ def test_an_infinitely_fast_kernel_leaves_the_messages() -> None:
     assert ring.total_s / grid.total_s == pytest.approx(378 / 77, rel=0.02)
 
 
+@pytest.mark.parametrize(("causal", "hides"), [(True, 1.0), (False, 0.0)])
+@pytest.mark.parametrize("seq", [2**12, 2**17])
+def test_the_own_diagonal_hides_the_first_gather(causal: bool, hides: float, seq: int) -> None:
+    """On 2x1 a rank has a quarter of its work without the other: forward a gather, backward a gather and a return."""
+    node = replace(NODES, intra_latency_s=0.0, message_s=0.0)
+    work = replace(MHA, seq=seq, causal=causal)
+    found = predict(Candidate("attention2d", (1, 2, 1), None), 2, work, node, (1,))
+    flops = 4 * seq**2 * 40 * 128 / 2 / (2 if causal else 1)
+    kernels = flops / 620e12, 2.5 * flops / 550e12
+    shard = seq * 40 * 128 * 2 / 2
+    keys = 2 * shard / 360e9  # rank 0's upper chunk sees both chunks of rank 1, under the mask too
+    shown = [max(0.0, keys - hides * kernel / 4) for kernel in kernels]
+    assert found.forward_s == pytest.approx(kernels[0] + shown[0])
+    assert found.backward_s == pytest.approx(kernels[1] + shown[1] + keys)
+    if causal:
+        assert (shown == [0.0, 0.0]) == (seq == 2**17)
+
+
+def test_heads_over_all_ranks_gather_nothing() -> None:
+    """Two exchanges a pass, of q, k, v and of o, or of do and of dq, dk, dv; one head group, as nothing overlaps."""
+    node = replace(NODES, intra_latency_s=0.0, message_s=0.0)
+    found = predict(Candidate("ulysses", (8, 1, 1), None), 8, MHA, node)
+    exchanged = 4 * MHA.shard_bytes(8) * 7 / 8 / 360e9
+    assert found.total_s == pytest.approx(found.kernels_s + 2 * exchanged)
+    assert found.head_groups == 1
+
+
+def test_head_groups_must_gain_more_than_predictions_are_good_to() -> None:
+    """Hidden messages gain with each group, kernels lose: the fewest within 3% of the best are taken."""
+    square = Candidate("attention2d", (1, 8, 8), None)
+    for seq in (2**14, 2**16, 2**18):
+        work = replace(MHA, seq=seq)
+        alone = {groups: predict(square, 64, work, NODES, (groups,)).total_s for groups in (1, 2, 4, 8)}
+        enough = [groups for groups, seconds in alone.items() if seconds <= 1.03 * min(alone.values())]
+        found = predict(square, 64, work, NODES)
+        assert (found.head_groups, found.total_s) == (enough[0], alone[enough[0]])
+    assert min(alone, key=lambda groups: alone[groups]) > 1
+
+
 def test_long_sequences_a_rank_hide_a_rings_messages() -> None:
     long = replace(MHA, seq=2**22)
     one_node = plan(8, long, NODES)
