@@ -44,16 +44,16 @@ def stop_in(args: Sequence[str]) -> None:
 
 
 def _stop_in_exchange(where: int, counts: Callable[[], bool]) -> None:
-    """Makes this process stop when it starts its exchange number `where` of those for which `counts()`."""
+    """Makes this process stop when it starts its exchange number `where` of those with messages while `counts()`."""
     launches, original = 0, exchange.launch
 
-    def launch_or_stop(*given: Any, **named: Any) -> Any:
+    def launch_or_stop(group: Any, sends: Any, receives: Any, *rest: Any, **named: Any) -> Any:
         nonlocal launches
-        if counts():
+        if counts() and (sends or receives):
             if launches == where:
                 os.kill(os.getpid(), signal.SIGSTOP)
             launches += 1
-        return original(*given, **named)
+        return original(group, sends, receives, *rest, **named)
 
     for module in (exchange, ring, ulysses):
         mock.patch.object(module, "launch", launch_or_stop).start()
