@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -88,6 +89,32 @@ def stop_in_training(args: Sequence[str], *, where: int, seconds: float) -> None
     _stop_in_exchange(where, counts)
     pretrain_gpt.main(args)
     raise AssertionError("no rank stopped")
+
+
+def process_groups() -> int:
+    """How many process groups this process has made and not destroyed; torch has no public count of the living."""
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def train_counting_groups(args: Sequence[str], *, directory: Path) -> None:
+    """Trains; each rank writes its number of process groups after step 1 and whenever it has changed after a step."""
+    from megatron.training import training
+
+    from megatron_attn2d import pretrain_gpt
+
+    counts: list[int] = []
+
+    def step(*given: Any, **named: Any) -> Any:
+        try:
+            return original(*given, **named)
+        finally:
+            if counts[-1:] != [process_groups()]:
+                counts.append(process_groups())
+                (directory / f"groups-{dist.get_rank()}").write_text("\n".join(map(str, counts)))
+
+    original = training.train_step
+    with mock.patch.object(training, "train_step", step):
+        pretrain_gpt.main(args)
 
 
 if __name__ == "__main__":
