@@ -45,6 +45,8 @@ def sigterm(count: int) -> str:
             before = reported(run)
             with job(2, args, output) as training:
                 training.until(lambda before=before: reported(run) > before)
+                if before and f"resumed after step {before}\n" not in training.said():
+                    raise Failed(f"SIGTERM {i}: began anew instead of continuing after step {before}")
                 time.sleep(random.uniform(0, 1))
                 training.terminate()
                 if code := training.wait(120):
@@ -66,6 +68,8 @@ def kill(count: int) -> str:
             with job(2, args, Path(scratch, f"output-{i}")) as training:
                 folder = checkpoints.folder(directory, before + 6)  # the second save of this launch
                 training.until(folder.exists)
+                if before and f"resumed after step {before}\n" not in training.said():
+                    raise Failed(f"kill {i}: began anew instead of continuing after step {before}")
                 time.sleep(random.uniform(0, 0.15))
                 rank = random.randrange(2)
                 training.ranks()[rank].kill()
@@ -80,7 +84,7 @@ def kill(count: int) -> str:
             if last is None or last < before + 3:
                 raise Failed(f"kill {i}: continues from {last}, but step {before + 3} had been saved")
         with job(2, [*args, "--exit-interval", str((last or 0) + 1)], Path(scratch, "output")) as training:
-            if training.wait(120):
+            if training.wait(120) or f"resumed after step {last}\n" not in training.said():
                 raise Failed(f"the last launch did not continue: {training.said()[-300:]}")
         assert_unbroken(run)
         ended = f"the job ended within {slowest:.1f} s and named the rank"

@@ -41,9 +41,11 @@ def test_sigterm_saves_and_the_resumed_run_equals_the_undisturbed_one_bit_for_bi
     expected = train_states(pool, 2, tmp_path / "undisturbed", **options)
     checkpoint = tmp_path / "checkpoint"
     train_states(pool, 2, tmp_path / "run", sigterm_at=4, save=checkpoint, **options)
-    assert len(metrics(tmp_path / "run")) == 4
+    recorded = metrics(tmp_path / "run")
+    assert len(recorded) == 4
     assert (checkpoint / "latest_checkpointed_iteration.txt").read_text() == "4"
     actual = train_states(pool, 2, tmp_path / "run", load=checkpoint, **options)
+    assert metrics(tmp_path / "run")[:4] == recorded, "the run began anew"
     assert_equal_states(actual, expected)
 
 
@@ -53,8 +55,10 @@ def assert_resumes(pool: RankPool, nranks: int, directory: Path, *, train_iters:
     expected = train_states(pool, nranks, directory / "undisturbed", **options)
     checkpoint = directory / "checkpoint"
     train_states(pool, nranks, directory / "run", save=checkpoint, exit_interval=train_iters // 2, **options)
-    assert len(metrics(directory / "run")) == train_iters // 2
+    recorded = metrics(directory / "run")
+    assert len(recorded) == train_iters // 2
     actual = train_states(pool, nranks, directory / "run", load=checkpoint, **options)
+    assert metrics(directory / "run")[: len(recorded)] == recorded, "the run began anew"
     assert_equal_states(actual, expected)
     assert losses(metrics(directory / "run")) == losses(metrics(directory / "undisturbed"))
 
