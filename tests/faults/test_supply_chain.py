@@ -1,12 +1,19 @@
-"""What is installed is what is pinned, nothing pinned is known to be vulnerable, and nothing loaded runs code."""
+"""What is installed is what is pinned, nothing pinned is known to be vulnerable; what of a checkpoint may run code."""
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+
+from tests.megatron.runs import arguments, train
+from tests.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,3 +94,50 @@ def test_what_is_installed_is_the_lock() -> None:
     pinned = {line.partition(" ")[0].lower() for line in (ROOT / "requirements.lock").read_text().splitlines()}
     installed = {line.lower().replace("_", "-") for line in listed.stdout.splitlines() if "==" in line}
     assert {pin for pin in installed if not pin.startswith("pip==")} <= {pin.replace("_", "-") for pin in pinned}
+
+
+TRUSTED = {
+    (".metadata", "pickle.load in torch/distributed/checkpoint/filesystem.py"),
+    (
+        "an object in a .distcp file",
+        "torch.load(weights_only=False) in torch/distributed/checkpoint/default_planner.py",
+    ),
+}
+"""What upstream unpickles without a limit, as the README says: arguments and random states are objects."""
+LIMITED = ("a tensor in a .distcp file", "torch.load(weights_only=True) in torch/distributed/checkpoint/filesystem.py")
+
+
+def resume_watched(rank: int, args: list[str]) -> set[tuple[str, str]]:
+    """What is read of a checkpoint with pickle, and how."""
+    from megatron_attn2d import pretrain_gpt
+
+    found: set[tuple[str, str]] = set()
+
+    def watched(name: str, function: Any) -> Any:
+        def load(file: Any, *args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_code.co_filename.rpartition("site-packages/")[2]
+            default = "" if function is unpickle else "(weights_only=True)"
+            how = f"(weights_only={kwargs['weights_only']})" if "weights_only" in kwargs else default
+            kind = "a tensor" if type(file).__name__ == "_ReaderView" else "an object"
+            what = Path(file.name).name if isinstance(getattr(file, "name", 0), str) else f"{kind} in a .distcp file"
+            found.add((what, f"{name}{how} in {caller}"))
+            return function(file, *args, **kwargs)
+
+        return load
+
+    unpickle = pickle.load
+    with (
+        mock.patch.object(torch, "load", watched("torch.load", torch.load)),
+        mock.patch.object(pickle, "load", watched("pickle.load", unpickle)),
+    ):
+        pretrain_gpt.main(args)
+    return found
+
+
+def test_tensors_are_loaded_with_weights_only_and_nothing_else_is_unpickled_than_the_readme_says(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    options = {"mock_data": True, "num_layers": 1, "train_iters": 2}
+    train(pool, 1, tmp_path / "run", save=tmp_path / "saved", exit_interval=1, **options)
+    resumed = arguments(run_dir=tmp_path / "run", load=tmp_path / "saved", **options)
+    assert pool.run(resume_watched, 1, resumed) == [TRUSTED | {LIMITED}]
