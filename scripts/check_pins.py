@@ -17,6 +17,10 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 _PIN = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*==\s*([^\s;\\]+)")
+_ADVISORY = re.compile(
+    r"([A-Za-z0-9._-]+?)((?:[<>=!~]=?|,)\S*)\s+(\S.*; (?:record|notes|page|quoted) https?://\S+)$", re.ASCII
+)
+_EXAMPLE = "name<1.2,>=1.0  ID: what; record https://source"
 
 
 def read_pins(lock: Path) -> dict[str, Version]:
@@ -37,7 +41,7 @@ def read_pins(lock: Path) -> dict[str, Version]:
 
 
 def read_advisories(path: Path) -> list[tuple[str, SpecifierSet, str]]:
-    """Package, affected versions and what it is about, a line each: `name<=1.2,>=1.0  ID what`.
+    """Package, affected versions and what it is about with its source, a line each; the file says how they are written.
 
     Raises:
         ValueError: a line can't be read.
@@ -47,12 +51,12 @@ def read_advisories(path: Path) -> list[tuple[str, SpecifierSet, str]]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = re.match(r"([A-Za-z0-9._-]+?)((?:[<>=!~]=?|,)\S*)\s+(\S.*)$", text)
+        match = _ADVISORY.match(text)
         try:
             assert match
             found.append((canonicalize_name(match[1]), SpecifierSet(match[2], prereleases=True), match[3]))
         except (AssertionError, InvalidSpecifier) as error:
-            raise ValueError(f"{path}, line {number}: not an advisory; write name<1.2,>=1.0  ID what") from error
+            raise ValueError(f"{path}, line {number}: not an advisory; write {_EXAMPLE!r}") from error
     return found
 
 

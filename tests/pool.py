@@ -89,7 +89,7 @@ class RankPool:
                 rank = waiting.pop(connection)
                 try:
                     ok, value, threads = connection.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     ok, value, threads = False, "the process died", 0
                 self._tired |= threads > MOST_THREADS
                 if not ok:

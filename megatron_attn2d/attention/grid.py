@@ -18,6 +18,7 @@ its rows' and columns' ranks are outside. Attention is exact in any order of the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -119,7 +120,8 @@ class Grid:
     ) -> Grid:
         """Lay a context-parallel group on a grid, creating the process groups of the caller's row, column and heads.
 
-        Every rank of `group` must call it; ranks outside need not. Keep the grid: a call creates communicators.
+        Every rank of `group` must call it; ranks outside need not. Keep the grid: a call creates communicators. They
+        wait for messages as long as `group` does.
 
         Args:
             rows, cols, heads: R, C and U.
@@ -233,6 +235,15 @@ def _subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup) -> dist.Process
         return None
     if len(ranks) == parent.size():
         return parent
-    group = dist.new_group(list(ranks), backend=dist.get_backend(parent), use_local_synchronization=True)
+    group = dist.new_group(
+        list(ranks), timeout=_timeout(parent), backend=dist.get_backend(parent), use_local_synchronization=True
+    )
     assert isinstance(group, dist.ProcessGroup), "the caller is among the ranks"
     return group
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """How long the group's messages are waited for; None where its backend doesn't tell, and torch's default holds."""
+    backend = group._get_backend(group._device_types[0])
+    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
+    return timeout

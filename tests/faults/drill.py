@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from megatron_attn2d import checkpoints, launch
 from tests import pool as rank_pool
 from tests.faults.hangs import hangs
 from tests.faults.jobs import Failed, assert_unbroken, job, reported
+from tests.faults.repeats import GRIDS_OF_4, TP2, determinism, resume
+from tests.faults.targets import process_groups, train_counting_groups
 from tests.megatron.runs import arguments, context_parallel
 from tests.pool import RankPool
 
@@ -33,45 +36,6 @@ TINY: dict[str, Any] = {
 }
 
 
-def _tiled(*sizes: int) -> dict[str, Any]:
-    return {**context_parallel("attention2d", 2, 2), "hierarchical_context_parallel_sizes": list(sizes)}
-
-
-SPLITS: dict[str, dict[str, Any]] = {
-    "TP2": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "num_query_groups": 4},
-    "PP2": {"pipeline_model_parallel_size": 2, "num_layers": 2},
-}
-MODES: dict[str, dict[str, Any]] = {
-    "2x2": context_parallel("attention2d", 2, 2),
-    "4x1": context_parallel("attention2d", 4, 1),
-    "1x4": context_parallel("attention2d", 1, 4),
-    "2x2x1": _tiled(2, 2, 1),
-    "2x1x2": _tiled(2, 1, 2),
-    "tile 1x2": _tiled(1, 2, 2, 1),
-    "ring": context_parallel("p2p", 1, 4),
-    "all_gather": context_parallel("all_gather", 1, 4),
-    "ulysses": {**context_parallel("a2a", 1, 4), "num_attention_heads": 8},
-}
-
-
-def determinism(count: int) -> str:
-    """Two runs of `count` steps of each mode on 8 ranks, TP2 or PP2: losses, weights and states bit for bit."""
-    from tests.faults.test_determinism import assert_deterministic
-
-    ranks, pairs = RankPool(), 0
-    try:
-        for name, mode in MODES.items():
-            for split, sizes in SPLITS.items():
-                with tempfile.TemporaryDirectory() as scratch:
-                    options = {"num_layers": 1, "global_batch_size": 2, "train_iters": count, **sizes, **mode}
-                    assert_deterministic(ranks, 8, Path(scratch), **options)
-                pairs += 1
-                print(f"equal: {name}, {split}", file=sys.stderr, flush=True)
-    finally:
-        ranks.close()
-    return f"{pairs} of {pairs} pairs of runs equal ({', '.join(MODES)}; {', '.join(SPLITS)})"
-
-
 def sigterm(count: int) -> str:
     """SIGTERM at a random moment of training: the next launch continues with the step after the last one reported."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,6 +45,8 @@ def sigterm(count: int) -> str:
             before = reported(run)
             with job(2, args, output) as training:
                 training.until(lambda before=before: reported(run) > before)
+                if before and f"resumed after step {before}\n" not in training.said():
+                    raise Failed(f"SIGTERM {i}: began anew instead of continuing after step {before}")
                 time.sleep(random.uniform(0, 1))
                 training.terminate()
                 if code := training.wait(120):
@@ -102,6 +68,8 @@ def kill(count: int) -> str:
             with job(2, args, Path(scratch, f"output-{i}")) as training:
                 folder = checkpoints.folder(directory, before + 6)  # the second save of this launch
                 training.until(folder.exists)
+                if before and f"resumed after step {before}\n" not in training.said():
+                    raise Failed(f"kill {i}: began anew instead of continuing after step {before}")
                 time.sleep(random.uniform(0, 0.15))
                 rank = random.randrange(2)
                 training.ranks()[rank].kill()
@@ -116,7 +84,7 @@ def kill(count: int) -> str:
             if last is None or last < before + 3:
                 raise Failed(f"kill {i}: continues from {last}, but step {before + 3} had been saved")
         with job(2, [*args, "--exit-interval", str((last or 0) + 1)], Path(scratch, "output")) as training:
-            if training.wait(120):
+            if training.wait(120) or f"resumed after step {last}\n" not in training.said():
                 raise Failed(f"the last launch did not continue: {training.said()[-300:]}")
         assert_unbroken(run)
         ended = f"the job ended within {slowest:.1f} s and named the rank"
@@ -126,13 +94,13 @@ def kill(count: int) -> str:
 
 
 def soak(count: int) -> str:
-    """`count` steps on 8 ranks: memory, file handles and threads of each rank stay what they were at step 100."""
+    """`count` steps on 8 ranks: what each rank holds stays what it was at step 100."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch, "run")
         sizes = {"hidden_size": 32, "seq_length": 32, "micro_batch_size": 1, "global_batch_size": 1}
-        args = arguments(run_dir=run, **{**SMALL, **sizes, **SPLITS["TP2"], **MODES["2x2"], "train_iters": count})
+        args = arguments(run_dir=run, **{**SMALL, **sizes, **TP2, **GRIDS_OF_4["2x2"], "train_iters": count})
         samples = []
-        with job(8, args, Path(scratch, "output")) as training:
+        with job(8, args, Path(scratch, "output"), partial(train_counting_groups, directory=Path(scratch))) as training:
             for at in (min(100, count // 4), count // 2, count - 2):
                 training.until(lambda at=at: reported(run) >= at)
                 samples.append(
@@ -143,8 +111,13 @@ def soak(count: int) -> str:
         memory, handles, threads = (
             max(last[i] - first[i] for first, last in zip(samples[0], samples[-1], strict=True)) for i in range(3)
         )
-        found = f"{memory / 2**20:+.1f} MiB, {handles:+d} file handles, {threads:+d} threads a rank since step 100"
-        if memory > 8 * 2**20 or handles > 0 or threads > 0:
+        counted = [Path(scratch, f"groups-{rank}").read_text().splitlines() for rank in range(8)]
+        groups = max(int(lines[-1]) - int(lines[0]) for lines in counted)
+        found = (
+            f"{memory / 2**20:+.1f} MiB, {handles:+d} file handles, {threads:+d} threads a rank since step 100, "
+            f"{groups:+d} process groups of {counted[0][0]} since step 1"
+        )
+        if memory > 8 * 2**20 or handles > 0 or threads > 0 or any(len(lines) > 1 for lines in counted):
             raise Failed(found)
         return f"{count} steps on 8 ranks of {samples[0][0][0] / 2**20:.0f} MiB: {found}"
 
@@ -153,17 +126,18 @@ def grids(count: int) -> str:
     """`count` grids built, used and destroyed in one process."""
     ranks = RankPool()
     try:
-        grown = ranks.run(_build_grids, 4, count, timeout=1200)
-        handles, threads, memory = (max(values) for values in zip(*grown, strict=True))
+        grown = ranks.run(build_grids, 4, count, timeout=1200)
+        groups, handles, threads, memory = (max(values) for values in zip(*grown, strict=True))
     finally:
         ranks.close()
-    found = f"{handles:+d} file handles, {threads:+d} threads, {memory:+.1f} MiB"
-    if handles > 8 or threads > 8:
+    found = f"{groups:+d} process groups, {handles:+d} file handles, {threads:+d} threads, {memory:+.1f} MiB"
+    if groups > 0 or handles > 8 or threads > 8 or memory > 16:
         raise Failed(found)
     return f"{count} grids: {found}"
 
 
-def _build_grids(rank: int, count: int) -> tuple[int, int, float]:
+def build_grids(rank: int, count: int, destroys: bool = True) -> tuple[int, int, int, float]:
+    """Process groups, file handles, threads and MiB that this rank holds more after `count` grids."""
     import torch
     import torch.distributed as dist
 
@@ -173,28 +147,30 @@ def _build_grids(rank: int, count: int) -> tuple[int, int, float]:
     assert group is not None
     q = torch.ones(4, 1, 2, 4)
 
-    def build(i: int) -> None:
+    def build() -> None:
         grid = Grid.from_group(group, rows=2, cols=2)
         attention2d(q, q, q, grid)
         dist.barrier()
-        for axis in (grid.q_group, grid.kv_group):
-            dist.destroy_process_group(axis)
+        if destroys:
+            for axis in (grid.q_group, grid.kv_group):
+                dist.destroy_process_group(axis)
 
-    def state() -> tuple[int, int, float]:
+    def state() -> tuple[int, int, int, float]:
         mine = psutil.Process()
-        return mine.num_fds(), mine.num_threads(), mine.memory_info().rss / 2**20
+        return process_groups(), mine.num_fds(), mine.num_threads(), mine.memory_info().rss / 2**20
 
-    for i in range(10):
-        build(i)
+    for _ in range(10):
+        build()
     before = state()
-    for i in range(count):
-        build(i)
-    handles, threads, memory = (after - then for after, then in zip(state(), before, strict=True))
-    return int(handles), int(threads), memory
+    for _ in range(count):
+        build()
+    groups, handles, threads, memory = (after - then for after, then in zip(state(), before, strict=True))
+    return int(groups), int(handles), int(threads), memory
 
 
 DRILLS: dict[str, tuple[Callable[[int], str], int]] = {
     "determinism": (determinism, 20),
+    "resume": (resume, 20),
     "sigterm": (sigterm, 20),
     "kill": (kill, 20),
     "hangs": (hangs, 15),

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -44,16 +45,16 @@ def stop_in(args: Sequence[str]) -> None:
 
 
 def _stop_in_exchange(where: int, counts: Callable[[], bool]) -> None:
-    """Makes this process stop when it starts its exchange number `where` of those for which `counts()`."""
+    """Makes this process stop when it starts its exchange number `where` of those with messages while `counts()`."""
     launches, original = 0, exchange.launch
 
-    def launch_or_stop(*given: Any, **named: Any) -> Any:
+    def launch_or_stop(group: Any, sends: Any, receives: Any, *rest: Any, **named: Any) -> Any:
         nonlocal launches
-        if counts():
+        if counts() and (sends or receives):
             if launches == where:
                 os.kill(os.getpid(), signal.SIGSTOP)
             launches += 1
-        return original(*given, **named)
+        return original(group, sends, receives, *rest, **named)
 
     for module in (exchange, ring, ulysses):
         mock.patch.object(module, "launch", launch_or_stop).start()
@@ -88,6 +89,32 @@ def stop_in_training(args: Sequence[str], *, where: int, seconds: float) -> None
     _stop_in_exchange(where, counts)
     pretrain_gpt.main(args)
     raise AssertionError("no rank stopped")
+
+
+def process_groups() -> int:
+    """How many process groups this process has made and not destroyed; torch has no public count of the living."""
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def train_counting_groups(args: Sequence[str], *, directory: Path) -> None:
+    """Trains; each rank writes its number of process groups after step 1 and whenever it has changed after a step."""
+    from megatron.training import training
+
+    from megatron_attn2d import pretrain_gpt
+
+    counts: list[int] = []
+
+    def step(*given: Any, **named: Any) -> Any:
+        try:
+            return original(*given, **named)
+        finally:
+            if counts[-1:] != [process_groups()]:
+                counts.append(process_groups())
+                (directory / f"groups-{dist.get_rank()}").write_text("\n".join(map(str, counts)))
+
+    original = training.train_step
+    with mock.patch.object(training, "train_step", step):
+        pretrain_gpt.main(args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from megatron_attn2d import checkpoints, data
 from megatron_attn2d.corpus.build import build
 from megatron_attn2d.corpus.tokenizers import TokenizerChoice
-from tests.megatron.runs import arguments, context_parallel, train
+from tests.megatron.runs import arguments, context_parallel, metrics, train
 from tests.pool import RankPool
 
 OPTIONS: dict[str, Any] = {
@@ -125,9 +125,11 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(pool: RankPool, tm
     assert f"step 4 could not be saved to {directory}" in message
     assert "step 2 is whole: continue from it" in message
     pool.close()  # a job that failed is started again in new processes
+    recorded = metrics(tmp_path / "run")[:2]
     checkpoints.repair_tracker(directory)
     steps = train(pool, 1, tmp_path / "run", load=directory, **options)
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert steps[:2] == recorded, "the run began anew"
     assert checkpoints.last_complete(directory) == 4
 
 

@@ -12,10 +12,7 @@ from tests.pool import RankPool
 
 def assert_deterministic(pool: RankPool, nranks: int, directory: Path, **options: Any) -> None:
     """Asserts that losses, gradients' norms, weights, optimizer and random states of two runs are equal."""
-    first, second = (
-        train_states(pool, nranks, directory / name, mock_data=True, hidden_dropout=0.1, **options)
-        for name in ("first", "second")
-    )
+    first, second = (train_states(pool, nranks, directory / name, **options) for name in ("first", "second"))
     assert_equal_states(second, first)
     for one, other in zip(metrics(directory / "first"), metrics(directory / "second"), strict=True):
         assert (one["loss"], one["grad_norm"]) == (other["loss"], other["grad_norm"])
@@ -23,4 +20,5 @@ def assert_deterministic(pool: RankPool, nranks: int, directory: Path, **options
 
 @pytest.mark.parametrize("mode", [context_parallel("attention2d", 2, 2), context_parallel("p2p", 1, 4)], ids=str)
 def test_two_runs_are_equal_bit_for_bit(mode: dict[str, Any], pool: RankPool, tmp_path: Path) -> None:
-    assert_deterministic(pool, 4, tmp_path, num_layers=2, train_iters=3, **mode)
+    options = {"num_layers": 2, "train_iters": 3, "mock_data": True, "hidden_dropout": 0.1, **mode}
+    assert_deterministic(pool, 4, tmp_path, **options)

@@ -3,11 +3,17 @@
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from megatron_attn2d import Grid, attention2d
+from megatron_attn2d.attention.exchange import ExchangeError
 from tests.megatron.runs import arguments, context_parallel
+from tests.pool import RankPool
 
 TIMEOUT = 5  # of the process group, in seconds
 CASES: dict[tuple[str, int, int, int], list[str]] = {
@@ -70,3 +76,25 @@ def test_a_rank_that_stops_in_training_is_located_though_other_stages_wait_for_i
     assert time.monotonic() - began < 3 * TIMEOUT + 60
     assert "ExchangeError: layer 1, queries in the row of ranks [0, 1]: returning results failed on rank 0" in err
     assert err.endswith("waited for nobody, so that the others may have waited for it: rank 1\n")
+
+
+def wait_in_vain(rank: int, tile: tuple[int, int] | None) -> float:
+    """Seconds until attention gives up on rank 1, which does not take part, over a grid laid on a group."""
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    assert isinstance(group, dist.ProcessGroup)
+    grid = Grid.from_group(group, rows=2, cols=2, tile=tile)
+    q = torch.ones(4, 1, 2, 4)
+    began = time.monotonic()
+    if rank != 1:
+        with pytest.raises(ExchangeError, match=r"in the (row|column) of ranks"):
+            attention2d(q, q, q, grid)
+    seconds = time.monotonic() - began
+    dist.barrier()
+    return seconds
+
+
+@pytest.mark.parametrize("tile", [None, (1, 2)], ids=["columns", "tiles"])
+def test_rows_and_columns_wait_as_long_as_the_group_that_they_were_made_of(
+    tile: tuple[int, int] | None, pool: RankPool
+) -> None:
+    assert max(pool.run(wait_in_vain, 4, tile, timeout=60)) < 20

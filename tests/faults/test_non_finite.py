@@ -136,7 +136,7 @@ def train_with(rank: int, args: list[str], where: int, name: str, value: float) 
         pretrain_gpt.main(args)
 
 
-@pytest.mark.parametrize(("name", "value"), [("K", INF), ("V", NAN), ("dO", NAN)])
+@pytest.mark.parametrize(("name", "value"), [("Q", -INF), ("K", INF), ("V", NAN), ("dO", NAN)])
 def test_training_names_tensor_layer_rank_and_step(pool: RankPool, name: str, value: float, tmp_path: Path) -> None:
     args = arguments(
         run_dir=tmp_path,

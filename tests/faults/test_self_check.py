@@ -164,16 +164,18 @@ def start_broken(rank: int, args: list[str]) -> bool:
     return False
 
 
-def start_in_disagreement(rank: int, args: list[list[str]]) -> tuple[str, float]:
+def start_in_disagreement(rank: int, args: list[list[str]], versions: list[str]) -> tuple[str, float, int]:
+    """What a rank is told, after how many seconds, and how many groups were made until then."""
     from megatron_attn2d import pretrain_gpt
-    from megatron_attn2d.megatron.agreement import DisagreementError
+    from megatron_attn2d.megatron import agreement
 
-    began = time.monotonic()
+    began, groups = time.monotonic(), torch.distributed.get_pg_count()
     try:
-        pretrain_gpt.main(args[rank])
-    except DisagreementError as error:
-        return str(error), time.monotonic() - began
-    return "", 0.0
+        with mock.patch.object(agreement, "_version", return_value=versions[rank]):
+            pretrain_gpt.main(args[rank])
+    except agreement.DisagreementError as error:
+        return str(error), time.monotonic() - began, torch.distributed.get_pg_count() - groups
+    return "", 0.0, 0
 
 
 def test_ranks_that_disagree_are_told_so_instead_of_waiting(pool: RankPool, tmp_path: Any) -> None:
@@ -188,8 +190,11 @@ def test_ranks_that_disagree_are_told_so_instead_of_waiting(pool: RankPool, tmp_
         "--bf16 is not given on ranks 0, 1, 2, given on rank 3": {"bf16": True},
     }
     common = {"run_dir": tmp_path, "mock_data": True, **context_parallel("attention2d", 2, 2)}
+    cases["torch is 1.0 on ranks 0, 1, 2, 1.1 on rank 3"] = {}
     for message, changes in cases.items():
         args = [arguments(**common)] * 3 + [arguments(**{**common, **changes})]
-        for told, seconds in pool.run(start_in_disagreement, 4, args, timeout=60):
+        versions = ["1.0"] * 3 + ["1.0" if changes else "1.1"]
+        for told, seconds, groups in pool.run(start_in_disagreement, 4, args, versions, timeout=60):
             assert message in told
             assert seconds < 20, "the groups' timeout is 10 minutes"
+            assert groups == 0

@@ -25,13 +25,7 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     case: str, pool: RankPool, text: Path, tmp_path: Path
 ) -> None:
     nranks, options = EXACT[case]
-    options = {**options, "data_path": text, "train_iters": 6}
-    expected = train_states(pool, nranks, tmp_path / "undisturbed", **options)
-    checkpoint = tmp_path / "checkpoint"
-    train_states(pool, nranks, tmp_path / "run", save=checkpoint, exit_interval=3, **options)
-    actual = train_states(pool, nranks, tmp_path / "run", load=checkpoint, **options)
-    assert_equal_states(actual, expected)
-    assert losses(metrics(tmp_path / "run")) == losses(metrics(tmp_path / "undisturbed"))
+    assert_resumes(pool, nranks, tmp_path, data_path=text, train_iters=6, **options)
 
 
 def test_sigterm_saves_and_the_resumed_run_equals_the_undisturbed_one_bit_for_bit(
@@ -47,10 +41,26 @@ def test_sigterm_saves_and_the_resumed_run_equals_the_undisturbed_one_bit_for_bi
     expected = train_states(pool, 2, tmp_path / "undisturbed", **options)
     checkpoint = tmp_path / "checkpoint"
     train_states(pool, 2, tmp_path / "run", sigterm_at=4, save=checkpoint, **options)
-    assert len(metrics(tmp_path / "run")) == 4
+    recorded = metrics(tmp_path / "run")
+    assert len(recorded) == 4
     assert (checkpoint / "latest_checkpointed_iteration.txt").read_text() == "4"
     actual = train_states(pool, 2, tmp_path / "run", load=checkpoint, **options)
+    assert metrics(tmp_path / "run")[:4] == recorded, "the run began anew"
     assert_equal_states(actual, expected)
+
+
+def assert_resumes(pool: RankPool, nranks: int, directory: Path, *, train_iters: int, **options: Any) -> None:
+    """Asserts that a run stopped and resumed half-way equals an undisturbed one: losses, weights and all states."""
+    options = {**options, "train_iters": train_iters}
+    expected = train_states(pool, nranks, directory / "undisturbed", **options)
+    checkpoint = directory / "checkpoint"
+    train_states(pool, nranks, directory / "run", save=checkpoint, exit_interval=train_iters // 2, **options)
+    recorded = metrics(directory / "run")
+    assert len(recorded) == train_iters // 2
+    actual = train_states(pool, nranks, directory / "run", load=checkpoint, **options)
+    assert metrics(directory / "run")[: len(recorded)] == recorded, "the run began anew"
+    assert_equal_states(actual, expected)
+    assert losses(metrics(directory / "run")) == losses(metrics(directory / "undisturbed"))
 
 
 def assert_equal_states(actual: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> None:

@@ -41,11 +41,13 @@ def test_a_run_killed_in_a_save_continues_from_the_last_complete_one_with_the_sa
     with pytest.raises(RankFailed, match="the process died"):
         pool.run(train_until_killed, 2, saving, 6, timeout=120)
     assert [path.name for path in sorted(directory.glob("iter_*"))] == ["iter_0000004", "iter_0000006"]
+    recorded = metrics(run_dir)[:4]
     (directory / checkpoints.TRACKER).write_text("")  # as a kill in the middle of writing it leaves it
 
     checkpoints.repair_tracker(directory)
     steps = train(pool, 2, run_dir, save=directory, save_interval=2, keep_last=1, load=directory, **options)
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6, 7]
+    assert steps[:4] == recorded, "the run began anew"
     assert [step["loss"] for step in steps] == [step["loss"] for step in expected]
     assert checkpoints.complete(directory) == [7]
     assert [path.name for path in directory.glob("iter_*")] == ["iter_0000007"]

@@ -15,6 +15,12 @@ MODES = {
     "attention2d 1x4": context_parallel("attention2d", 1, 4),
     "attention2d 2x2": context_parallel("attention2d", 2, 2),
     "attention2d 4x1": context_parallel("attention2d", 4, 1),
+    "attention2d 2x1x2": {**context_parallel("attention2d", 2, 2), "hierarchical_context_parallel_sizes": [2, 1, 2]},
+    "attention2d tile 1x2": {
+        **context_parallel("attention2d", 2, 2),
+        "hierarchical_context_parallel_sizes": [1, 2, 2, 1],
+    },
+    "ulysses": {**context_parallel("a2a", 1, 4), "num_query_groups": 4},
 }
 
 

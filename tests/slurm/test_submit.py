@@ -91,6 +91,7 @@ def test_a_job_preempted_twice_ends_with_the_losses_of_an_undisturbed_run(cluste
     text = log.read_text()
     assert 0 < stopped_at[0] < stopped_at[1] < 60, text
     assert [int(step) for step in re.findall(r"nodes from step (\d+) of 60", text)] == [0, *stopped_at]
+    assert [int(step) for step in re.findall(r"resumed after step (\d+)", text)] == stopped_at
     assert text.count("asked to stop: ranks save and exit") == 2
     assert "finished: step 60 of 60" in text
     assert (directory / "finished").exists()
