@@ -1,4 +1,4 @@
-"""The table of what is supported at Transformer Engine's own sizes and tolerances: 4096 tokens, batches of two, 16 bits.
+"""The table of what is supported at Transformer Engine's sizes and tolerances: 4096 tokens, batches of two, 16 bits.
 
 Each kind of attention, as a batch and packed with padding, on grids of 2, 4 and 8 ranks and on rings, against float64.
 Inputs are clamped to [-1, 1] as in that matrix.
