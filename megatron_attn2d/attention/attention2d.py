@@ -42,9 +42,8 @@ from megatron_attn2d.attention.merge import (
     stand_in,
     sum_partials,
 )
-from megatron_attn2d.attention.overlap import DIAGONAL_SPLITS_FROM, automatic_head_groups
+from megatron_attn2d.attention.overlap import automatic_head_groups
 from megatron_attn2d.attention.tile import (
-    BOTH,
     PartialGradients,
     Partials,
     Queries,
@@ -125,9 +124,7 @@ def attention2d(
     else:
         asked = automatic_head_groups(k, grid) if head_groups is None else head_groups
         groups = gcd(asked, k.size(2))  # fewer where the head axis leaves a rank fewer heads
-        out = _Attention2D.apply(
-            q, k, v, sink, _Plan(*axes(grid, mask, label), scores, grid.rank, groups, q.size(0) // 2)
-        )
+        out = _Attention2D.apply(q, k, v, sink, _Plan(*axes(grid, mask, label), scores, grid.rank, groups))
     if grid.heads > 1:
         if packing is not None:
             out = packing.over_ranks(out, grid.size, grid.heads)
@@ -145,22 +142,12 @@ class _Plan:
     scores: Scores
     own: int
     head_groups: int
-    chunk: int
 
     def scores_of(self, i: int, heads: int) -> Scores:
         """Those of head group i of `heads` heads."""
         if self.scores.dropout is None:
             return self.scores
         return replace(self.scores, dropout=self.scores.dropout.starting(i * heads))
-
-    def diagonal_halves(self, *returning: Axis) -> tuple[slice, slice]:
-        """Which halves of the own diagonal to attend while chunks arrive, and which while results return.
-
-        Head groups already hide one group's messages behind another's kernels.
-        """
-        exchanged = any(axis.group is not None for axis in returning)
-        split = exchanged and self.head_groups == 1 and self.chunk >= DIAGONAL_SPLITS_FROM
-        return (slice(0, 1), slice(1, 2)) if split else (BOTH, slice(2, 2))
 
     def split(self, x: Tensor, dim: int = 3) -> tuple[Tensor, ...]:
         """The head groups of chunks [2, n, b, heads, d] or the like, views."""
@@ -195,15 +182,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tens
 
     def compute(i: int, gathered: _Gathered) -> tuple[Partials, Partials, Returned]:
         scores = plan.scores_of(i, queries[i].size(3))
-        own = queries[i], keys[i], values[i], plan.own
         # The diagonal needs nobody else's chunks: they arrive meanwhile.
-        early, late = plan.diagonal_halves(plan.row)
-        diagonal = attend_diagonal(plan.tile, scores, *own, early)
+        diagonal = attend_diagonal(plan.tile, scores, queries[i], keys[i], values[i], plan.own)
         (q_all,), (k_all, v_all) = gathered.wait()
         tile = attend(plan.tile, scores, q_all, k_all, v_all)
         like = [outs[i][LOWER], lses[i][LOWER]]
-        returned = plan.row.give_back([tile.outs, tile.lses], like, _merged, tag=1)
-        return diagonal + attend_diagonal(plan.tile, scores, *own, late), tile, returned
+        return diagonal, tile, plan.row.give_back([tile.outs, tile.lses], like, _merged, tag=1)
 
     def finish(i: int, results: tuple[Partials, Partials, Returned]) -> None:
         diagonal, tile, ((far_outs, far_lses), pending) = results
@@ -238,16 +222,16 @@ def _backward(
         lse_own, delta_own = statistics[i].unbind(1)
         own = Queries(queries[i], douts[i], lse_own, delta_own, outs[i])
         scores = plan.scores_of(i, queries[i].size(3))
-        early, late = plan.diagonal_halves(plan.row, plan.column)
-        diagonal = differentiate_diagonal(plan.tile, scores, own, keys[i], values[i], plan.own, early)
+        diagonal = differentiate_diagonal(plan.tile, scores, own, keys[i], values[i], plan.own)
         (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
         needed = _queries(plan, q_all, dout_all, statistics_all, outs[i])
         tile = differentiate(plan.tile, scores, needed, k_all, v_all)
-        like = [keys[i][LOWER], values[i][LOWER]]
-        row_returned = plan.row.give_back([tile.dq], [queries[i][LOWER]], _summed, tag=1)
-        column_returned = plan.column.give_back([tile.dk, tile.dv], like, _summed, tag=1)
-        diagonal += differentiate_diagonal(plan.tile, scores, own, keys[i], values[i], plan.own, late)
-        return diagonal, tile, row_returned, column_returned
+        return (
+            diagonal,
+            tile,
+            plan.row.give_back([tile.dq], [queries[i][LOWER]], _summed, tag=1),
+            plan.column.give_back([tile.dk, tile.dv], [keys[i][LOWER], values[i][LOWER]], _summed, tag=1),
+        )
 
     def finish(i: int, results: tuple[PartialGradients, PartialGradients, Returned, Returned]) -> None:
         diagonal, tile, ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results

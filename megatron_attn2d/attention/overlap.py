@@ -9,8 +9,6 @@ from megatron_attn2d.attention.grid import Grid
 # Over sockets, groups of half a MiB a message cost more than overlap saved; where it turns is not measured.
 SMALLEST_MESSAGE = 4 * 2**20
 MOST_GROUPS = 4
-# Tokens of a chunk from which the own diagonal is attended in two launches, one for each exchange to hide behind.
-DIAGONAL_SPLITS_FROM = 8192
 
 
 def automatic_head_groups(k: Tensor, grid: Grid) -> int:

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from megatron_attn2d.attention.dropout import Dropout, KeepMask
 from megatron_attn2d.attention.kernels import Kernel
-from megatron_attn2d.attention.layout import LOWER, UPPER, Band, Call, Chunk, Part, TilePlan
+from megatron_attn2d.attention.layout import Band, Call, Chunk, Part, TilePlan
 from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials
-
-BOTH = slice(0, 2)  # halves of a shard
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,6 @@ class Partials:
     outs: list[Tensor]
     lses: list[Tensor]
 
-    def __add__(self, other: Partials) -> Partials:
-        return Partials(self.outs + other.outs, self.lses + other.lses)
-
 
 @dataclass(frozen=True)
 class PartialGradients:
@@ -85,9 +80,6 @@ class PartialGradients:
     dq: list[Tensor]
     dk: list[Tensor]
     dv: list[Tensor]
-
-    def __add__(self, other: PartialGradients) -> PartialGradients:
-        return PartialGradients(self.dq + other.dq, self.dk + other.dk, self.dv + other.dv)
 
 
 def attend(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
@@ -112,21 +104,19 @@ def attend(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> P
     return Partials(_joined([part.outs for part in parts], 0), _joined([part.lses for part in parts], 2))
 
 
-def attend_diagonal(
-    plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor, own: int, halves: slice = BOTH
-) -> Partials:
+def attend_diagonal(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor, own: int) -> Partials:
     """The chunks [2, n, b, heads, d] of rank `own` on their diagonal, by half; nothing where the plan has none."""
     outs: list[list[Tensor]] = []
     lses: list[list[Tensor]] = []
-    for part in plan.parts if plan.diagonal and _count(halves) else ():
+    for part in plan.parts if plan.diagonal else ():
         out, lse = scores.kernel.forward(
-            *(_side_by_side(_queries_of(part, x[halves])) for x in (q, k, v)),
+            *(_side_by_side(_queries_of(part, x)) for x in (q, k, v)),
             band=_band(part),
             scale=scores.scale,
-            dropout=_dropped_diagonal(scores, part, q, own, halves),
+            dropout=_dropped_diagonal(scores, part, q, own),
         )
-        outs.append(_by_half(out, 1, halves))
-        lses.append(_by_half(lse, 0, halves))
+        outs.append(_halves(out, 1))
+        lses.append(_halves(lse, 0))
     return Partials(_joined(outs, 0), _joined(lses, 2))
 
 
@@ -170,26 +160,26 @@ def differentiate(plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v
 
 
 def differentiate_diagonal(
-    plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v: Tensor, own: int, halves: slice = BOTH
+    plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v: Tensor, own: int
 ) -> PartialGradients:
     """Gradients of `attend_diagonal`, by half."""
     found: list[list[list[Tensor]]] = [[], [], []]
-    for part in plan.parts if plan.diagonal and _count(halves) else ():
-        mine = queries.of(part).slots(halves)
+    for part in plan.parts if plan.diagonal else ():
+        mine = queries.of(part)
         gradients = scores.kernel.backward(
             _side_by_side(mine.dout),
             _side_by_side(mine.q),
-            _side_by_side(_queries_of(part, k[halves])),
-            _side_by_side(_queries_of(part, v[halves])),
+            _side_by_side(_queries_of(part, k)),
+            _side_by_side(_queries_of(part, v)),
             None if mine.out is None else _side_by_side(mine.out),
             mine.lse.flatten(0, 1),
             mine.delta.flatten(0, 1),
             band=_band(part),
             scale=scores.scale,
-            dropout=_dropped_diagonal(scores, part, queries.q, own, halves),
+            dropout=_dropped_diagonal(scores, part, queries.q, own),
         )
         for kind, gradient in zip(found, gradients, strict=True):
-            kind.append(_by_half(gradient, 1, halves))
+            kind.append(_halves(gradient, 1))
     return PartialGradients(*(_joined(kind, 0) for kind in found))
 
 
@@ -268,15 +258,14 @@ def _dropped(scores: Scores, plan: TilePlan, part: Part, call: Call, q: Tensor) 
     return scores.dropout.at(sequences, heads, rows.expand(batch, -1), keys.expand(batch, -1))
 
 
-def _dropped_diagonal(scores: Scores, part: Part, q: Tensor, own: int, which: slice) -> KeepMask | None:
+def _dropped_diagonal(scores: Scores, part: Part, q: Tensor, own: int) -> KeepMask | None:
     if scores.dropout is None:
         return None
     batch, heads = q.shape[2:4]
-    both: tuple[Chunk, ...] = (Chunk(own, LOWER), Chunk(own, UPPER))
-    halves = both[which]
-    rows = _positions(halves, part.offset, part.chunk, scores.ranks, q).unflatten(0, (len(halves), -1))
+    halves = (Chunk(own, 0), Chunk(own, 1))
+    rows = _positions(halves, part.offset, part.chunk, scores.ranks, q).unflatten(0, (2, -1))
     rows = rows.repeat_interleave(batch, 0)
-    return scores.dropout.at(torch.arange(batch, device=q.device).repeat(len(halves)), heads, rows, rows)
+    return scores.dropout.at(torch.arange(batch, device=q.device).repeat(2), heads, rows, rows)
 
 
 def _positions(chunks: tuple[Chunk, ...], offset: int, n: int, ranks: int, like: Tensor) -> Tensor:
@@ -323,14 +312,11 @@ def _per_row(chunks: Tensor, call: Call, n: int) -> Tensor:
 
 
 def _side_by_side(halves: Tensor) -> Tensor:
-    """[2, n, b, h, d] -> [n, 2b, h, d]: both diagonal squares as one batch; a view for b = 1, as is one half."""
+    """[2, n, b, h, d] -> [n, 2b, h, d]: both diagonal squares as one batch; a view for b = 1."""
     return halves.transpose(0, 1).flatten(1, 2)
 
 
-def _count(halves: slice) -> int:
-    return len(range(*halves.indices(2)))
-
-
-def _by_half(batch: Tensor, dim: int, halves: slice) -> list[Tensor]:
-    """Undo `_side_by_side`."""
-    return list(batch.chunk(_count(halves), dim))
+def _halves(batch: Tensor, dim: int) -> list[Tensor]:
+    """Undo `_side_by_side`: the lower and the upper half of a batch dim."""
+    lower, upper = batch.unflatten(dim, (2, -1)).unbind(dim)
+    return [lower, upper]

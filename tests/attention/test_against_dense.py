@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,20 +63,6 @@ def test_ring(pool: RankPool, ranks: int, heads: str, batch: int, causal: bool) 
 @pytest.mark.parametrize("grid", [(1, 4), (2, 2), (4, 1), (2, 3), (3, 2), (2, 4)], ids=lambda g: f"{g[0]}x{g[1]}")
 def test_head_groups(pool: RankPool, grid: tuple[int, int], head_groups: int) -> None:
     found = pool.run(errors, grid[0] * grid[1], "attention2d", grid, (8, 4), 2, True, head_groups=head_groups)
-    assert max(map(max, found)) <= 1e-12, found
-
-
-def errors_with_split_diagonals(rank: int, *args: Any, **kwargs: Any) -> list[float]:
-    """`errors` where the diagonals of a rank's two chunks are attended before and after the tile."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[attention2d.__module__], "DIAGONAL_SPLITS_FROM", 1)
-        return errors(rank, *args, **kwargs)
-
-
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("grid", [(1, 4), (2, 2), (4, 1), (2, 1), (3, 2)], ids=lambda g: f"{g[0]}x{g[1]}")
-def test_split_diagonals(pool: RankPool, grid: tuple[int, int], causal: bool) -> None:
-    found = pool.run(errors_with_split_diagonals, grid[0] * grid[1], "attention2d", grid, (4, 2), 2, causal)
     assert max(map(max, found)) <= 1e-12, found
 
 

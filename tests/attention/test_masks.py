@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import accumulate
 from typing import Any
 
@@ -64,20 +63,17 @@ def masked(rank: int, layout: Layout, cases: list[dict[str, Any]], chunk: int = 
         mine = zigzag(2 * size * chunk, size, rank)
         shards = [x[mine].requires_grad_() for x in whole[:3]]
         leaves = [*shards, *(() if sink is None else (sink.clone().requires_grad_(),))]
-        with pytest.MonkeyPatch.context() as patch:
-            if case.get("split"):
-                patch.setattr(sys.modules[attention2d.__module__], "DIAGONAL_SPLITS_FROM", 1)
-            out, context_rank = run(
-                layout,
-                shards,
-                causal=causal,
-                window=window,
-                sink=None if sink is None else leaves[3],
-                dropout=dropout,
-                head_groups=1 if case.get("split") else 2,
-            )
-            gradients = list(torch.autograd.grad(out, leaves, whole[3][mine]))
+        out, context_rank = run(
+            layout,
+            shards,
+            causal=causal,
+            window=window,
+            sink=None if sink is None else leaves[3],
+            dropout=dropout,
+            head_groups=2,
+        )
         assert context_rank == rank
+        gradients = list(torch.autograd.grad(out, leaves, whole[3][mine]))
         expected = dense_gradients(*whole, causal, window, sink, factors)
         if sink is not None:
             dist.all_reduce(gradients[3])  # each rank has the part of its rows, as of any parameter
@@ -104,8 +100,6 @@ OTHERS: list[dict[str, Any]] = [
     {"dropout": 0.3},
     {"dropout": 0.3, "causal": False},
     {"dropout": 0.3, "window": (4, 0), "sink": True},
-    {"dropout": 0.3, "split": True},
-    {"dropout": 0.3, "window": (2, 0), "sink": True, "split": True},
 ]
 
 

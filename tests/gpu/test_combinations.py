@@ -37,6 +37,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
     "bf16": True,
     "lr": 3e-4,
+    "num_workers": 0,  # ranks of the pool are daemons, which may have no children
 }
 LATENT = {"qk_head_dim": 64, "qk_pos_emb_head_dim": 64, "v_head_dim": 64, "q_lora_rank": 64, "kv_lora_rank": 64}
 SMALL = {name: combination for name, combination in COMBINATIONS.items() if combination.ranks <= 2}

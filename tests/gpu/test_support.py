@@ -54,14 +54,14 @@ def tensors(case: Case, dtype: torch.dtype, packed: bool) -> list[Tensor]:
 
 
 def dense(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, sink: Tensor) -> list[Tensor]:
-    """Output and gradients in float64, a sequence and key head at a time: scores of all at once would not fit."""
+    """Output and gradients in float64, a sequence and head at a time: scores of all at once would not fit."""
     reference, group, scale = ReferenceKernel(), q.size(2) // k.size(2), q.size(3) ** -0.5
     left, right = (None if side < 0 else side for side in case.window)
     how: dict[str, Any] = {"band": Band(left, 0 if case.causal else right), "scale": scale}
-    results = [torch.empty_like(x, dtype=torch.float64) for x in (dout, q, k, v)]
-    for batch, head in product(range(k.size(1)), range(k.size(2))):
-        rows, key = (slice(batch, batch + 1), slice(head * group, (head + 1) * group)), slice(head, head + 1)
-        wide = [q[:, *rows].double(), k[:, rows[0], key].double(), v[:, rows[0], key].double()]
+    results = [torch.zeros_like(x, dtype=torch.float64) for x in (dout, q, k, v)]
+    for batch, head in product(range(q.size(1)), range(q.size(2))):
+        rows, keys = ((slice(batch, batch + 1), slice(i, i + 1)) for i in (head, head // group))
+        wide = [x[:, *place].double() for x, place in ((q, rows), (k, keys), (v, keys))]
         wide_dout = dout[:, *rows].double()
         out, lse = reference.forward(*wide, **how)
         if case.softmax != "vanilla":  # one more key of value 0
@@ -70,7 +70,8 @@ def dense(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, sink: Tenso
         delta = (wide_dout * out).sum(-1).permute(1, 2, 0)
         dq, dk, dv = reference.backward(wide_dout, *wide, None, lse, delta, **how)
         results[0][:, *rows], results[1][:, *rows] = out, dq
-        results[2][:, rows[0], key], results[3][:, rows[0], key] = dk, dv
+        results[2][:, *keys] += dk
+        results[3][:, *keys] += dv
     return results
 
 
