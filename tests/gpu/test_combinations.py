@@ -8,6 +8,7 @@ those of one GPU from the same weights, to what bf16 leaves of them.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
     "bf16": True,
     "lr": 3e-4,
-    "num_workers": 0,  # ranks of the pool are daemons, which may have no children
+    "num_workers": 0,
 }
 LATENT = {"qk_head_dim": 64, "qk_pos_emb_head_dim": 64, "v_head_dim": 64, "q_lora_rank": 64, "kv_lora_rank": 64}
 SMALL = {name: combination for name, combination in COMBINATIONS.items() if combination.ranks <= 2}
@@ -78,8 +79,14 @@ def reference(
 
 def train(pool: RankPool, nranks: int, run_dir: Path, **given: Any) -> Steps:
     """Trains over NCCL: the process group is made by Megatron, not by the pool."""
-    pool.run(train_rank, nranks, arguments(run_dir=run_dir, **given), init_group=False)
+    pool.run(train_with_children, nranks, arguments(run_dir=run_dir, **given), init_group=False)
     return metrics(run_dir)
+
+
+def train_with_children(rank: int, args: list[str]) -> None:
+    """`train_rank` where upstream's checkpoint writer may start a process: ranks of the pool are daemons."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    train_rank(rank, args)
 
 
 @pytest.mark.parametrize("case", SMALL)
