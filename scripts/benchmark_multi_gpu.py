@@ -54,8 +54,8 @@ WEIGHTS = {"nvlink": 34, "nodes by one": 12, "nodes by two": 8, "training": 34, 
 """By which sections share the budget; `shared`: each of those on nodes with more ranks than GPUs."""
 
 KERNEL_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
-"""FlashAttention-4 compiles its kernels in every process anew, for half a minute in all, or keeps them on disk. Those that
-come from there start slower: 16K tokens take 4.8 ms on two H100 instead of 3.8. So over NVLink they are compiled."""
+"""FlashAttention-4 compiles its kernels in every process anew, for half a minute in all, or keeps them on disk. Those
+that come from there start slower: 16K tokens take 4.8 ms on two H100 instead of 3.8. So over NVLink it compiles."""
 
 
 def main() -> None:
