@@ -11,7 +11,7 @@
 #   soak         2,000 steps on 8 ranks: memory, file handles, threads, process groups
 #   grids        1,000 grids built, used and destroyed in one process
 #
-# It takes CPU ranks alone: 8 GiB of memory, 1 GiB of disk under TMPDIR, and on 2 busy cores about 80 minutes. Groups that
+# It takes CPU ranks alone: 8 GiB of memory, 1 GiB of disk under TMPDIR, and on 2 busy cores about an hour. Groups that
 # wait for too short a time on a machine that does other work end a job by themselves: give hangs a larger number there.
 set -euo pipefail
 

@@ -36,17 +36,17 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("all_gather", context_parallel("all_gather", 1, 2), [f"{COLUMN} [0, 1]: {GATHER}"]),
     ("ulysses", {**context_parallel("a2a", 1, 2), "num_query_groups": 4}, [HEADS] * 4),
     (
-        "1x2, PP2",
+        "1x2 with PP2",
         {**context_parallel("attention2d", 1, 2), "pipeline_model_parallel_size": 2, "num_layers": 2},
         [f"{ROW} [0, 1]: {GATHER}"],
     ),
     (
-        "1x2, TP2",
+        "1x2 with TP2",
         {**context_parallel("attention2d", 1, 2), "tensor_model_parallel_size": 2, "sequence_parallel": True},
         [f"{ROW} [1, 3]: {GATHER}"],
     ),
     (
-        "2x2, tile 1x2",
+        "2x2 in tiles 1x2",
         TILED,
         [
             f"{COLUMN} [1, 3]: {GATHER}",

@@ -50,16 +50,18 @@ GRIDS_OF_2: dict[str, dict[str, Any]] = {
 
 def determinism(count: int) -> str:
     """Two runs of `count` steps of each mode on 8 ranks: losses, weights and states bit for bit."""
-    return f"{_on_8_ranks(assert_deterministic, list(SPLITS), count)} of runs equal"
+    pairs, modes = _on_8_ranks(assert_deterministic, list(SPLITS), count)
+    return f"{pairs} of {pairs} pairs of runs equal ({modes})"
 
 
 def resume(count: int) -> str:
     """Runs of `count` steps on 8 ranks, stopped and resumed half-way, against undisturbed ones: bit for bit."""
-    return f"{_on_8_ranks(assert_resumes, [BOTH], count)} of a resumed and an undisturbed run equal"
+    pairs, modes = _on_8_ranks(assert_resumes, [BOTH], count)
+    return f"{pairs} of {pairs} resumed runs equal to undisturbed ones ({modes})"
 
 
-def _on_8_ranks(compare: Callable[..., None], splits: list[str], count: int) -> str:
-    """Compares runs of every mode under every split; how many pairs of them there were."""
+def _on_8_ranks(compare: Callable[..., None], splits: list[str], count: int) -> tuple[int, str]:
+    """Compares runs of every mode under every split; how many pairs there were, and of what."""
     ranks, pairs = RankPool(), 0
     names = {split: GRIDS_OF_2 if split == BOTH else GRIDS_OF_4 for split in splits}
     try:
@@ -72,5 +74,4 @@ def _on_8_ranks(compare: Callable[..., None], splits: list[str], count: int) -> 
                 print(f"equal: {split}, {name}", file=sys.stderr, flush=True)
     finally:
         ranks.close()
-    told = "; ".join(f"{split}: {', '.join(modes)}" for split, modes in names.items())
-    return f"{pairs} of {pairs} pairs ({told})"
+    return pairs, "; ".join(f"{split}: {', '.join(modes)}" for split, modes in names.items())
