@@ -56,10 +56,30 @@ def compare(case: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
 
 
+def plant(value: float) -> None:
+    """What is not finite in key or value 40 reaches the outputs of the rows that see it."""
+    from megatron_attn2d.attention import triton_attention
+
+    q, k, v = (torch.randn(70, 1, 1, 16) for _ in range(3))
+    for planted in (k, v):
+        where = planted.clone()
+        where[40, 0, 0, 3] = value
+        out, _ = triton_attention.forward(q, *((where, v) if planted is k else (k, where)), CAUSAL, 0.3, None)
+        finite = out.isfinite().all(-1).flatten()
+        if planted is v or value != value:
+            assert not finite[40:].any()
+        else:  # an infinite score is the whole row where it is positive, and no part of it where it is negative
+            assert torch.equal(finite[40:], q[40:, 0, 0, 3] < 0)
+        assert planted is v or finite[:40].all()  # a probability of 0 times a value that is NaN is NaN
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not part of this torch")
 def test_interpreted_kernels_agree_with_the_reference() -> None:
     # The interpreter is chosen when Triton is imported, hence a process of its own.
-    code = "from tests.attention.test_triton_attention import CASES, compare; [compare(case) for case in CASES]"
+    code = (
+        "from tests.attention.test_triton_attention import CASES, compare, plant; [compare(case) for case in CASES]; "
+        "[plant(float(value)) for value in ('nan', 'inf')]"
+    )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -84,20 +104,21 @@ def compile_for(capability: int) -> None:
             return 0
 
     triton.runtime.driver.set_active(NoDevice())
-    from megatron_attn2d.attention import triton_attention as kernels
+    from megatron_attn2d.attention.triton_attention import launch
+    from megatron_attn2d.attention.triton_attention.backward import _backward_keys, _backward_rows
+    from megatron_attn2d.attention.triton_attention.forward import _forward
 
     q, rows, positions = torch.empty(512, 1, 2, 128, dtype=torch.bfloat16), torch.empty(1, 2, 512), torch.arange(512)
     dropped = Dropout(0.1, torch.ones(1, dtype=torch.int64)).at(torch.arange(1), 2, positions[None], positions[None])
-    x, shape = kernels._with_strides(q), (512, 512, 128, 128)
-    same = (0.1, 2, 1, shape, tuple(CAUSAL), kernels._drop_arguments(dropped))
-    forward = kernels._FORWARD if capability >= 90 else kernels._FORWARD_AMPERE
+    x, shape = launch.with_strides(q), (512, 512, 128, 128)
+    same = (0.1, 2, 1, shape, tuple(CAUSAL), launch.drop_arguments(dropped))
     for kernel, arguments, table in (
-        (kernels._forward, (x, x, x, x, rows), forward),
-        (kernels._backward_rows, (x, x, x, x, rows, rows, x, 0.1), kernels._BACKWARD_ROWS),
-        (kernels._backward_keys, (x, x, x, x, rows, rows, x, x, 0.1), kernels._BACKWARD_KEYS),
+        (_forward, (x, x, x, x, rows), launch.FORWARD if capability >= 90 else launch.FORWARD_AMPERE),
+        (_backward_rows, (x, x, x, x, rows, rows, x, 0.1), launch.BACKWARD_ROWS),
+        (_backward_keys, (x, x, x, x, rows, rows, x, x, 0.1), launch.BACKWARD_KEYS),
     ):
-        blocks, launch = kernels._tuned(q, q, table)
-        compiled = kernel.warmup(*arguments, *same, *blocks, kernels._precision(q), grid=(1, 1), **launch)
+        blocks, how = launch.tuned(q, q, table)
+        compiled = kernel.warmup(*arguments, *same, *blocks, launch.precision(q), grid=(1, 1), **how)
         assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel, compiled.metadata.shared)
 
 

@@ -1,0 +1,16 @@
+"""Tiled attention in Triton for what vendors' kernels lack: any band, dropout by position, any head dims, fp32.
+
+Forward and backward follow FlashAttention-2 (Dao, arXiv 2307.08691, algorithms 1 and 2): a program has a block of query
+rows and walks over the keys that they see. The backward pass is two walks, over keys for dQ and over queries for dK and
+dV, so nothing is added atomically and two runs agree bit for bit. Blocks that the band hides are not visited; those
+that it cuts are masked.
+
+What kernels pass on to each other comes in tuples: `sizes` (sq, sk, d, dv), `band` (left, right) with None for no end,
+`drop` as `launch.drop_arguments` makes it or None. A tensor [n, b, heads, d] comes with its strides (n, b, heads).
+Blocks have M rows, N keys, D columns of queries and keys and DV of values.
+"""
+
+from megatron_attn2d.attention.triton_attention.backward import backward
+from megatron_attn2d.attention.triton_attention.forward import forward
+
+__all__ = ["backward", "forward"]
