@@ -2,7 +2,7 @@
 """Everything that needs several GPUs of one host, in one run within a budget: attention and training, beside the plan.
 
     python scripts/benchmark_multi_gpu.py --out multi_gpu                  # all GPUs; under 9 minutes on 8
-    python scripts/benchmark_multi_gpu.py --out multi_gpu --quick          # a minute or two
+    python scripts/benchmark_multi_gpu.py --out multi_gpu --quick          # three minutes
     python scripts/benchmark_multi_gpu.py --out multi_gpu --node-ranks 16 32 --sections nodes
     python scripts/benchmark_multi_gpu.py --out multi_gpu --quick --device cpu --ranks 2
 
