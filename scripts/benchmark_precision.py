@@ -2,8 +2,10 @@
 """Error of attention2d, our ring and Transformer Engine's context parallelism against dense float64, side by side.
 
     python scripts/benchmark_precision.py --modes te:p2p te:all_gather ring attention2d
+    python scripts/benchmark_precision.py --device cpu --ranks 2 --seq 2048 --heads 4/4 --head-dim 64 \
+        --modes ring attention2d
 
-Relative errors (2-norm over the whole sequence) of O, dQ, dK and dV, bf16, causal, on inputs of three kinds:
+Relative errors (2-norm over the whole sequence) of O, dQ, dK and dV, causal, on inputs of three kinds:
     normal        standard normal
     large         queries scaled so that logits reach about +-50
     adversarial   keys with a common offset and values with a large mean, so that sums cancel; few keys win each row
@@ -26,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--seq", type=int, default=8192, help="tokens of the sequence")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     spawn(run_rank, parser.parse_args())
 
 
@@ -61,7 +64,7 @@ def inputs(kind: str, args: argparse.Namespace, h: int, g: int) -> list[Tensor]:
     """q, k, v and the output's gradient for the whole sequence, [s, 1, heads, d]."""
     generator = torch.Generator(args.device).manual_seed(0)
     shape = (args.seq, 1)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    dtype = getattr(torch, args.dtype)
     q, k, v, dout = (
         torch.randn(*shape, n, args.head_dim, generator=generator, device=args.device) for n in (h, g, g, h)
     )

@@ -43,9 +43,8 @@ from megatron_attn2d.attention.merge import (
     sum_partials,
 )
 from megatron_attn2d.attention.overlap import automatic_head_groups
+from megatron_attn2d.attention.pieces import PartialGradients, Partials, Slots, only, summed
 from megatron_attn2d.attention.tile import (
-    PartialGradients,
-    Partials,
     Queries,
     Scores,
     attend,
@@ -186,8 +185,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> tuple[Tensor, Tens
         diagonal = attend_diagonal(plan.tile, scores, queries[i], keys[i], values[i], plan.own)
         (q_all,), (k_all, v_all) = gathered.wait()
         tile = attend(plan.tile, scores, q_all, k_all, v_all)
+        if plan.row.group is not None:
+            tile = tile.merged()
         like = [outs[i][LOWER], lses[i][LOWER]]
-        return diagonal, tile, plan.row.give_back([tile.outs, tile.lses], like, _merged, tag=1)
+        return diagonal, tile, plan.row.give_back([only(tile.outs), only(tile.lses)], like, _merged, tag=1)
 
     def finish(i: int, results: tuple[Partials, Partials, Returned]) -> None:
         diagonal, tile, ((far_outs, far_lses), pending) = results
@@ -226,11 +227,16 @@ def _backward(
         (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
         needed = _queries(plan, q_all, dout_all, statistics_all, outs[i])
         tile = differentiate(plan.tile, scores, needed, k_all, v_all)
+        dq, dk, dv = tile.dq, tile.dk, tile.dv
+        if plan.row.group is not None:
+            dq = summed(dq)
+        if plan.column.group is not None:
+            dk, dv = summed(dk), summed(dv)
         return (
             diagonal,
-            tile,
-            plan.row.give_back([tile.dq], [queries[i][LOWER]], _summed, tag=1),
-            plan.column.give_back([tile.dk, tile.dv], [keys[i][LOWER], values[i][LOWER]], _summed, tag=1),
+            PartialGradients(dq, dk, dv),
+            plan.row.give_back([only(dq)], [queries[i][LOWER]], _summed, tag=1),
+            plan.column.give_back([only(dk), only(dv)], [keys[i][LOWER], values[i][LOWER]], _summed, tag=1),
         )
 
     def finish(i: int, results: tuple[PartialGradients, PartialGradients, Returned, Returned]) -> None:
@@ -337,13 +343,13 @@ def _pick[T](places: list[int], items: Sequence[T]) -> list[T]:
     return [items[i] for i in places]
 
 
-def _partials(axis: Axis, slots: list[Tensor], own: list[Tensor], far: list[list[Tensor]]) -> list[list[Tensor]]:
+def _partials(axis: Axis, slots: Slots, own: Slots, far: list[list[Tensor]]) -> Slots:
     """By half, all partial results of the own chunk: of its slot in the own tile, of its diagonal, of others' tiles."""
     found = []
     for half in (LOWER, UPPER):
         slot = axis.own_slot(half)
-        near = [] if slot is None else [slots[slot]]
-        found.append([*near, *own[half : half + 1], *far[half]])
+        near = [] if slot is None else slots[slot]
+        found.append([*near, *(own[half] if own else []), *far[half]])
     return found
 
 

@@ -19,7 +19,8 @@ Then all that a query chunk sees of the tile, save the square on its own diagona
              upper 1 (own)                #         #         \\                prefix 2 + diagonal
              upper 0 (own)                #         #         #         \\      prefix 3 + diagonal
 
-Query chunks with the same prefix are gathered next to each other and cost one rectangular kernel call together. On
+Query chunks with the same prefix are gathered next to each other and cost one rectangular kernel call together; where
+only keys travel, key chunks that the same queries see do, so that what returns is rounded once. On
 grids whose columns are runs of ranks, as Megatron's contiguous groups are, a tile has at most four rectangles and, for
 the rank's own two chunks, one batched causal call. A query chunk that sees no key of a tile is never sent to it, nor is
 a key chunk that no query of the tile sees.
@@ -145,11 +146,15 @@ class Part:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """The kernel calls of one tile; `queries` and `keys` name the chunk in each slot of the two gathered buffers."""
+    """The kernel calls of one tile; `queries` and `keys` name the chunk in each slot of the two gathered buffers.
+
+    `keys_apart`: calls cover whole key slots and few of them the same, so gradients of keys are kept call by call.
+    """
 
     queries: tuple[Chunk, ...]
     keys: tuple[Chunk, ...]
     parts: tuple[Part, ...]
+    keys_apart: bool = False
 
     @property
     def diagonal(self) -> bool:
@@ -200,19 +205,28 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Ma
     }
     queries = tuple(sorted((c for c in prefix if prefix[c]), key=lambda c: (prefix[c], c)))
     keys = sorted(_chunks(key_ranks), key=lambda c: c.token_order)
-    rectangles = []
+    staircase = []  # from this slot of queries to that, which see so many keys
     for seen, run in groupby(range(len(queries)), key=lambda slot: prefix[queries[slot]]):
         slots = list(run)
-        rectangles.append((slots[0], slots[-1] + 1, seen))
+        staircase.append((slots[0], slots[-1] + 1, seen))
+    if len(query_ranks) == 1:  # only keys travel: each key's gradient comes from one call, and is rounded once
+        seen_before = (0, *(seen for _, _, seen in staircase))
+        rectangles = [
+            (start, len(queries), before, seen)
+            for (start, _, seen), before in zip(staircase, seen_before, strict=False)
+        ]
+    else:  # the same for queries, whose partial results travel
+        rectangles = [(start, stop, 0, seen) for start, stop, seen in staircase]
     parts = tuple(
         Part(
             *place,
-            tuple(Call(start * place[1], stop * place[1], 0, seen * place[3]) for start, stop, seen in rectangles),
+            tuple(Call(a * place[1], b * place[1], c * place[3], d * place[3]) for a, b, c, d in rectangles),
             CAUSAL if causal and shared else None,
         )
         for place in _places(mask)
     )
-    return TilePlan(queries, tuple(keys[: max(prefix.values())]), parts)
+    keys_apart = len(query_ranks) == 1 or len(key_ranks) == 1
+    return TilePlan(queries, tuple(keys[: max(prefix.values())]), parts, keys_apart)
 
 
 def _chunks(ranks: tuple[int, ...]) -> list[Chunk]:

@@ -147,8 +147,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
             *zip(halves, tile.outs, tile.lses, strict=True),
             *zip((LOWER, UPPER), diagonal.outs, diagonal.lses, strict=plan.diagonal),
         ]
-        for half, part, part_lse in partials:
-            merge_partials([[out[half], part]], [[lse[half], part_lse]], [out[half]], [lse[half]])
+        for half, parts, part_lses in partials:
+            merge_partials([[out[half], *parts]], [[lse[half], *part_lses]], [out[half]], [lse[half]])
     return out.flatten(0, 1).to(q.dtype), lse
 
 
@@ -172,12 +172,14 @@ def _backward(
         plan, rows, seen = ring.tile(step)
         tile = differentiate(plan, ring.scores, own.slots(rows), keys[seen], values[seen])
         diagonal = differentiate_diagonal(plan, ring.scores, own, own_k, own_v, ring.rank)
-        for half, part in (*zip(range(2)[rows], tile.dq, strict=True), *enumerate(diagonal.dq)):
-            dq[half] += part
+        for half, parts in (*zip(range(2)[rows], tile.dq, strict=True), *enumerate(diagonal.dq)):
+            for part in parts:
+                dq[half] += part
         partial = [torch.zeros_like(own_k), torch.zeros_like(own_v)]
         for total, by_slot, own_part in zip(partial, (tile.dk, tile.dv), (diagonal.dk, diagonal.dv), strict=True):
-            for half, part in (*zip(range(2)[seen], by_slot, strict=True), *enumerate(own_part)):
-                total[half] += part
+            for half, parts in (*zip(range(2)[seen], by_slot, strict=True), *enumerate(own_part)):
+                for part in parts:
+                    total[half] += part
         if step == 0:
             home = partial
             continue

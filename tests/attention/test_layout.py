@@ -48,10 +48,10 @@ def test_every_visible_pair_is_attended_exactly_once(shape: tuple[int, int], ord
     size = shape[0] * shape[1]
     seen: Counter[tuple[int, int]] = Counter()
     for own, plan in tiles(grid(*shape, order), causal):
-        for start, stop, first, keys, band in plan.parts[0].calls:
-            assert (first, band) == (0, FULL)
+        for start, stop, first, last, band in plan.parts[0].calls:
+            assert band == FULL
             for query in plan.queries[start:stop]:
-                seen.update((query.position(size), key.position(size)) for key in plan.keys[:keys])
+                seen.update((query.position(size), key.position(size)) for key in plan.keys[first:last])
         if plan.diagonal:
             seen.update((Chunk(own, half).position(size),) * 2 for half in (LOWER, UPPER))
     visible = {(i, j) for i in range(2 * size) for j in range(2 * size) if j <= i or not causal}
@@ -79,8 +79,19 @@ def test_at_most_four_rectangles(shape: tuple[int, int], order: str) -> None:
 def test_nothing_is_gathered_that_nobody_sees(shape: tuple[int, int], order: str) -> None:
     for _, plan in tiles(grid(*shape, order), True):
         assert max(call.last for call in plan.parts[0].calls) == len(plan.keys)
-        covered = [slot for call in plan.parts[0].calls for slot in range(call.start, call.stop)]
-        assert covered == list(range(len(plan.queries)))
+        assert {slot for call in plan.parts[0].calls for slot in range(call.start, call.stop)} == set(
+            range(len(plan.queries))
+        )
+
+
+@pytest.mark.parametrize("order", ["columns", "rows", "shuffled"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_what_travels_back_comes_from_one_call(shape: tuple[int, int], order: str) -> None:
+    for _, plan in tiles(grid(*shape, order), True):
+        ranges = [(c.first, c.last) if shape[1] == 1 else (c.start, c.stop) for c in plan.parts[0].calls]
+        covered = [slot for start, stop in ranges for slot in range(start, stop)]
+        assert covered == list(range(len(plan.keys if shape[1] == 1 else plan.queries)))
+        assert plan.keys_apart == (1 in shape)
 
 
 def test_the_picture_in_the_docstring() -> None:
