@@ -19,8 +19,8 @@ Then all that a query chunk sees of the tile, save the square on its own diagona
              upper 1 (own)                #         #         \\                prefix 2 + diagonal
              upper 0 (own)                #         #         #         \\      prefix 3 + diagonal
 
-Query chunks with the same prefix are gathered next to each other and cost one rectangular kernel call together; where
-only keys travel, key chunks that the same queries see do, so that what returns is rounded once. On
+Query chunks with the same prefix are gathered next to each other and cost one rectangular kernel call together. Where
+only keys travel (C = 1), key chunks that the same queries see make a call, so that what returns is rounded once. On
 grids whose columns are runs of ranks, as Megatron's contiguous groups are, a tile has at most four rectangles and, for
 the rank's own two chunks, one batched causal call. A query chunk that sees no key of a tile is never sent to it, nor is
 a key chunk that no query of the tile sees.
