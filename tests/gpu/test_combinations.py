@@ -3,7 +3,7 @@
     pytest -m gpu tests/gpu/test_combinations.py
 
 Of the table what needs no more than two ranks, at sizes that GPU kernels take. Losses of ten steps are compared with
-those of one GPU from the same weights, to what bf16 leaves of them.
+those of one GPU from the same weights, to what bf16 leaves of them. A machine without GPUs runs the same on CPU ranks.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from tests.pool import RankPool
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two CUDA devices, or none"),
 ]
 rank_pool.PRELOAD.extend(module for module in launch.PRELOAD if module not in rank_pool.PRELOAD)
 
-# Two runs in bf16 round differently where ranks share the work; a wrong layout moves a loss by more than a thousandth
-# from the first step on, which the self-check that precedes training finds.
-TOLERANCE = 2e-2
-NORM_TOLERANCE = 5e-2
+# Two runs in bf16 round differently where ranks share the work: on CPU ranks losses by 5e-4, norms by 3e-3 at most.
+TOLERANCE = 5e-3
+NORM_TOLERANCE = 2e-2
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "seq_length": 512,
