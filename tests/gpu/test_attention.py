@@ -23,7 +23,8 @@ GRIDS = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (2, 3), (3, 2), (2, 4),
 
 
 def start(rank: int) -> None:
-    """A world over NCCL; a GPU may have several ranks."""
+    """A world over NCCL; a GPU may have several ranks, each of which gives back what its last test took."""
+    torch.cuda.empty_cache()
     os.environ |= {
         "NCCL_HOSTID": f"node{rank}",
         "NCCL_SOCKET_IFNAME": "lo",

@@ -47,13 +47,10 @@ MODELS: dict[str, Options] = {
     "mtp": {"num_layers": 2, "mtp_num_layers": 1, "untie_embeddings_and_output_weights": True},
     "masked": {"num_layers": 1, "eod_mask_loss": True, "null_tokenizer_eod_id": 32},
     "hidden dropout": {"num_layers": 2, "hidden_dropout": 0.1},
+    "attention dropout": {"num_layers": 2, "attention_dropout": 0.1},
 }
 """What a model differs in from `runs.OPTIONS`. `masked`: no loss after a blank, so that ranks count other numbers of
 tokens."""
-
-REFERENCES: dict[str, tuple[int, Options]] = {"hidden dropout": (2, context_parallel("p2p", 1, 2))}
-"""What a model is compared with instead of one rank. Dropout draws by the shapes that a rank holds, so that only the
-same ranks in another mode drop the same."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,13 @@ def layers(*modes: str, sizes: tuple[int, int]) -> Options:
     """Options of a mode a layer."""
     return {**grid(*sizes), "cp_comm_type": list(modes)}
 
+
+REFERENCES: dict[str, tuple[int, Options]] = {
+    "hidden dropout": (2, context_parallel("p2p", 1, 2)),
+    "attention dropout": (2, grid(1, 2)),
+}
+"""What a model is compared with instead of one rank. Hidden dropout draws by the shapes that a rank holds, so that only
+the same ranks in another mode drop the same; Transformer Engine's attention drops others than ours."""
 
 TP = {"tensor_model_parallel_size": 2}
 SP = {**TP, "sequence_parallel": True}
@@ -131,6 +135,7 @@ COMBINATIONS: dict[str, Combination] = {
     "GPT-3, PP2, 2x1": Combination("gpt3", 4, {**PP, **grid(2, 1)}),
     "loss masked, 2x1": Combination("masked", 2, grid(2, 1)),
     "hidden dropout, 2x1 against the ring": Combination("hidden dropout", 2, grid(2, 1)),
+    "attention dropout, 2x1 against 1x2": Combination("attention dropout", 2, grid(2, 1)),
     "MoE, EP2": Combination("moe", 2, EP),
     "MoE, EP2 over 2x1": Combination("moe", 2, {**EP, **grid(2, 1)}),
     "MoE, TP2 SP, EP2 over 1x2": Combination("moe", 4, {**SP, **EP, **grid(1, 2)}),
