@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -166,3 +171,12 @@ def test_gpu_kernels_call_the_operators_that_this_torch_has(
             assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, heads[0], 64), torch.float32)
             gradients = kernel().backward(out, q, k, k, out, lse, lse, band=band, scale=1.0)
             assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+
+
+def test_the_benchmark_of_kernels_times_each_mask() -> None:
+    script = Path(__file__).parents[2] / "scripts/benchmark_kernels.py"
+    sizes = ["--device", "cpu", "--tokens", "32", "--heads", "1", "--head-dims", "8", "--window", "4", "--calls", "1"]
+    done = subprocess.run([sys.executable, str(script), *sizes], capture_output=True, text=True, check=True)
+    rows = [re.fullmatch(r" +8  (\w+) +reference +([\d.]+) / +([\d.]+)", line) for line in done.stdout.splitlines()]
+    assert [row and row[1] for row in rows] == ["full", "causal", "window", "dropout"]
+    assert all(row and float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
