@@ -10,15 +10,11 @@ One sequence, as many keys as queries; forward / backward in ms, the mean of --c
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmark_attention import alone
 
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel
@@ -75,19 +71,7 @@ def milliseconds(call: Callable[[], object], args: argparse.Namespace) -> float:
     """The mean of calls back to back."""
     for _ in range(2):
         call()
-    if args.device == "cpu":
-        begin = time.perf_counter()
-        for _ in range(args.calls):
-            call()
-        return (time.perf_counter() - begin) * 1e3 / args.calls
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(args.calls):
-        call()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) / args.calls
+    return alone(call, args.calls, args.device)
 
 
 if __name__ == "__main__":

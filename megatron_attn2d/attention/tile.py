@@ -112,11 +112,11 @@ def differentiate(plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v
         q_rows, dout_rows = _rows(mine.q), _rows(mine.dout)
         out_rows = None if mine.out is None else _rows(mine.out)
         # Under a plain mask the longest prefix comes first: its dk and dv are what others are added to.
-        kind = Pieces if plan.keys_apart else Sums
+        of_keys = Pieces if plan.keys_apart else Sums
         pieces = (
             Pieces(len(plan.queries), part.chunk),
-            kind(len(plan.keys), part.key_chunk),
-            kind(len(plan.keys), part.key_chunk),
+            of_keys(len(plan.keys), part.key_chunk),
+            of_keys(len(plan.keys), part.key_chunk),
         )
         for call in reversed(part.calls):
             rows, columns = slice(call.start, call.stop), slice(call.first, call.last)

@@ -29,8 +29,11 @@ class TritonKernel:
             return "serves head dims up to 256"
         if not _installed():
             return "needs the package triton"
-        if torch.cuda.is_available() and _shared_bytes() < 163 * 1024:  # its blocks are sized for that
-            return "needs a GPU with the shared memory of an A100"
+        if torch.cuda.is_available():
+            from megatron_attn2d.attention.triton_attention.launch import AMPERE_SHARED_BYTES, shared_bytes
+
+            if shared_bytes(torch.device("cuda", torch.cuda.current_device())) < AMPERE_SHARED_BYTES:
+                return "needs a GPU with the shared memory of an A100"
         return None
 
     def forward(
@@ -59,11 +62,6 @@ class TritonKernel:
         from megatron_attn2d.attention import triton_attention
 
         return triton_attention.backward(dout, q, k, v, lse, delta, band, scale, dropout)
-
-
-@cache
-def _shared_bytes() -> int:
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
 
 
 @cache

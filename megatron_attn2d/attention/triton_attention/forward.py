@@ -60,23 +60,9 @@ def _attend(
 
 @triton.jit
 def _forward(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    scale2,
-    heads,
-    group,
-    sizes,
-    band,
-    drop,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, out, lse, scale2, heads, group, sizes, band, drop,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     # Under a causal mask the last rows see most: they go first.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads

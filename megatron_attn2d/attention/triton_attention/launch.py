@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,8 +35,13 @@ def forward_table(q: Tensor) -> Table:
     """Forward's table for the device of q."""
     if not q.is_cuda:  # the interpreter
         return FORWARD
-    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-    return FORWARD if shared > AMPERE_SHARED_BYTES else FORWARD_AMPERE
+    return FORWARD if shared_bytes(q.device) > AMPERE_SHARED_BYTES else FORWARD_AMPERE
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def precision(q: Tensor) -> str:
