@@ -19,11 +19,14 @@ Then all that a query chunk sees of the tile, save the square on its own diagona
              upper 1 (own)                #         #         \\                prefix 2 + diagonal
              upper 0 (own)                #         #         #         \\      prefix 3 + diagonal
 
-Query chunks with the same prefix are gathered next to each other and cost one rectangular kernel call together. Where
-only keys travel (C = 1), key chunks that the same queries see make a call, so that what returns is rounded once. On
+Query chunks with the same prefix are gathered next to each other and cost one rectangular kernel call together. On
 grids whose columns are runs of ranks, as Megatron's contiguous groups are, a tile has at most four rectangles and, for
 the rank's own two chunks, one batched causal call. A query chunk that sees no key of a tile is never sent to it, nor is
 a key chunk that no query of the tile sees.
+
+Where only keys or only queries travel (C = 1 or R = 1), a rank attends its own two chunks as one causal sequence, lower
+keys to upper queries included, and the tile has the others' chunks alone. Where only keys travel, those that the same
+queries see make a call, so that what returns is rounded once.
 
 Two chunk pairs of ranks a != b hold 1 + [a > b] + [a < b] = 2 squares of causal work, a rank with itself 1 + 2/2 = 2:
 every tile of every grid has the same work, in whatever order the ranks lie on it.
@@ -132,8 +135,8 @@ class Call(NamedTuple):
 class Part:
     """The kernel calls of one sequence. Its tokens are [offset, offset + chunk) of each chunk, of keys likewise.
 
-    Where `diagonal` is set, the tile's own rank attends each of its own two chunks to itself under that band, besides
-    the calls.
+    Where `diagonal` is set, the tile's own rank attends its own two chunks under that band, besides the calls: see
+    `TilePlan.own_joined`.
     """
 
     offset: int
@@ -148,13 +151,18 @@ class Part:
 class TilePlan:
     """The kernel calls of one tile; `queries` and `keys` name the chunk in each slot of the two gathered buffers.
 
-    `keys_apart`: calls cover whole key slots and few of them the same, so gradients of keys are kept call by call.
+    Attributes:
+        queries, keys: as above.
+        parts: the calls by sequence.
+        keys_apart: calls cover whole key slots and few of them the same, so gradients of keys are kept call by call.
+        own_joined: the own two chunks are attended as one sequence, rather than each to itself.
     """
 
     queries: tuple[Chunk, ...]
     keys: tuple[Chunk, ...]
     parts: tuple[Part, ...]
     keys_apart: bool = False
+    own_joined: bool = False
 
     @property
     def diagonal(self) -> bool:
@@ -169,7 +177,7 @@ class TilePlan:
             pairs = sum((c.stop - c.start) * (c.last - c.first) if c.band == FULL else c.pairs for c in part.calls)
             work += pairs / (part.chunk * part.key_chunk)
             if part.diagonal == CAUSAL:
-                work += 2 * 0.5
+                work += 2 * 0.5 + self.own_joined
             elif part.diagonal is not None:
                 work += 2 * Call(0, part.chunk, 0, part.chunk, part.diagonal).pairs / part.chunk**2
         return work
@@ -198,6 +206,12 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Ma
     if mask.windows or mask.padded:
         return _plan_runs(query_ranks, key_ranks, mask)
     causal = mask.band == CAUSAL
+    keys_travel, queries_travel = len(key_ranks) > 1, len(query_ranks) > 1
+    own_joined = causal and bool(shared) and not (keys_travel and queries_travel)
+    if own_joined and queries_travel:
+        query_ranks = tuple(rank for rank in query_ranks if rank not in shared)
+    elif own_joined:
+        key_ranks = tuple(rank for rank in key_ranks if rank not in shared)
     prefix = {
         Chunk(rank, half): visible_prefix(Chunk(rank, half), key_ranks, causal)
         for rank in query_ranks
@@ -209,14 +223,14 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Ma
     for seen, run in groupby(range(len(queries)), key=lambda slot: prefix[queries[slot]]):
         slots = list(run)
         staircase.append((slots[0], slots[-1] + 1, seen))
-    if len(query_ranks) == 1:  # only keys travel: each key's gradient comes from one call, and is rounded once
+    if queries_travel:  # each query's partial result comes from one call, and is rounded once
+        rectangles = [(start, stop, 0, seen) for start, stop, seen in staircase]
+    else:  # the same for the gradient of keys
         seen_before = (0, *(seen for _, _, seen in staircase))
         rectangles = [
             (start, len(queries), before, seen)
             for (start, _, seen), before in zip(staircase, seen_before, strict=False)
         ]
-    else:  # the same for queries, whose partial results travel
-        rectangles = [(start, stop, 0, seen) for start, stop, seen in staircase]
     parts = tuple(
         Part(
             *place,
@@ -225,8 +239,8 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Ma
         )
         for place in _places(mask)
     )
-    keys_apart = len(query_ranks) == 1 or len(key_ranks) == 1
-    return TilePlan(queries, tuple(keys[: max(prefix.values())]), parts, keys_apart)
+    seen_keys = tuple(keys[: max(prefix.values())])
+    return TilePlan(queries, seen_keys, parts, not (keys_travel and queries_travel), own_joined)
 
 
 def _chunks(ranks: tuple[int, ...]) -> list[Chunk]:

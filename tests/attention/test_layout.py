@@ -54,6 +54,8 @@ def test_every_visible_pair_is_attended_exactly_once(shape: tuple[int, int], ord
                 seen.update((query.position(size), key.position(size)) for key in plan.keys[first:last])
         if plan.diagonal:
             seen.update((Chunk(own, half).position(size),) * 2 for half in (LOWER, UPPER))
+        if plan.own_joined:
+            seen[Chunk(own, UPPER).position(size), Chunk(own, LOWER).position(size)] += 1
     visible = {(i, j) for i in range(2 * size) for j in range(2 * size) if j <= i or not causal}
     assert set(seen) == visible
     assert set(seen.values()) == {1}
@@ -78,7 +80,7 @@ def test_at_most_four_rectangles(shape: tuple[int, int], order: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_nothing_is_gathered_that_nobody_sees(shape: tuple[int, int], order: str) -> None:
     for _, plan in tiles(grid(*shape, order), True):
-        assert max(call.last for call in plan.parts[0].calls) == len(plan.keys)
+        assert max((call.last for call in plan.parts[0].calls), default=0) == len(plan.keys)
         assert {slot for call in plan.parts[0].calls for slot in range(call.start, call.stop)} == set(
             range(len(plan.queries))
         )
@@ -92,6 +94,17 @@ def test_what_travels_back_comes_from_one_call(shape: tuple[int, int], order: st
         covered = [slot for start, stop in ranges for slot in range(start, stop)]
         assert covered == list(range(len(plan.keys if shape[1] == 1 else plan.queries)))
         assert plan.keys_apart == (1 in shape)
+
+
+@pytest.mark.parametrize("order", ["columns", "rows", "shuffled"])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if 1 in s], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_where_one_kind_travels_the_own_chunks_are_one_sequence(shape: tuple[int, int], order: str) -> None:
+    for own, plan in tiles(grid(*shape, order), True):
+        assert plan.own_joined
+        assert len(plan.parts[0].calls) <= 2
+        travels = plan.keys if shape[1] == 1 else plan.queries
+        assert own not in {chunk.rank for chunk in travels}
+    assert not any(plan.own_joined for _, plan in tiles(grid(*shape, order), False))
 
 
 def test_the_picture_in_the_docstring() -> None:
@@ -139,6 +152,9 @@ def pairs_of(plan: TilePlan, own: int, size: int) -> Counter[tuple[int, int, int
             for half in (LOWER, UPPER):
                 at = Chunk(own, half).position(size) * n
                 seen.update((number, at + i, at + j) for i in range(n) for j in range(n) if sees(part.diagonal, j - i))
+            if plan.own_joined:
+                lower, upper = (Chunk(own, half).position(size) * n for half in (LOWER, UPPER))
+                seen.update((number, upper + i, lower + j) for i in range(n) for j in range(n))
     return seen
 
 
