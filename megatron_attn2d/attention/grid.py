@@ -18,7 +18,6 @@ its rows' and columns' ranks are outside. Attention is exact in any order of the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -120,8 +119,8 @@ class Grid:
     ) -> Grid:
         """Lay a context-parallel group on a grid, creating the process groups of the caller's row, column and heads.
 
-        Every rank of `group` must call it; ranks outside need not. Keep the grid: a call creates communicators. They
-        wait for messages as long as `group` does.
+        Every rank of `group` must call it; ranks outside need not. Keep the grid: a call creates communicators, with
+        NCCL on streams of high priority. They wait for messages as long as `group` does.
 
         Args:
             rows, cols, heads: R, C and U.
@@ -156,6 +155,9 @@ class Grid:
         head_group: dist.ProcessGroup | None = None,
     ) -> Grid:
         """Take existing groups: the caller's column of R ranks, its row of C ranks and, if any, its U ranks of heads.
+
+        With NCCL their streams should have high priority, or a kernel may keep messages from beginning that it hides:
+        ProcessGroupNCCL.Options(is_high_priority_stream=True), Megatron's `--high-priority-stream-groups hcp`.
 
         The caller's context-parallel rank must be (q_group.rank() * R + kv_group.rank()) * U + head_group.rank(), as
         it is for Megatron-Core's hierarchical context-parallel groups of sizes [R, C] or [U, R, C].
@@ -233,17 +235,24 @@ def _check_shape(rows: int, cols: int, heads: int, size: int) -> None:
 def _subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
-    if len(ranks) == parent.size():
+    backend, timeout, options = dist.get_backend(parent), _option(parent, "_timeout"), None
+    urgent = backend == "nccl" and not _option(parent, "is_high_priority_stream")
+    if len(ranks) == parent.size() and not urgent:
         return parent
+    if backend == "nccl":
+        # Where messages and the kernel that is to hide them become ready together, the kernel's blocks may take every
+        # SM, and messages begin when it ends. A stream of high priority gets the first SMs that become free.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if timeout is not None:
+            options._timeout = timeout
     group = dist.new_group(
-        list(ranks), timeout=_timeout(parent), backend=dist.get_backend(parent), use_local_synchronization=True
+        list(ranks), timeout=timeout, backend=backend, pg_options=options, use_local_synchronization=True
     )
     assert isinstance(group, dist.ProcessGroup), "the caller is among the ranks"
     return group
 
 
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """How long the group's messages are waited for; None where its backend doesn't tell, and torch's default holds."""
+def _option(group: dist.ProcessGroup, name: str) -> Any:
+    """An option of the group's backend, how long messages are waited for, say; None where it doesn't tell."""
     backend = group._get_backend(group._device_types[0])
-    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
-    return timeout
+    return getattr(getattr(backend, "options", None), name, None)

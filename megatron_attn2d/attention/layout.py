@@ -170,16 +170,23 @@ class TilePlan:
         return self.parts[0].diagonal is not None
 
     @property
-    def squares(self) -> float:
-        """Work in chunk x chunk squares; a causal diagonal square counts one half."""
+    def own_squares(self) -> float:
+        """Work of the own rank's own chunks besides the calls, in squares of chunk x chunk of a sequence."""
         work = 0.0
+        for part in self.parts:
+            if part.diagonal is not None:
+                left = part.diagonal.left
+                width = 1.0 if left is None else min(1.0, (left + 1) / part.chunk)
+                work += 2 * (width - width**2 / 2) + self.own_joined
+        return work
+
+    @property
+    def squares(self) -> float:
+        """All work, in squares of chunk x chunk."""
+        work = self.own_squares
         for part in self.parts:
             pairs = sum((c.stop - c.start) * (c.last - c.first) if c.band == FULL else c.pairs for c in part.calls)
             work += pairs / (part.chunk * part.key_chunk)
-            if part.diagonal == CAUSAL:
-                work += 2 * 0.5 + self.own_joined
-            elif part.diagonal is not None:
-                work += 2 * Call(0, part.chunk, 0, part.chunk, part.diagonal).pairs / part.chunk**2
         return work
 
 

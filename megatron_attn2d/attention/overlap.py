@@ -1,6 +1,9 @@
-"""In how many groups of heads to overlap messages and kernels, where nobody says."""
+"""Which heads are computed when, so that messages fly meanwhile: what is chosen where nobody says."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,9 +17,9 @@ MOST_GROUPS = 4
 def automatic_head_groups(k: Tensor, grid: Grid) -> int:
     """The number of head groups for shards k [s/cp, b, g, d] on a grid.
 
-    A rank attends its own diagonal while the first group arrives. On two places of the grid that is a quarter of its
-    work and hides the messages over NVLink; on more it is less, and groups pay as long as their messages stay large. A
-    planner that knows the links says better (`planner.cost`).
+    A rank attends its own chunks while the first group arrives. On two places of the grid that is half of its work and
+    hides the messages over NVLink; on more it is less, and groups pay as long as their messages stay large. A planner
+    that knows the links says better (`planner.cost`).
     """
     if grid.rows * grid.cols <= 2:
         return 1
@@ -24,3 +27,52 @@ def automatic_head_groups(k: Tensor, grid: Grid) -> int:
     chunk = k.numel() * k.element_size() // 2  # one of the two chunks, all heads
     able = [n for n in range(1, MOST_GROUPS + 1) if heads % n == 0 and chunk // n >= SMALLEST_MESSAGE]
     return max(able, default=1)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A run of query heads and the key heads that they share; they are the last dim but one of every tensor."""
+
+    queries: slice
+    keys: slice
+
+    @property
+    def first(self) -> int:
+        """The first query head."""
+        return self.queries.start or 0
+
+    def of(self, x: Tensor) -> Tensor:
+        """These of tensors with query heads, [..., h, d] or [..., h, n], views."""
+        return x if self == ALL_HEADS else x[..., self.queries, :]
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """These of tensors with key heads, [..., g, d], views."""
+        return x if self == ALL_HEADS else x[..., self.keys, :]
+
+    @property
+    def of_each(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """`of` or `of_keys`: of queries, keys and values."""
+        return self.of, self.of_keys, self.of_keys
+
+
+ALL_HEADS = Heads(slice(None), slice(None))
+
+SMALLEST_HALF = 2e11
+"""FLOP forward, what an H100 does in the third of a millisecond that one more kernel call costs the CPU."""
+
+
+def own_heads(q: Tensor, k: Tensor, squares: float, apart: bool) -> list[Heads]:
+    """In which runs of heads a rank attends its own chunks: the first before its tile, the others after it.
+
+    Args:
+        q, k: [2, n, b, heads, d].
+        squares: work of that attention, in squares of chunk x chunk.
+        apart: there is something to hide after the tile.
+    """
+    _, n, b, h, d = q.shape
+    g = k.size(3)
+    if not apart or g == 1 or not squares or 2 * squares * n**2 * b * h * d < SMALLEST_HALF:
+        return [ALL_HEADS]
+    middle = g // 2
+    first = middle * (h // g)
+    return [Heads(slice(0, first), slice(0, middle)), Heads(slice(first, h), slice(middle, g))]

@@ -34,9 +34,9 @@ from megatron_attn2d.attention.tile import (
     Queries,
     Scores,
     attend,
-    attend_diagonal,
+    attend_own,
     differentiate,
-    differentiate_diagonal,
+    differentiate_own,
 )
 
 _KEYS, _GRADIENTS = 0, 1
@@ -142,7 +142,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
         plan, rows, seen = ring.tile(step)
         halves = [chunk.half for chunk in plan.queries]
         tile = attend(plan, ring.scores, own_q[rows], keys[seen], values[seen])
-        diagonal = attend_diagonal(plan, ring.scores, own_q, own_k, own_v, ring.rank)
+        diagonal = attend_own(plan, ring.scores, own_q, own_k, own_v, ring.rank)
         partials = [
             *zip(halves, tile.outs, tile.lses, strict=True),
             *zip((LOWER, UPPER), diagonal.outs, diagonal.lses, strict=plan.diagonal),
@@ -171,7 +171,7 @@ def _backward(
             travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step} of the backward pass")
         plan, rows, seen = ring.tile(step)
         tile = differentiate(plan, ring.scores, own.slots(rows), keys[seen], values[seen])
-        diagonal = differentiate_diagonal(plan, ring.scores, own, own_k, own_v, ring.rank)
+        diagonal = differentiate_own(plan, ring.scores, own, own_k, own_v, ring.rank)
         for half, parts in (*zip(range(2)[rows], tile.dq, strict=True), *enumerate(diagonal.dq)):
             for part in parts:
                 dq[half] += part

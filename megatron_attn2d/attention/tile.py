@@ -6,7 +6,7 @@ Log-sum-exps and deltas are kept by chunk, [slots, b, h, n], so that a chunk's p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ class Scores:
     ranks: int
     dropout: Dropout | None = None
 
+    def starting(self, head: int) -> Scores:
+        """Those of the heads from `head` on."""
+        return self if self.dropout is None else replace(self, dropout=self.dropout.starting(head))
+
 
 def attend(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
     """The tile's calls: q [Q, n, b, h, d], k and v [K, n, b, g, d]."""
@@ -88,7 +92,7 @@ def attend(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> P
     return Partials(joined([part.outs for part in parts], 0), joined([part.lses for part in parts], 2))
 
 
-def attend_diagonal(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor, own: int) -> Partials:
+def attend_own(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor, own: int) -> Partials:
     """The chunks [2, n, b, heads, d] of rank `own` to themselves, by half; nothing where the plan has no diagonal."""
     outs: list[Slots] = []
     lses: list[Slots] = []
@@ -142,10 +146,10 @@ def differentiate(plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v
     return PartialGradients(*(joined(kind, 0) for kind in found))
 
 
-def differentiate_diagonal(
+def differentiate_own(
     plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v: Tensor, own: int
 ) -> PartialGradients:
-    """Gradients of `attend_diagonal`, by half."""
+    """Gradients of `attend_own`, by half."""
     found: list[list[Slots]] = [[], [], []]
     as_one = _Joined if plan.own_joined else _SideBySide
     for part in plan.parts if plan.diagonal else ():

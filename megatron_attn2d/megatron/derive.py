@@ -120,6 +120,13 @@ def _consequences(given: dict[str, str], installed: Installed) -> Iterator[Deriv
     if not installed.softmax_kernels:
         yield Derived("--no-masked-softmax-fusion", "the extension scaled_masked_softmax_cuda is not installed")
 
+    if installed.cuda and "--hierarchical-context-parallel-sizes" in given:
+        yield Derived(
+            "--high-priority-stream-groups",
+            "attention2d's messages (hcp) begin although a kernel that hides them has begun before",
+            "hcp",
+            required=False,
+        )
     if not installed.cuda:
         yield Derived("--distributed-backend", "there is no CUDA device, so ranks run on the CPU", "gloo")
         yield Derived("--num-workers", "CPU ranks have no core to spare for loading data", "0", required=False)

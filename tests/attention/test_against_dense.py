@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention import overlap
 from tests.attention.dense import dense_gradients, inputs, zigzag
 from tests.pool import RankPool
 
@@ -24,6 +27,7 @@ def errors(
     chunk: int = 3,
     head_groups: int = 1,
     dtype: torch.dtype = torch.float64,
+    smallest_half: float = overlap.SMALLEST_HALF,
 ) -> list[float]:
     """Largest absolute errors of O, dQ, dK, dV on this rank."""
     size = dist.get_world_size()
@@ -31,12 +35,13 @@ def errors(
     mine = zigzag(2 * size * chunk, size, rank)
     q, k, v = (x[mine].requires_grad_() for x in whole[:3])
     assert dist.group.WORLD is not None
-    if mode == "ring":
-        out = ring_attention(q, k, v, dist.group.WORLD, causal=causal)
-    else:
-        grid = Grid.from_group(dist.group.WORLD, rows=shape[0], cols=shape[1])
-        out = attention2d(q, k, v, grid, causal=causal, head_groups=head_groups)
-    results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
+    with mock.patch.object(overlap, "SMALLEST_HALF", smallest_half):
+        if mode == "ring":
+            out = ring_attention(q, k, v, dist.group.WORLD, causal=causal)
+        else:
+            grid = Grid.from_group(dist.group.WORLD, rows=shape[0], cols=shape[1])
+            out = attention2d(q, k, v, grid, causal=causal, head_groups=head_groups)
+        results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
     references = dense_gradients(*whole, causal)
     return [(a.double() - b[mine]).abs().max().item() for a, b in zip(results, references, strict=True)]
 
@@ -63,6 +68,13 @@ def test_ring(pool: RankPool, ranks: int, heads: str, batch: int, causal: bool) 
 @pytest.mark.parametrize("grid", [(1, 4), (2, 2), (4, 1), (2, 3), (3, 2), (2, 4)], ids=lambda g: f"{g[0]}x{g[1]}")
 def test_head_groups(pool: RankPool, grid: tuple[int, int], head_groups: int) -> None:
     found = pool.run(errors, grid[0] * grid[1], "attention2d", grid, (8, 4), 2, True, head_groups=head_groups)
+    assert max(map(max, found)) <= 1e-12, found
+
+
+@pytest.mark.parametrize("heads", [(6, 3), (2, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g != (1, 1)], ids=lambda g: f"{g[0]}x{g[1]}")
+def test_half_of_the_heads_after_the_tile(pool: RankPool, grid: tuple[int, int], heads: tuple[int, int]) -> None:
+    found = pool.run(errors, grid[0] * grid[1], "attention2d", grid, heads, 2, True, smallest_half=0.0)
     assert max(map(max, found)) <= 1e-12, found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention import overlap
 from megatron_attn2d.attention.dropout import Dropout
 from tests.attention.dense import dense_gradients, inputs, packed_zigzag, zigzag
 from tests.pool import RankPool
@@ -42,6 +44,16 @@ def run(layout: Layout, shards: list[Tensor], **call: Any) -> tuple[Tensor, int]
     return attention2d(*shards, grid, **call), grid.context_rank
 
 
+def each_both_ways(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each case in head groups, and with half of the heads' own chunks attended after the tile."""
+    return [*cases, *({**case, "kept_back": True} for case in cases)]
+
+
+def kept_back(case: dict[str, Any]) -> Any:
+    """However few the tokens, where a case asks for it."""
+    return mock.patch.object(overlap, "SMALLEST_HALF", 0.0 if case.get("kept_back") else overlap.SMALLEST_HALF)
+
+
 def worst(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     return max((a.double() - b).abs().max().item() for a, b in zip(found, expected, strict=True))
 
@@ -63,17 +75,18 @@ def masked(rank: int, layout: Layout, cases: list[dict[str, Any]], chunk: int = 
         mine = zigzag(2 * size * chunk, size, rank)
         shards = [x[mine].requires_grad_() for x in whole[:3]]
         leaves = [*shards, *(() if sink is None else (sink.clone().requires_grad_(),))]
-        out, context_rank = run(
-            layout,
-            shards,
-            causal=causal,
-            window=window,
-            sink=None if sink is None else leaves[3],
-            dropout=dropout,
-            head_groups=2,
-        )
+        with kept_back(case):
+            out, context_rank = run(
+                layout,
+                shards,
+                causal=causal,
+                window=window,
+                sink=None if sink is None else leaves[3],
+                dropout=dropout,
+                head_groups=1 if case.get("kept_back") else 2,
+            )
+            gradients = list(torch.autograd.grad(out, leaves, whole[3][mine]))
         assert context_rank == rank
-        gradients = list(torch.autograd.grad(out, leaves, whole[3][mine]))
         expected = dense_gradients(*whole, causal, window, sink, factors)
         if sink is not None:
             dist.all_reduce(gradients[3])  # each rank has the part of its rows, as of any parameter
@@ -89,11 +102,12 @@ WINDOWS = [{"window": (left, 0)} for left in (0, 1, 2, 3, 5, 6, 7, 11)] + [
 
 @on_every_layout
 def test_windows(pool: RankPool, size: int, layout: Layout) -> None:
-    for found in pool.run(masked, size, layout, WINDOWS):
-        assert max(found) <= 1e-12, dict(zip(map(str, WINDOWS), found, strict=True))
+    for found in pool.run(masked, size, layout, each_both_ways(WINDOWS)):
+        assert max(found) <= 1e-12, dict(zip(map(str, each_both_ways(WINDOWS)), found, strict=True))
 
 
 OTHERS: list[dict[str, Any]] = [
+    {},
     {"sink": True},
     {"sink": True, "causal": False},
     {"sink": True, "window": (4, 0)},
@@ -105,8 +119,8 @@ OTHERS: list[dict[str, Any]] = [
 
 @on_every_layout
 def test_sinks_and_dropout(pool: RankPool, size: int, layout: Layout) -> None:
-    for found in pool.run(masked, size, layout, OTHERS):
-        assert max(found) <= 1e-12, dict(zip(map(str, OTHERS), found, strict=True))
+    for found in pool.run(masked, size, layout, each_both_ways(OTHERS)):
+        assert max(found) <= 1e-12, dict(zip(map(str, each_both_ways(OTHERS)), found, strict=True))
 
 
 def packs(rank: int, layout: Layout, cases: list[dict[str, Any]]) -> list[float]:
@@ -122,15 +136,16 @@ def packs(rank: int, layout: Layout, cases: list[dict[str, Any]]) -> list[float]
         mine = packed_zigzag(places_and_rest, size, rank)
         shards = [x[mine].requires_grad_() for x in (q, k, v)]
         padded = [0, *accumulate(places)]
-        out, _ = run(
-            layout,
-            shards,
-            causal=causal,
-            window=window,
-            cu_seqlens=[0, *accumulate(lengths)],
-            cu_seqlens_padded=None if lengths == places else padded,
-        )
-        found = (out, *torch.autograd.grad(out, shards, dout[mine]))
+        with kept_back(case):
+            out, _ = run(
+                layout,
+                shards,
+                causal=causal,
+                window=window,
+                cu_seqlens=[0, *accumulate(lengths)],
+                cu_seqlens_padded=None if lengths == places else padded,
+            )
+            found = (out, *torch.autograd.grad(out, shards, dout[mine]))
         expected = [torch.zeros_like(x) for x in (dout, q, k, v)]
         for start, length in zip(padded, lengths, strict=False):
             if length:
@@ -171,8 +186,8 @@ PACKS: list[dict[str, Any]] = [
 
 @on_every_layout
 def test_packed_sequences(pool: RankPool, size: int, layout: Layout) -> None:
-    for found in pool.run(packs, size, layout, PACKS):
-        assert max(found) <= 1e-12, dict(zip(map(str, PACKS), found, strict=True))
+    for found in pool.run(packs, size, layout, each_both_ways(PACKS)):
+        assert max(found) <= 1e-12, dict(zip(map(str, each_both_ways(PACKS)), found, strict=True))
 
 
 def across(rank: int, layout: Layout, lengths: tuple[int, int]) -> float:

@@ -6,6 +6,7 @@ Ranks beyond the GPUs at hand share them, each posing as a node of its own to NC
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention import overlap
 from tests.attention.dense import zigzag
 from tests.pool import RankPool
 
@@ -63,6 +65,7 @@ def errors(
     logits: float = 1.0,
     head_ranks: int = 1,
     deterministic: bool = False,
+    smallest_half: float = overlap.SMALLEST_HALF,
 ) -> list[float]:
     """Relative errors (2-norm) of O, dQ, dK, dV on this rank; what a second run must equal bit for bit, does."""
     start(rank)
@@ -80,11 +83,12 @@ def errors(
     runs = []
     for _ in range(2):
         q, k, v = (x[mine].requires_grad_() for x in whole[:3])
-        if mode == "ring":
-            out = ring_attention(q, k, v, dist.group.WORLD, causal=causal, backend=backend)
-        else:
-            out = attention2d(q, k, v, layout, causal=causal, backend=backend, head_groups=head_groups)
-        runs.append([out.detach(), *torch.autograd.grad(out, (q, k, v), whole[3][mine])])
+        with mock.patch.object(overlap, "SMALLEST_HALF", smallest_half):
+            if mode == "ring":
+                out = ring_attention(q, k, v, dist.group.WORLD, causal=causal, backend=backend)
+            else:
+                out = attention2d(q, k, v, layout, causal=causal, backend=backend, head_groups=head_groups)
+            runs.append([out.detach(), *torch.autograd.grad(out, (q, k, v), whole[3][mine])])
     # Fast backward kernels add dQ up in no fixed order; all else has one.
     all_ordered = deterministic or backend == "reference" or dtype in (torch.float32, torch.float64)
     ordered = len(runs[0]) if all_ordered else 1
@@ -150,6 +154,12 @@ def test_odd_chunks(pool: RankPool, mode: str, chunk: int) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_head_groups_and_batch(pool: RankPool, batch: int, head_groups: int) -> None:
     check(pool, "attention2d", (2, 2), heads=(16, 8), batch=batch, head_groups=head_groups)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("grid", [(1, 2), (2, 1), (2, 2)], ids=lambda g: f"{g[0]}x{g[1]}")
+def test_half_of_the_heads_after_the_tile(pool: RankPool, grid: tuple[int, int], batch: int) -> None:
+    check(pool, "attention2d", grid, heads=(8, 4), batch=batch, head_groups=1, smallest_half=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -53,6 +53,21 @@ CASES = {
         [],
         ["--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"],
     ),
+    "a grid": (
+        FULL,
+        ["--hierarchical-context-parallel-sizes", "2", "2"],
+        ["--high-priority-stream-groups", "hcp"],
+    ),
+    "a grid, other streams asked for": (
+        FULL,
+        ["--hierarchical-context-parallel-sizes", "2", "2", "--high-priority-stream-groups", "dp_cp", "hcp"],
+        [],
+    ),
+    "a grid on CPU": (
+        dataclasses.replace(FULL, cuda=False),
+        ["--hierarchical-context-parallel-sizes", "2", "2", "--num-workers", "0"],
+        ["--distributed-backend", "gloo"],
+    ),
     "CPU": (
         dataclasses.replace(FULL, cuda=False),
         [],

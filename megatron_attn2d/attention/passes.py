@@ -1,0 +1,276 @@
+"""Forward and backward pass on a grid: messages and kernels in the order in which they hide each other.
+
+    gather  >--------------\\                  return  >--------------\\
+    kernels   own, some heads   tile             own, other heads   merge, sum
+
+A rank attends its own chunks, which need nobody else's, while others' arrive. Where partial results return to their
+owners it keeps back half of its heads for that time, if they are work enough for kernel calls of their own.
+
+Heads are independent, so all of this may run in groups of them: while one group's tile is computed, the next one is
+gathered and the previous one returned. The gathered buffers shrink by the number of groups.
+
+Legend as in `attention2d`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_attn2d.attention.exchange import Axis, Pending, Returned
+from megatron_attn2d.attention.layout import LOWER, UPPER, TilePlan
+from megatron_attn2d.attention.merge import (
+    accumulation_dtype,
+    merge_partials,
+    row_statistics,
+    sink_gradient,
+    stand_in,
+    sum_partials,
+)
+from megatron_attn2d.attention.overlap import Heads, own_heads
+from megatron_attn2d.attention.pieces import PartialGradients, Partials, Slots, only, summed
+from megatron_attn2d.attention.tile import Queries, Scores, attend, attend_own, differentiate, differentiate_own
+
+type _Own[Results] = list[tuple[Heads, Results]]
+"""What a rank's own chunks have of themselves, by heads."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that stays the same over the head groups of a call.
+
+    Attributes:
+        tile: the caller's tile.
+        row, column: its axes.
+        scores: how scores become probabilities.
+        own: the caller's rank in the layout.
+        head_groups: into how many groups of heads the call is cut; divides the key heads.
+    """
+
+    tile: TilePlan
+    row: Axis
+    column: Axis
+    scores: Scores
+    own: int
+    head_groups: int
+
+    def scores_of(self, i: int, heads: int) -> Scores:
+        """Those of head group i of `heads` heads."""
+        return self.scores.starting(i * heads)
+
+    def split(self, x: Tensor, dim: int = 3) -> tuple[Tensor, ...]:
+        """The head groups of chunks [2, n, b, heads, d] or the like, views."""
+        return x.chunk(self.head_groups, dim)
+
+    def own_heads(self, q: Tensor, k: Tensor, returns: bool) -> list[Heads]:
+        """Which heads of q and k [2, n, b, heads, d] attend their own chunks before the tile, and which after it."""
+        return own_heads(q, k, self.tile.own_squares, apart=returns and self.head_groups == 1)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The output [s/cp, b, h, dv] and its log-sum-exp [2, b, h, n]."""
+    queries, keys, values = (plan.split(_chunks(x)) for x in (q, k, v))
+    out = q.new_empty((*q.shape[:3], v.size(3)))
+    lse = q.new_empty((2, q.size(1), q.size(2), q.size(0) // 2), dtype=accumulation_dtype(q.dtype))
+    outs, lses = _chunks(out).chunk(plan.head_groups, 3), lse.chunk(plan.head_groups, 2)
+
+    def gather(i: int) -> _Gathered:
+        return _Gathered(plan.row.gather([queries[i]], tag=0), plan.column.gather([keys[i], values[i]], tag=0))
+
+    def compute(i: int, gathered: _Gathered) -> tuple[_Own[Partials], Partials, Returned]:
+        scores = plan.scores_of(i, queries[i].size(3))
+
+        def own(heads: Heads) -> tuple[Heads, Partials]:
+            mine = heads.of(queries[i]), heads.of_keys(keys[i]), heads.of_keys(values[i])
+            return heads, attend_own(plan.tile, scores.starting(heads.first), *mine, plan.own)
+
+        now, *later = plan.own_heads(queries[i], keys[i], returns=plan.row.group is not None)
+        found = [own(now)]
+        (q_all,), (k_all, v_all) = gathered.wait()
+        tile = attend(plan.tile, scores, q_all, k_all, v_all)
+        if plan.row.group is not None:
+            tile = tile.merged()
+        like = [outs[i][LOWER], lses[i][LOWER]]
+        returned = plan.row.give_back([only(tile.outs), only(tile.lses)], like, _merged, tag=1)
+        return found + [own(heads) for heads in later], tile, returned
+
+    def finish(i: int, results: tuple[_Own[Partials], Partials, Returned]) -> None:
+        own, tile, ((far_outs, far_lses), pending) = results
+        pending.wait()
+        for heads, mine in own:
+            _merge(
+                _partials(plan.row, tile.outs, mine.outs, far_outs, heads.of),
+                _partials(plan.row, tile.lses, mine.lses, far_lses, heads.of),
+                heads.of(outs[i]).unbind(),
+                heads.of(lses[i]).unbind(),
+            )
+
+    _pipeline(plan.head_groups, gather, compute, finish)
+    return out, lse
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and sink, like them."""
+    dout = dout.contiguous()
+    queries, keys, values, douts, outs = (plan.split(_chunks(x)) for x in (q, k, v, dout, out))
+    rows = row_statistics(_chunks(dout), _chunks(out), lse)
+    statistics = plan.split(rows)
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    totals = [_chunks(x).chunk(plan.head_groups, 3) for x in gradients]
+
+    def gather(i: int) -> _Gathered:
+        shards = [queries[i], douts[i], statistics[i]]
+        return _Gathered(plan.row.gather(shards, tag=0), plan.column.gather([keys[i], values[i]], tag=0))
+
+    def compute(i: int, gathered: _Gathered) -> tuple[_Own[PartialGradients], PartialGradients, Returned, Returned]:
+        scores = plan.scores_of(i, queries[i].size(3))
+
+        def own(heads: Heads) -> tuple[Heads, PartialGradients]:
+            mine = Queries(*map(heads.of, (queries[i], douts[i], *statistics[i].unbind(1), outs[i])))
+            k_own, v_own = heads.of_keys(keys[i]), heads.of_keys(values[i])
+            return heads, differentiate_own(plan.tile, scores.starting(heads.first), mine, k_own, v_own, plan.own)
+
+        now, *later = plan.own_heads(queries[i], keys[i], returns=True)
+        found = [own(now)]
+        (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
+        needed = _queries(plan, q_all, dout_all, statistics_all, outs[i])
+        tile = differentiate(plan.tile, scores, needed, k_all, v_all)
+        dq, dk, dv = tile.dq, tile.dk, tile.dv
+        if plan.row.group is not None:
+            dq = summed(dq)
+        if plan.column.group is not None:
+            dk, dv = summed(dk), summed(dv)
+        returned = (
+            plan.row.give_back([only(dq)], [queries[i][LOWER]], _summed, tag=1),
+            plan.column.give_back([only(dk), only(dv)], [keys[i][LOWER], values[i][LOWER]], _summed, tag=1),
+        )
+        return found + [own(heads) for heads in later], PartialGradients(dq, dk, dv), *returned
+
+    def finish(i: int, results: tuple[_Own[PartialGradients], PartialGradients, Returned, Returned]) -> None:
+        own, tile, ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
+        row_pending.wait()
+        column_pending.wait()
+        for heads, mine in own:
+            dq, dk, dv = (of(total[i]).unbind() for of, total in zip(heads.of_each, totals, strict=True))
+            _sum(_partials(plan.row, tile.dq, mine.dq, far_dq, heads.of), dq)
+            dk_parts = _partials(plan.column, tile.dk, mine.dk, far_dk, heads.of_keys)
+            dv_parts = _partials(plan.column, tile.dv, mine.dv, far_dv, heads.of_keys)
+            if dk[0].shape == dv[0].shape:  # one launch
+                _sum([*dk_parts, *dv_parts], [*dk, *dv])
+            else:
+                _sum(dk_parts, dk)
+                _sum(dv_parts, dv)
+
+    _pipeline(plan.head_groups, gather, compute, finish)
+    return (*gradients, None if sink is None else sink_gradient(lse, rows[:, 1], sink))
+
+
+def _queries(plan: Plan, q: Tensor, dout: Tensor, statistics: Tensor, own_out: Tensor) -> Queries:
+    """The gathered queries; kernels that want an output get the true one where it is at hand, else a stand-in."""
+    lse, delta = statistics.unbind(1)
+    out: Tensor | None = None
+    if plan.scores.kernel.needs_out and plan.row.group is None:
+        (out,), _ = plan.row.gather([own_out], tag=0)
+    elif plan.scores.kernel.needs_out:
+        out = stand_in(dout, delta)
+    return Queries(q, dout, lse, delta, out)
+
+
+def _pipeline[Gathered, Results](
+    count: int,
+    gather: Callable[[int], Gathered],
+    compute: Callable[[int, Gathered], Results],
+    finish: Callable[[int, Results], None],
+) -> None:
+    """Run `count` head groups so that messages of the next and of the previous one fly while one computes.
+
+    `gather` starts messages, `compute` waits for them, runs kernels and starts to return results, `finish` waits for
+    those and merges.
+    """
+    ahead = gather(0)
+    results: Results | None = None
+    for i in range(count):
+        gathered = ahead
+        if i + 1 < count:
+            ahead = gather(i + 1)
+        previous, results = results, compute(i, gathered)
+        if previous is not None:
+            finish(i - 1, previous)
+    assert results is not None
+    finish(count - 1, results)
+
+
+class _Gathered:
+    """Messages of both axes in flight and the buffers they fill."""
+
+    def __init__(self, row: tuple[list[Tensor], Pending], column: tuple[list[Tensor], Pending]) -> None:
+        self._row, self._column = row, column
+
+    def wait(self) -> tuple[list[Tensor], list[Tensor]]:
+        for _, pending in (self._row, self._column):
+            pending.wait()
+        return self._row[0], self._column[0]
+
+
+def _merged(kinds: list[list[Tensor]]) -> list[Tensor]:
+    """Partial outputs and log-sum-exps of one chunk from several ranks of a node, as one of each."""
+    outs, lses = kinds
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    merge_partials([outs], [lses], [out], [lse])
+    return [out, lse]
+
+
+def _summed(kinds: list[list[Tensor]]) -> list[Tensor]:
+    """Partial gradients of one chunk from several ranks of a node, as one of each kind."""
+    totals = [torch.empty_like(partials[0]) for partials in kinds]
+    for partials, total in zip(kinds, totals, strict=True):
+        sum_partials([partials], [total])
+    return totals
+
+
+def _merge(
+    outs: Sequence[list[Tensor]], lses: Sequence[list[Tensor]], out: Sequence[Tensor], lse: Sequence[Tensor]
+) -> None:
+    used = [half for half in (LOWER, UPPER) if outs[half]]
+    if used:
+        merge_partials(_pick(used, outs), _pick(used, lses), _pick(used, out), _pick(used, lse))
+    for half in {LOWER, UPPER} - set(used):  # all padding
+        out[half].zero_()
+        lse[half].fill_(-torch.inf)
+
+
+def _sum(partials: Sequence[list[Tensor]], totals: Sequence[Tensor]) -> None:
+    used = [i for i, parts in enumerate(partials) if parts]
+    if used:
+        sum_partials(_pick(used, partials), _pick(used, totals))
+    for i in set(range(len(totals))) - set(used):  # a chunk that no tile used
+        totals[i].zero_()
+
+
+def _pick[T](places: list[int], items: Sequence[T]) -> list[T]:
+    return [items[i] for i in places]
+
+
+def _partials(
+    axis: Axis, slots: Slots, own: Slots, far: list[list[Tensor]], heads: Callable[[Tensor], Tensor]
+) -> Slots:
+    """By half, some heads of all partial results of the own chunk: of its slot in the own tile and of others' tiles.
+
+    `own`, of those heads already, are those that the own chunks have of themselves.
+    """
+    found = []
+    for half in (LOWER, UPPER):
+        slot = axis.own_slot(half)
+        near = [] if slot is None else slots[slot]
+        found.append([*map(heads, near), *(own[half] if own else []), *map(heads, far[half])])
+    return found
+
+
+def _chunks(shard: Tensor) -> Tensor:
+    """[s/cp, ...] -> [2, n, ...], a view."""
+    return shard.unflatten(0, (2, -1))
