@@ -34,14 +34,14 @@ class _LocalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sink = ctx.saved_tensors
         scores, band = ctx.call
-        # Kernels that take the output derive delta from it themselves.
-        delta = lse
+        delta = None
         if sink is not None or not scores.kernel.needs_out:
             delta = (grads[0].to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
         gradients = scores.kernel.backward(
             grads[0], q, k, v, out, lse, delta, band=band, scale=scores.scale, dropout=_kept(q, k, scores)
         )
-        return (*gradients, None if sink is None else sink_gradient(lse, delta, sink), None, None)
+        dsink = None if sink is None or delta is None else sink_gradient(lse, delta, sink)
+        return (*gradients, dsink, None, None)
 
 
 def _kept(q: Tensor, k: Tensor, scores: Scores) -> KeepMask | None:

@@ -118,7 +118,9 @@ def backward(
     """Gradients of q, k, v and sink, like them."""
     dout = dout.contiguous()
     queries, keys, values, douts, outs = (plan.split(_chunks(x)) for x in (q, k, v, dout, out))
-    rows = row_statistics(_chunks(dout), _chunks(out), lse)
+    rows = lse.unsqueeze(1)  # [2, 1 or 2, b, h, n]: log-sum-exp, and delta if somebody needs it
+    if sink is not None or plan.row.group is not None or not plan.scores.kernel.needs_out:
+        rows = row_statistics(_chunks(dout), _chunks(out), lse)
     statistics = plan.split(rows)
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     totals = [_chunks(x).chunk(plan.head_groups, 3) for x in gradients]
@@ -131,14 +133,16 @@ def backward(
         scores = plan.scores_of(i, queries[i].size(3))
 
         def own(heads: Heads) -> tuple[Heads, PartialGradients]:
-            mine = Queries(*map(heads.of, (queries[i], douts[i], *statistics[i].unbind(1), outs[i])))
+            q_own, dout_own, rows_own, out_own = map(heads.of, (queries[i], douts[i], statistics[i], outs[i]))
+            mine = _queries(plan, q_own, dout_own, rows_own, out_own)
             k_own, v_own = heads.of_keys(keys[i]), heads.of_keys(values[i])
             return heads, differentiate_own(plan.tile, scores.starting(heads.first), mine, k_own, v_own, plan.own)
 
         now, *later = plan.own_heads(queries[i], keys[i], returns=True)
         found = [own(now)]
         (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
-        needed = _queries(plan, q_all, dout_all, statistics_all, outs[i])
+        out_all = None if plan.row.group is not None else plan.row.gather([outs[i]], tag=0)[0][0]
+        needed = _queries(plan, q_all, dout_all, statistics_all, out_all)
         tile = differentiate(plan.tile, scores, needed, k_all, v_all)
         dq, dk, dv = tile.dq, tile.dk, tile.dv
         if plan.row.group is not None:
@@ -170,15 +174,12 @@ def backward(
     return (*gradients, None if sink is None else sink_gradient(lse, rows[:, 1], sink))
 
 
-def _queries(plan: Plan, q: Tensor, dout: Tensor, statistics: Tensor, own_out: Tensor) -> Queries:
-    """The gathered queries; kernels that want an output get the true one where it is at hand, else a stand-in."""
-    lse, delta = statistics.unbind(1)
-    out: Tensor | None = None
-    if plan.scores.kernel.needs_out and plan.row.group is None:
-        (out,), _ = plan.row.gather([own_out], tag=0)
-    elif plan.scores.kernel.needs_out:
-        out = stand_in(dout, delta)
-    return Queries(q, dout, lse, delta, out)
+def _queries(plan: Plan, q: Tensor, dout: Tensor, statistics: Tensor, out: Tensor | None) -> Queries:
+    """Queries with what the kernel asks for: delta or an output, a stand-in where the true one is not at hand."""
+    lse, *delta = statistics.unbind(1)
+    if not plan.scores.kernel.needs_out:
+        return Queries(q, dout, lse, delta[0], None)
+    return Queries(q, dout, lse, None, stand_in(dout, delta[0]) if out is None else out)
 
 
 def _pipeline[Gathered, Results](

@@ -24,28 +24,30 @@ class Queries:
     Attributes:
         q: queries [slots, n, b, h, d].
         dout: gradient of their output, like q.
-        lse, delta: log-sum-exp over all keys and rowsum(dout * out), [slots, b, h, n].
+        lse: log-sum-exp over all keys, [slots, b, h, n].
+        delta: rowsum(dout * out), like lse; None where the kernel derives it from `out`.
         out: the output over all keys or `merge.stand_in`, like q; None where the kernel does not ask for it.
     """
 
     q: Tensor
     dout: Tensor
     lse: Tensor
-    delta: Tensor
+    delta: Tensor | None
     out: Tensor | None
 
     def slots(self, which: slice) -> Queries:
         """Some of the chunks."""
-        out = None if self.out is None else self.out[which]
-        return Queries(self.q[which], self.dout[which], self.lse[which], self.delta[which], out)
+        delta, out = (None if x is None else x[which] for x in (self.delta, self.out))
+        return Queries(self.q[which], self.dout[which], self.lse[which], delta, out)
 
     def of(self, part: Part) -> Queries:
         """Those of one of several packed sequences."""
         if part.chunk == self.q.size(1):
             return self
         rows = slice(part.offset, part.offset + part.chunk)
+        delta = None if self.delta is None else self.delta[..., rows]
         out = None if self.out is None else self.out[:, rows]
-        return Queries(self.q[:, rows], self.dout[:, rows], self.lse[..., rows], self.delta[..., rows], out)
+        return Queries(self.q[:, rows], self.dout[:, rows], self.lse[..., rows], delta, out)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def differentiate(plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v
                 v_rows[columns],
                 None if out_rows is None else out_rows[rows],
                 _per_row(mine.lse, call, part.chunk),
-                _per_row(mine.delta, call, part.chunk),
+                None if mine.delta is None else _per_row(mine.delta, call, part.chunk),
                 band=call.band,
                 scale=scores.scale,
                 dropout=_dropped(scores, plan, part, call, queries.q),
@@ -161,7 +163,7 @@ def differentiate_own(
             as_one.rows(_queries_of(part, v)),
             None if mine.out is None else as_one.rows(mine.out),
             as_one.statistic(mine.lse),
-            as_one.statistic(mine.delta),
+            None if mine.delta is None else as_one.statistic(mine.delta),
             band=_band(part),
             scale=scores.scale,
             dropout=_dropped_diagonal(scores, plan, part, queries.q, own),

@@ -8,7 +8,8 @@ Kernels run at the given rates. Then, with m the time of the messages around a t
     ring of P ranks                      c / P + (P - 1) max(m / (P - 1), c / P)  each step hides the next messages
 
 and the exchange over heads, before and after, hides behind nothing. h: under a causal mask a rank attends its own two
-chunks to themselves, 1/(2 R C) of its kernels, while the first gather flies, and hides as much of it.
+chunks, 1/(2 R C) of its kernels (1/(R C) where R or C is 1), while the first gather flies, and hides as much of it. In
+one group half of that may be kept for the returns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_attn2d.attention.overlap import SMALLEST_HALF
 from megatron_attn2d.planner.traffic import (
     Phase,
     Traffic,
@@ -124,9 +126,10 @@ def predict(
         )
     else:
         kv_heads = max(1, work.kv_heads // candidate.axes[0])
-        diagonal = diagonal_share(candidate, work)
+        own = own_share(candidate, work)
+        cut = kv_heads > 1 and own * flops / 2 >= SMALLEST_HALF
         timed = [
-            (g, *_grouped_seconds(traffic, kernels, g, cluster, diagonal)) for g in head_groups if kv_heads % g == 0
+            (g, *_grouped_seconds(traffic, kernels, g, cluster, own, cut)) for g in head_groups if kv_heads % g == 0
         ]
         enough = CLOSE * min(forward + backward for _, forward, backward in timed)
         groups, forward, backward = next(t for t in timed if t[1] + t[2] <= enough)
@@ -195,12 +198,15 @@ def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float
     return seconds + head_groups * (latency + phase.messages * cluster.message_s)
 
 
-def diagonal_share(candidate: Candidate, work: Workload) -> float:
-    """Of a rank's kernels on a grid, what needs no other rank's chunks: 1 of the 2 R C squares of its tile."""
+def own_share(candidate: Candidate, work: Workload) -> float:
+    """Of a rank's kernels on a grid, what needs no other rank's chunks.
+
+    Of the 2 R C squares of its tile that is 1, and 2 where only keys or only queries travel (see `layout`).
+    """
     if candidate.axes is None or not work.causal:
         return 0.0
     _, rows, cols = candidate.axes
-    return 1 / (2 * rows * cols)
+    return (2 if 1 in (rows, cols) else 1) / (2 * rows * cols)
 
 
 def transient_bytes(candidate: Candidate, ranks: int, work: Workload, groups: int) -> float:
@@ -226,9 +232,14 @@ time their returns take.
 """
 
 
+_CUT_S = 1e-4
+"""What two kernel calls of half the heads take longer than one of all; two H200, 32K tokens, backward pass."""
+
+
 def _grouped_seconds(
-    traffic: Traffic, kernels: tuple[float, float], groups: int, cluster: Cluster, diagonal: float
+    traffic: Traffic, kernels: tuple[float, float], groups: int, cluster: Cluster, own: float, cut: bool
 ) -> tuple[float, float]:
+    """Seconds forward and backward; `own` of the kernels hides messages, and `cut` if half of it may hide returns."""
     seconds = []
     for side, alone in zip((traffic.forward, traffic.backward), kernels, strict=True):
         compute = alone * (1 + _GROUP_COST * (groups - 1))
@@ -237,8 +248,11 @@ def _grouped_seconds(
             sum(phase_seconds(p, cluster, groups) for p in side if not p.over_heads and p.returns == returns)
             for returns in (False, True)
         )
-        messages = gather + back
-        hidden = min(gather, diagonal * compute) / groups
+        messages, hiding = gather + back, own * compute
+        if groups == 1 and cut and back:
+            hidden = min(gather, hiding / 2) + min(back, hiding / 2) - _CUT_S
+        else:
+            hidden = min(gather, hiding) / groups
         seconds.append(spread + (messages + compute) / groups + (groups - 1) / groups * max(messages, compute) - hidden)
     return seconds[0], seconds[1]
 

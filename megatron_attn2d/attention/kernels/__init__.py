@@ -67,7 +67,7 @@ class Kernel(Protocol):
         v: Tensor,
         out: Tensor | None,
         lse: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         *,
         band: Band,
         scale: float,
@@ -78,7 +78,7 @@ class Kernel(Protocol):
         Args:
             dout: gradient of the output over all keys, [sq, b, h, dv].
             out: that output or a stand-in for it with rowsum(dout * out) = delta; None unless `needs_out`.
-            lse, delta: log-sum-exp over all keys and rowsum(dout * output), [b, h, sq].
+            lse, delta: log-sum-exp over all keys and rowsum(dout * output), [b, h, sq]; no delta where `needs_out`.
         """
         ...
 

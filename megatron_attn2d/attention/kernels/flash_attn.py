@@ -68,7 +68,7 @@ class FlashAttention4Kernel:
         v: Tensor,
         out: Tensor | None,
         lse: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         *,
         band: Band,
         scale: float,

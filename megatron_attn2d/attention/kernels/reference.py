@@ -46,13 +46,16 @@ class ReferenceKernel:
         v: Tensor,
         out: Tensor | None,
         lse: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         *,
         band: Band,
         scale: float,
         dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
+        if delta is None:
+            assert out is not None
+            delta = (dout.to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
         heads = k.size(2)
         folded_q, folded_k, folded_v, folded_dout = _queries(q, heads), _keys(k), _keys(v), _queries(dout, heads)
         p = torch.exp(_scores(q, k, band, scale).sub_(_fold_rows(lse, heads)))

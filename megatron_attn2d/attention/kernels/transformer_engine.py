@@ -76,7 +76,7 @@ class TransformerEngineKernel:
         v: Tensor,
         out: Tensor | None,
         lse: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         *,
         band: Band,
         scale: float,

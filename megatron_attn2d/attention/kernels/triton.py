@@ -52,7 +52,7 @@ class TritonKernel:
         v: Tensor,
         out: Tensor | None,
         lse: Tensor,
-        delta: Tensor,
+        delta: Tensor | None,
         *,
         band: Band,
         scale: float,
@@ -61,6 +61,7 @@ class TritonKernel:
         """See `Kernel.backward`."""
         from megatron_attn2d.attention import triton_attention
 
+        assert delta is not None
         return triton_attention.backward(dout, q, k, v, lse, delta, band, scale, dropout)
 
 
