@@ -171,23 +171,22 @@ class TilePlan:
 
     @property
     def own_squares(self) -> float:
-        """Work of the own rank's own chunks besides the calls, in squares of chunk x chunk of a sequence."""
-        work = 0.0
+        """Work of the own rank's own chunks besides the calls, in squares of chunk x chunk, all sequences together."""
+        chunk, work = max(1, sum(part.chunk for part in self.parts)), 0.0
         for part in self.parts:
             if part.diagonal is not None:
                 left = part.diagonal.left
-                width = 1.0 if left is None else min(1.0, (left + 1) / part.chunk)
-                work += 2 * (width - width**2 / 2) + self.own_joined
+                width = 1.0 if left is None or left >= part.chunk else (left + 1) / part.chunk
+                work += (2 * (width - width**2 / 2) + self.own_joined) * (part.chunk / chunk) ** 2
         return work
 
     @property
     def squares(self) -> float:
-        """All work, in squares of chunk x chunk."""
-        work = self.own_squares
-        for part in self.parts:
-            pairs = sum((c.stop - c.start) * (c.last - c.first) if c.band == FULL else c.pairs for c in part.calls)
-            work += pairs / (part.chunk * part.key_chunk)
-        return work
+        """All work, in squares of chunk x chunk, all sequences together."""
+        chunk, key_chunk = (sum(getattr(part, name) for part in self.parts) for name in ("chunk", "key_chunk"))
+        calls = [call for part in self.parts for call in part.calls]
+        pairs = sum((c.stop - c.start) * (c.last - c.first) if c.band == FULL else c.pairs for c in calls)
+        return self.own_squares + pairs / (chunk * key_chunk)
 
 
 def visible_prefix(query: Chunk, key_ranks: tuple[int, ...], causal: bool) -> int:

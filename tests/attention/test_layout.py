@@ -123,6 +123,16 @@ def test_visible_prefix(query: tuple[int, int], expected: int) -> None:
     assert visible_prefix(Chunk(*query), (0, 1), False) == 4
 
 
+def test_packed_sequences_are_less_work() -> None:
+    """Sequences of 1/2, 1/4 and 1/4 of the tokens: the sum of their squares of one sequence's work."""
+    whole, packed = (tile_plan((0,), (0, 1), Mask(CAUSAL, 2, chunks)) for chunks in ((8,), (4, 2, 2)))
+    assert whole.own_squares == 2
+    assert packed.own_squares == 2 * (1 / 4 + 1 / 16 + 1 / 16)
+    assert (whole.squares, packed.squares) == (4, 4 * (1 / 4 + 1 / 16 + 1 / 16))
+    window = tile_plan((0, 2), (0, 1), Mask(Band(1, 0), 4, (4,)))
+    assert window.own_squares == 2 * (0.5 - 0.5**2 / 2)
+
+
 def test_a_row_and_a_column_share_one_rank() -> None:
     with pytest.raises(AssertionError, match="share one rank"):
         tile_plan((0, 1), (0, 1), Mask(CAUSAL))
