@@ -33,6 +33,10 @@ from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.ulysses import check_heads
 
+DECENTRALIZED = (
+    "cp_comm_type attention2d needs hierarchical context-parallel groups, which decentralised process groups don't have: "
+    "set use_decentralized_pg=False (Megatron-Bridge's dist.use_decentralized_pg)"
+)
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 _CAUSAL_PACKED = {**_CAUSAL, AttnMaskType.padding_causal: True, AttnMaskType.padding: False}
 
@@ -211,10 +215,7 @@ def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:
 def _hierarchical_grid(groups: ProcessGroupCollection) -> Grid:
     levels = getattr(groups, "hcp", None) or []
     if not levels and not parallel_state.model_parallel_is_initialized():
-        raise ValueError(
-            "cp_comm_type attention2d needs hierarchical context-parallel groups, which decentralised process groups "
-            "don't have: set use_decentralized_pg=False (Megatron-Bridge's dist.use_decentralized_pg)"
-        )
+        raise ValueError(DECENTRALIZED)
     if len(levels) not in (2, 3, 4, 5):
         raise ValueError(
             "cp_comm_type attention2d needs its grid: pass --hierarchical-context-parallel-sizes R C or U R C "

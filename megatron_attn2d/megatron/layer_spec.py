@@ -13,6 +13,7 @@ import functools
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
@@ -27,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+from megatron_attn2d.megatron.core_attention import DECENTRALIZED, ContextParallelAttention
 
 ATTENDS_IN_CONTEXT = "attends_in_context"
 """Marks the function that builds the layers of multi-token prediction once they get our attention; see compat.py."""
@@ -125,9 +126,14 @@ def attention2d_layer_spec(
             "mtp_num_layers: Megatron builds multi-token prediction with an attention of its own choice; train with "
             "megatron-attn2d train or megatron_attn2d.pretrain_gpt, which replace that one too"
         )
+    modes = transformer.cp_comm_type if isinstance(transformer.cp_comm_type, list) else [transformer.cp_comm_type]
+    if "attention2d" in modes and not parallel_state.model_parallel_is_initialized():
+        raise ValueError(DECENTRALIZED)
     transformer.attention2d_head_groups = head_groups  # where the module finds it: builders pass the config alone
     spec = default_layer_spec(model, vp_stage)
     if isinstance(spec, ModuleSpec):  # a layer: as a block, so that the final norm is part of it
-        layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
+        groups = getattr(transformer, "_pg_collection", None)  # which a Megatron-Bridge provider holds
+        pp_rank = None if groups is None else groups.pp.rank()
+        layers = get_num_layers_to_build(transformer, vp_stage=vp_stage, pp_rank=pp_rank)
         spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LayerNormImpl)
     return with_context_parallelism(spec)
