@@ -13,6 +13,7 @@ import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ pytestmark = [
 ]
 
 LENGTH = 512
+STEPS = 4
 LLAMA: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -66,6 +68,8 @@ def difference(found: Tensor, reference: Tensor) -> float:
 
 
 def start(rank: int) -> None:
+    """A world over NCCL; functions that upstream compiles run as they are written, which saves the compiling."""
+    torch.compiler.set_stance("force_eager")
     torch.cuda.empty_cache()
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl")
@@ -185,6 +189,76 @@ def test_a_model_of_hugging_face(
         assert max(found.values()) < 2 * BOUND
 
 
+@pytest.mark.skipif(not installed("nvidia_resiliency_ext"), reason="Bridge's training needs nvidia-resiliency-ext")
+def test_training(pool: RankPool, llama: Path) -> None:
+    """Bridge's own `pretrain` from those weights: losses and gradient norms of the steps, as on one GPU."""
+    [expected] = pool.run(trained, 1, llama, init_group=False)
+    assert len(expected) == STEPS
+    assert expected[0][0] - expected[-1][0] > 0.1, "it should learn, or parity says little"
+    for steps in pool.run(trained, 2, llama, "attention2d", [2, 1], init_group=False):
+        print("loss and norm", steps, "on one", expected)
+        for (loss, norm), (expected_loss, expected_norm) in zip(steps, expected, strict=True):
+            assert loss == pytest.approx(expected_loss, abs=2e-2)
+            assert norm == pytest.approx(expected_norm, rel=2 * BOUND)
+
+
+def trained(rank: int, path: Path, mode: str | None = None, grid: list[int] | None = None) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    from megatron.bridge.training import config, initialize
+    from megatron.bridge.training.callbacks import Callback
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    steps: list[tuple[float, float]] = []
+
+    class Keep(Callback):
+        def on_train_step_end(self, context: Any) -> None:
+            steps.append((context.loss_dict["lm loss"].item(), float(context.grad_norm)))
+
+    start(rank)
+    _, provider = provider_of(path, grid, mode)
+    provider.seq_length = LENGTH
+    settings = config.ConfigContainer(
+        model=provider,
+        train=config.TrainingConfig(train_iters=STEPS, global_batch_size=2, micro_batch_size=1),
+        validation=config.ValidationConfig(eval_interval=STEPS + 1, eval_iters=0),
+        optimizer=config.OptimizerConfig(optimizer="adam", lr=1e-3, min_lr=1e-3, use_distributed_optimizer=True, bf16=True),
+        scheduler=config.SchedulerConfig(
+            lr_decay_style="constant",
+            lr_warmup_iters=0,
+            lr_decay_iters=STEPS,
+            start_weight_decay=0.0,
+            end_weight_decay=0.0,
+        ),
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        dataset=config.GPTDatasetConfig(
+            seq_length=LENGTH,
+            random_seed=1,
+            reset_attention_mask=False,
+            reset_position_ids=False,
+            eod_mask_loss=False,
+            dataloader_type="single",
+            num_workers=0,
+        ),
+        logger=config.LoggerConfig(log_interval=1),
+        tokenizer=config.TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=LLAMA["vocab_size"] - 1),
+        checkpoint=config.CheckpointConfig(),
+        rng=config.RNGConfig(seed=1),
+        dist=config.DistributedInitConfig(),
+        mixed_precision="bf16_mixed",
+    )
+    try:
+        # The wheel of Megatron-Core has its helpers compiled, and no Makefile to do it again.
+        with mock.patch.object(initialize, "compile_helpers"):
+            pretrain(settings, forward_step, callbacks=[Keep()])
+    finally:
+        initialize.destroy_global_state()
+        parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = None  # upstream keeps them
+    return steps
+
+
 def test_a_checkpoint_of_ours(pool: RankPool, tmp_path: Path) -> None:
     """Trained on two GPUs, read by Bridge as any checkpoint of Megatron-LM, written for Hugging Face and read again."""
     args = arguments(
@@ -207,13 +281,18 @@ def test_a_checkpoint_of_ours(pool: RankPool, tmp_path: Path) -> None:
         run_dir=tmp_path / "run",
         **context_parallel("attention2d", 2, 1),
     )
-    pool.run(train_with_children, 2, args, init_group=False)
+    pool.run(train, 2, args, init_group=False)
     [stored] = pool.run(to_hugging_face, 1, tmp_path / "ours" / "iter_0000002", tmp_path / "hf", init_group=False)
     parts = pool.run(run, 2, tmp_path / "hf", "attention2d", [1, 2], init_group=False)
     check(parts, tmp_path / "hf", {})
     for part in parts:
         assert part["parameters"].keys() == stored.keys()
         assert all(torch.equal(part["parameters"][name], weight) for name, weight in stored.items())
+
+
+def train(rank: int, args: list[str]) -> None:
+    torch.compiler.set_stance("force_eager")
+    train_with_children(rank, args)
 
 
 def to_hugging_face(rank: int, checkpoint: Path, path: Path) -> dict[str, Tensor]:
