@@ -34,8 +34,8 @@ from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.ulysses import check_heads
 
 DECENTRALIZED = (
-    "cp_comm_type attention2d needs hierarchical context-parallel groups, which decentralised process groups don't have: "
-    "set use_decentralized_pg=False (Megatron-Bridge's dist.use_decentralized_pg)"
+    "cp_comm_type attention2d needs hierarchical context-parallel groups, which decentralised process groups don't "
+    "have: set use_decentralized_pg=False (Megatron-Bridge's dist.use_decentralized_pg)"
 )
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 _CAUSAL_PACKED = {**_CAUSAL, AttnMaskType.padding_causal: True, AttnMaskType.padding: False}

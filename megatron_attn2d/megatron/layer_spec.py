@@ -116,12 +116,12 @@ def attention2d_layer_spec(
     Raises:
         ValueError: the model asks for what would attend otherwise.
     """
-    # A copy, since GPTModelConfig writes its defaults into fields that a Megatron-Bridge provider has too.
-    model = config if isinstance(config, GPTModelConfig) else GPTModelConfig(transformer=copy.copy(config))
+    model = config if isinstance(config, GPTModelConfig) else _model_of(config)
     transformer = config.transformer if isinstance(config, GPTModelConfig) else config
     if transformer.attention_backend is AttnBackend.local:
         raise ValueError("attention_backend local: Megatron would replace context-parallel attention by its own")
-    if transformer.mtp_num_layers and not getattr(gpt.mtp_block_spec, ATTENDS_IN_CONTEXT, False):
+    provides = hasattr(config, "provide")  # as Megatron-Bridge does: then these layers, too, are described by this spec
+    if transformer.mtp_num_layers and not provides and not getattr(gpt.mtp_block_spec, ATTENDS_IN_CONTEXT, False):
         raise ValueError(
             "mtp_num_layers: Megatron builds multi-token prediction with an attention of its own choice; train with "
             "megatron-attn2d train or megatron_attn2d.pretrain_gpt, which replace that one too"
@@ -137,3 +137,20 @@ def attention2d_layer_spec(
         layers = get_num_layers_to_build(transformer, vp_stage=vp_stage, pp_rank=pp_rank)
         spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LayerNormImpl)
     return with_context_parallelism(spec)
+
+
+def _model_of(config: TransformerConfig) -> GPTModelConfig:
+    """The model of a bare configuration, which a Megatron-Bridge provider is, with what the layers' spec depends on."""
+    if getattr(config, "use_transformer_engine_full_layer_spec", False):
+        raise ValueError(
+            "use_transformer_engine_full_layer_spec: Transformer Engine's whole layer has an attention of its own; "
+            "leave it False"
+        )
+    # A copy, since GPTModelConfig writes its defaults into fields that a provider has too.
+    transformer = copy.copy(config)
+    transformer.use_grouped_gemm_for_dense_mlp |= getattr(config, "dense_grouped_gemm", False)
+    return GPTModelConfig(
+        transformer=transformer,
+        restore_modelopt_state=getattr(config, "restore_modelopt_state", False),
+        use_arbitrary_attention_mask=getattr(config, "use_arbitrary_attention_mask", None),
+    )
