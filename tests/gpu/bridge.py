@@ -74,7 +74,7 @@ def provider_of(path: Path, mode: str | None, grid: list[int] | None, load_weigh
 
 
 def run(rank: int, path: Path, mode: str | None = None, grid: list[int] | None = None) -> Result:
-    """Logits by position; gradients, parameters, exported weights by name; names in a checkpoint; kinds of attention."""
+    """Logits by position; gradients, parameters, exported weights by name; names in a checkpoint; attention kinds."""
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
