@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from tests.megatron.runs import train_rank
+from tests.megatron.runs import _train_states
 
 LENGTH = 512
 STEPS = 4
@@ -170,11 +170,17 @@ def pretrain(
     return steps
 
 
-def train(rank: int, args: list[str]) -> None:
-    """Our own training; upstream's checkpoint writer may start a process, which the pool's daemons may not."""
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+def train(rank: int, args: list[str]) -> dict[str, Tensor]:
+    """The parameters after a training of ours."""
+    allow_children()
     torch.compiler.set_stance("force_eager")
-    train_rank(rank, args)
+    states = _train_states(rank, args, None)
+    return {name.split("module.")[-1]: value.cpu() for name, value in states.items() if name.startswith("0.")}
+
+
+def allow_children() -> None:
+    """Upstream's checkpoint writer may start a process, which the pool's daemons may not."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 
 def to_hugging_face(rank: int, checkpoint: Path, path: Path) -> dict[str, Tensor]:
@@ -189,6 +195,19 @@ def to_hugging_face(rank: int, checkpoint: Path, path: Path) -> dict[str, Tensor
         config = LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"], dtype="bfloat16")
         AutoBridge.from_hf_config(config).save_hf_pretrained([model], path, show_progress=False)
         return {name.removeprefix("module."): p.detach().cpu() for name, p in model.named_parameters()}
+
+
+def from_hugging_face(rank: int, path: Path, checkpoint: Path) -> None:
+    """Converts the other way, into a checkpoint of Bridge's."""
+    allow_children()
+    start(rank)
+    bridge, provider = provider_of(path, None, None)
+    provider.finalize()
+    provider.initialize_model_parallel(seed=1)
+    try:
+        bridge.save_megatron_model(provider.provide_distributed_model(wrap_with_ddp=False), checkpoint)
+    finally:
+        forget_groups()
 
 
 def decentralised(rank: int, path: Path, grid: list[int] | None) -> str:

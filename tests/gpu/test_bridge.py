@@ -54,7 +54,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def default(pool: RankPool, llama: Path) -> dict[int, list[Result]]:
     """Bridge's default layers on one GPU and, as a ring, on two."""
-    modes = {1: None, 2: "p2p"}
+    modes = {2: "p2p", 1: None}
     return {size: pool.run(bridge.run, size, llama, mode, init_group=False) for size, mode in modes.items()}
 
 
@@ -116,35 +116,40 @@ def test_training(changes: dict[str, Any], pool: RankPool, llama: Path) -> None:
 
 
 def test_a_checkpoint_of_ours(pool: RankPool, tmp_path: Path) -> None:
-    """Trained on two GPUs, read by Bridge as any checkpoint of Megatron-LM, written for Hugging Face and read again."""
-    args = arguments(
-        num_layers=LLAMA["num_hidden_layers"],
-        hidden_size=LLAMA["hidden_size"],
-        ffn_hidden_size=LLAMA["intermediate_size"],
-        seq_length=LENGTH,
-        max_position_embeddings=LENGTH,
-        normalization="RMSNorm",
-        swiglu=True,
-        disable_bias_linear=True,
-        untie_embeddings_and_output_weights=True,
-        init_method_std=LLAMA["initializer_range"],
-        bf16=True,
-        mock_data=True,
-        num_workers=0,
-        train_iters=2,
-        save=tmp_path / "ours",
-        no_save_optim=True,
-        run_dir=tmp_path / "run",
+    """Trained on two GPUs, converted to Hugging Face as any of Megatron-LM, and back for a training of ours."""
+    options: dict[str, Any] = {
+        "num_layers": LLAMA["num_hidden_layers"],
+        "hidden_size": LLAMA["hidden_size"],
+        "ffn_hidden_size": LLAMA["intermediate_size"],
+        "seq_length": LENGTH,
+        "max_position_embeddings": LENGTH,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "untie_embeddings_and_output_weights": True,
+        "init_method_std": LLAMA["initializer_range"],
+        "bf16": True,
+        "mock_data": True,
+        "num_workers": 0,
+    }
+    saved = {
+        "save": tmp_path / "ours",
+        "no_save_optim": True,
+        "train_iters": 2,
         **context_parallel("attention2d", 2, 1),
-    )
-    pool.run(bridge.train, 2, args, init_group=False)
-    checkpoint, path = tmp_path / "ours" / "iter_0000002", tmp_path / "hf"
+    }
+    args = arguments(run_dir=tmp_path / "run", **options, **saved)
+    trained, _ = pool.run(bridge.train, 2, args, init_group=False)
+    checkpoint, path, back = tmp_path / "ours" / "iter_0000002", tmp_path / "hf", tmp_path / "back"
     [read] = pool.run(bridge.to_hugging_face, 1, checkpoint, path, init_group=False)
     parts = pool.run(bridge.run, 2, path, "attention2d", [1, 2], init_group=False)
     check(parts, path, {})
-    for part in parts:
-        assert part["parameters"].keys() == read.keys()
-        assert all(torch.equal(part["parameters"][name], weight) for name, weight in read.items())
+    pool.run(bridge.from_hugging_face, 1, path, back, init_group=False)
+    loaded = {"load": back, "finetune": True, "no_load_optim": True, "no_load_rng": True, "train_iters": 1, "lr": 0.0}
+    args = arguments(run_dir=tmp_path / "again", **options, **loaded, **context_parallel("attention2d", 1, 2))
+    for found in (read, *(part["parameters"] for part in parts), *pool.run(bridge.train, 2, args, init_group=False)):
+        assert found.keys() == trained.keys()
+        assert all(torch.equal(found[name], weight) for name, weight in trained.items())
 
 
 @pytest.mark.parametrize(
