@@ -33,6 +33,10 @@ from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.ulysses import check_heads
 
+DECENTRALIZED = (
+    "cp_comm_type attention2d needs hierarchical context-parallel groups, which decentralised process groups don't "
+    "have: set use_decentralized_pg=False (Megatron-Bridge's dist.use_decentralized_pg)"
+)
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 _CAUSAL_PACKED = {**_CAUSAL, AttnMaskType.padding_causal: True, AttnMaskType.padding: False}
 
@@ -83,7 +87,7 @@ class ContextParallelAttention(MegatronModule):
         elif cp_comm_type == "a2a":
             self.grid = Grid.from_group(pg_collection.cp, rows=1, cols=1, heads=pg_collection.cp.size())
         elif cp_comm_type == "attention2d":
-            self.grid = _hierarchical_grid(pg_collection)
+            self.grid = _hierarchical_grid(pg_collection, config.hierarchical_context_parallel_sizes)
         else:
             raise ValueError(
                 f"cp_comm_type {cp_comm_type!r} (context_parallel.mode) is not served without Transformer Engine: "
@@ -208,12 +212,15 @@ def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:
     return totals
 
 
-def _hierarchical_grid(groups: ProcessGroupCollection) -> Grid:
+def _hierarchical_grid(groups: ProcessGroupCollection, sizes: list[int] | None) -> Grid:
     levels = getattr(groups, "hcp", None) or []
     if not levels and not parallel_state.model_parallel_is_initialized():
+        raise ValueError(DECENTRALIZED)
+    if not levels and sizes:
         raise ValueError(
-            "cp_comm_type attention2d needs hierarchical context-parallel groups, which decentralised process groups "
-            "don't have: set use_decentralized_pg=False (Megatron-Bridge's dist.use_decentralized_pg)"
+            f"hierarchical_context_parallel_sizes {list(sizes)} are in the model's configuration, but its process "
+            "groups were made without them: on a Megatron-Bridge provider call initialize_model_parallel(seed=..., "
+            f"hierarchical_context_parallel_sizes={list(sizes)}) before the model is built"
         )
     if len(levels) not in (2, 3, 4, 5):
         raise ValueError(

@@ -13,6 +13,7 @@ import functools
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
@@ -27,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+from megatron_attn2d.megatron.core_attention import DECENTRALIZED, ContextParallelAttention
 
 ATTENDS_IN_CONTEXT = "attends_in_context"
 """Marks the function that builds the layers of multi-token prediction once they get our attention; see compat.py."""
@@ -115,19 +116,41 @@ def attention2d_layer_spec(
     Raises:
         ValueError: the model asks for what would attend otherwise.
     """
-    # A copy, since GPTModelConfig writes its defaults into fields that a Megatron-Bridge provider has too.
-    model = config if isinstance(config, GPTModelConfig) else GPTModelConfig(transformer=copy.copy(config))
+    model = config if isinstance(config, GPTModelConfig) else _model_of(config)
     transformer = config.transformer if isinstance(config, GPTModelConfig) else config
     if transformer.attention_backend is AttnBackend.local:
         raise ValueError("attention_backend local: Megatron would replace context-parallel attention by its own")
-    if transformer.mtp_num_layers and not getattr(gpt.mtp_block_spec, ATTENDS_IN_CONTEXT, False):
+    provides = hasattr(config, "provide")  # as Megatron-Bridge does: then these layers, too, are described by this spec
+    if transformer.mtp_num_layers and not provides and not getattr(gpt.mtp_block_spec, ATTENDS_IN_CONTEXT, False):
         raise ValueError(
             "mtp_num_layers: Megatron builds multi-token prediction with an attention of its own choice; train with "
             "megatron-attn2d train or megatron_attn2d.pretrain_gpt, which replace that one too"
         )
+    modes = transformer.cp_comm_type if isinstance(transformer.cp_comm_type, list) else [transformer.cp_comm_type]
+    if "attention2d" in modes and not parallel_state.model_parallel_is_initialized():
+        raise ValueError(DECENTRALIZED)
     transformer.attention2d_head_groups = head_groups  # where the module finds it: builders pass the config alone
     spec = default_layer_spec(model, vp_stage)
     if isinstance(spec, ModuleSpec):  # a layer: as a block, so that the final norm is part of it
-        layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
+        groups = getattr(transformer, "_pg_collection", None)  # which a Megatron-Bridge provider holds
+        pp_rank = None if groups is None else groups.pp.rank()
+        layers = get_num_layers_to_build(transformer, vp_stage=vp_stage, pp_rank=pp_rank)
         spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LayerNormImpl)
     return with_context_parallelism(spec)
+
+
+def _model_of(config: TransformerConfig) -> GPTModelConfig:
+    """The model of a bare configuration, which a Megatron-Bridge provider is, with what the layers' spec depends on."""
+    if getattr(config, "use_transformer_engine_full_layer_spec", False):
+        raise ValueError(
+            "use_transformer_engine_full_layer_spec: Transformer Engine's whole layer has an attention of its own; "
+            "leave it False"
+        )
+    # A copy, since GPTModelConfig writes its defaults into fields that a provider has too.
+    transformer = copy.copy(config)
+    transformer.use_grouped_gemm_for_dense_mlp |= getattr(config, "dense_grouped_gemm", False)
+    return GPTModelConfig(
+        transformer=transformer,
+        restore_modelopt_state=getattr(config, "restore_modelopt_state", False),
+        use_arbitrary_attention_mask=getattr(config, "use_arbitrary_attention_mask", None),
+    )

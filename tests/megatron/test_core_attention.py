@@ -204,6 +204,13 @@ REFUSALS = [
     ("attention2d", None, {}, {}, "needs its grid: pass --hierarchical-context-parallel-sizes R C"),
     ("attention2d", [2, 1, 1, 1, 1, 1], {}, {}, "needs its grid"),
     (
+        "attention2d",
+        None,
+        {"hierarchical_context_parallel_sizes": [2, 1]},
+        {},
+        "initialize_model_parallel(seed=..., hierarchical_context_parallel_sizes=[2, 1])",
+    ),
+    (
         "a2a",
         None,
         {"num_attention_heads": 3, "num_query_groups": 3, "kv_channels": 8},

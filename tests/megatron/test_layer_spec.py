@@ -1,5 +1,6 @@
 """The layer spec: upstream's own, with our attention in it everywhere, or a refusal."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,7 +84,14 @@ def test_the_spec_of_multi_latent_attention_is_replaced_too() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"attention_backend": "local"}, "attention_backend local"), ({"mtp_num_layers": 1}, "mtp_num_layers")],
+    [
+        ({"attention_backend": "local"}, "attention_backend local"),
+        ({"mtp_num_layers": 1}, "mtp_num_layers"),
+        ({"cp_comm_type": "attention2d"}, "set use_decentralized_pg=False"),  # none of Megatron's own groups is there
+        ({"cp_comm_type": ["p2p", "attention2d"] * 2}, "set use_decentralized_pg=False"),
+        ({"use_transformer_engine_full_layer_spec": True}, "use_transformer_engine_full_layer_spec"),
+    ],
+    ids=str,
 )
 def test_what_would_attend_otherwise_is_refused(options: dict[str, Any], message: str) -> None:
     from megatron.core.transformer.enums import AttnBackend
@@ -93,7 +101,39 @@ def test_what_would_attend_otherwise_is_refused(options: dict[str, Any], message
     if "attention_backend" in options:
         options = {"attention_backend": AttnBackend[options["attention_backend"]]}
     with pytest.raises(ValueError, match=message):
-        attention2d_layer_spec(config(**options))
+        attention2d_layer_spec(provider(**options))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_provider_of_megatron_bridge_stands_for_its_model(stage: int) -> None:
+    """With groups of its own, from which the stage comes, and multi-token prediction, whose layers it makes of ours."""
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from megatron_attn2d.megatron import layer_spec
+
+    groups = SimpleNamespace(pp=SimpleNamespace(rank=lambda: stage))
+    uneven = {
+        "pipeline_model_parallel_size": 2,
+        "pipeline_dtype": torch.float32,
+        "num_layers_in_first_pipeline_stage": 1,
+    }
+    given = provider(**uneven, cp_comm_type="p2p", mtp_num_layers=1, provide=None, _pg_collection=groups)
+    assert len(layer_spec.attention2d_layer_spec(given).layer_specs) == (1, 3)[stage]
+    given.restore_modelopt_state, given.use_arbitrary_attention_mask = True, False
+    block = TransformerBlockSubmodules(layer_specs=[])
+    with mock.patch.object(layer_spec.gpt, "get_gpt_modelopt_spec", return_value=block) as quantised:
+        assert layer_spec.attention2d_layer_spec(given).layer_specs == []
+    assert quantised.call_args.kwargs["use_arbitrary_attention_mask"] is False
+
+
+def provider(**options: Any) -> Any:
+    """A configuration with the fields that Megatron-Bridge's GPTModelProvider has besides, where they are given."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    given = config(**{name: value for name, value in options.items() if name in fields})
+    vars(given).update({name: value for name, value in options.items() if name not in fields})
+    return given
 
 
 def test_an_unknown_core_attention_is_refused() -> None:
