@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # the planner, which runs without torch, takes SMALLEST_HALF from here
+    from torch import Tensor
 
-from megatron_attn2d.attention.grid import Grid
+    from megatron_attn2d.attention.grid import Grid
 
 # Over sockets, groups of half a MiB a message cost more than overlap saved; where it turns is not measured.
 SMALLEST_MESSAGE = 4 * 2**20
