@@ -1,4 +1,4 @@
-"""The planner against what two H100 measured over NVLink (docs/attention_gpu.md), with configs/clusters/h100.yaml."""
+"""The planner against what two H200 measured over NVLink (docs/attention_gpu.md), with configs/clusters/h100.yaml."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from megatron_attn2d.planner.run import cluster, workload
 
 RING, ROWS, COLUMNS, HEADS = (None, (1, 2, 1), (1, 1, 2), (2, 1, 1))
 MEASURED = [  # tokens, heads, axes, milliseconds forward and backward; the ring is Transformer Engine's p2p
-    (32768, "12/12", RING, 11.747),
-    (32768, "12/12", ROWS, 10.625),
-    (65536, "12/12", RING, 43.263),
-    (65536, "12/12", ROWS, 39.047),
-    (65536, "12/12", COLUMNS, 39.128),
-    (65536, "12/12", HEADS, 39.072),
-    (131072, "12/12", RING, 168.026),
-    (131072, "12/12", ROWS, 151.595),
-    (131072, "12/12", COLUMNS, 152.740),
-    (131072, "12/12", HEADS, 152.709),
-    (65536, "16/2", RING, 56.337),
-    (65536, "16/2", ROWS, 50.141),
-    (16384, "12/12", ROWS, 2.982),  # replayed as a CUDA graph: launches are what the planner leaves out
+    (32768, "12/12", RING, 11.488),
+    (32768, "12/12", ROWS, 10.146),
+    (65536, "12/12", RING, 43.672),
+    (65536, "12/12", ROWS, 38.756),
+    (65536, "12/12", COLUMNS, 38.964),
+    (65536, "12/12", HEADS, 39.724),
+    (131072, "12/12", RING, 173.035),
+    (131072, "12/12", ROWS, 153.977),
+    (131072, "12/12", COLUMNS, 154.646),
+    (131072, "12/12", HEADS, 157.244),
+    (65536, "16/2", RING, 57.778),
+    (65536, "16/2", ROWS, 51.211),
+    (131072, "16/2", RING, 227.041),
+    (131072, "16/2", ROWS, 205.329),
+    (262144, "12/12", ROWS, 599.580),
+    (16384, "12/12", ROWS, 2.860),  # replayed as a CUDA graph: launches are what the planner leaves out
 ]
 
 
