@@ -193,7 +193,8 @@ class Grid:
         """Take a 2-D DeviceMesh: `kv_axis` gathers keys and values, the other axis gathers queries.
 
         A rank's context-parallel rank is its place in the flattened mesh, so `init_device_mesh(device, (C, R))` is the
-        grid R x C, its columns contiguous. The mesh may hold the global ranks in any order.
+        grid R x C, its columns contiguous. The mesh may hold the global ranks in any order. Its groups' streams should
+        have high priority, as those of `from_groups`: `backend_override` of `init_device_mesh` takes such options.
 
         Raises:
             ValueError: if the mesh is not two-dimensional, `kv_axis` is neither axis, or the caller is not in it.

@@ -31,6 +31,11 @@ rank_pool.PRELOAD.extend(module for module in launch.PRELOAD if module not in ra
 # Two runs in bf16 round differently where ranks share the work: on CPU ranks losses by 5e-4, norms by 3e-3 at most.
 TOLERANCE = 5e-3
 NORM_TOLERANCE = 2e-2
+LOOSER = {
+    # Against Transformer Engine's ring, whose kernels are others: 6.3e-3 and 2.9e-2 on two H200. Without dropout every
+    # single loss is 2.5e-2 away or more, with another seed 0.2 in the mean.
+    "hidden dropout, 2x1 against the ring": (1.2e-2, 5e-2)
+}
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "seq_length": 512,
@@ -99,8 +104,9 @@ def test_losses_equal_those_of_one_gpu(
     assert [step["step"] for step in steps] == list(range(2, 12))
     losses, norms = ([(one[key], other[key]) for one, other in zip(steps, expected, strict=True)] for key in KEYS)
     print(f"{case}: loss {max(abs(a - b) for a, b in losses):.1e}, norm {max(abs(a / b - 1) for a, b in norms):.1e}")
-    assert all(a == pytest.approx(b, abs=TOLERANCE) for a, b in losses)
-    assert all(a == pytest.approx(b, rel=NORM_TOLERANCE) for a, b in norms)
+    bound, norm_bound = LOOSER.get(case, (TOLERANCE, NORM_TOLERANCE))
+    assert all(a == pytest.approx(b, abs=bound) for a, b in losses)
+    assert all(a == pytest.approx(b, rel=norm_bound) for a, b in norms)
 
 
 KEYS = ("loss", "grad_norm")
