@@ -65,7 +65,7 @@ def _merge_chunk(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, ls
 
 
 def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor]) -> None:
-    """Sum gradients [n, b, h, d] of up to four chunks of one shape, each into its total, rounding once."""
+    """Sum gradients [n, b, h, d] of up to six chunks, each into its total of one shape and stride, rounding once."""
     if _on_gpu(totals[0]):
         from megatron_attn2d.attention import triton_kernels
 

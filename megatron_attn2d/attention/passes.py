@@ -122,7 +122,7 @@ def backward(
     if sink is not None or plan.row.group is not None or not plan.scores.kernel.needs_out:
         rows = row_statistics(_chunks(dout), _chunks(out), lse)
     statistics = plan.split(rows)
-    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)  # contiguous, whatever q, k, v are
     totals = [_chunks(x).chunk(plan.head_groups, 3) for x in gradients]
 
     def gather(i: int) -> _Gathered:
@@ -161,14 +161,11 @@ def backward(
         column_pending.wait()
         for heads, mine in own:
             dq, dk, dv = (of(total[i]).unbind() for of, total in zip(heads.of_each, totals, strict=True))
-            _sum(_partials(plan.row, tile.dq, mine.dq, far_dq, heads.of), dq)
-            dk_parts = _partials(plan.column, tile.dk, mine.dk, far_dk, heads.of_keys)
-            dv_parts = _partials(plan.column, tile.dv, mine.dv, far_dv, heads.of_keys)
-            if dk[0].shape == dv[0].shape:  # one launch
-                _sum([*dk_parts, *dv_parts], [*dk, *dv])
-            else:
-                _sum(dk_parts, dk)
-                _sum(dv_parts, dv)
+            _sum(
+                (_partials(plan.row, tile.dq, mine.dq, far_dq, heads.of), dq),
+                (_partials(plan.column, tile.dk, mine.dk, far_dk, heads.of_keys), dk),
+                (_partials(plan.column, tile.dv, mine.dv, far_dv, heads.of_keys), dv),
+            )
 
     _pipeline(plan.head_groups, gather, compute, finish)
     return (*gradients, None if sink is None else sink_gradient(lse, rows[:, 1], sink))
@@ -245,12 +242,19 @@ def _merge(
         lse[half].fill_(-torch.inf)
 
 
-def _sum(partials: Sequence[list[Tensor]], totals: Sequence[Tensor]) -> None:
-    used = [i for i, parts in enumerate(partials) if parts]
-    if used:
-        sum_partials(_pick(used, partials), _pick(used, totals))
-    for i in set(range(len(totals))) - set(used):  # a chunk that no tile used
-        totals[i].zero_()
+def _sum(*kinds: tuple[Sequence[list[Tensor]], Sequence[Tensor]]) -> None:
+    """Sum partial gradients of each kind by half into their totals; a launch for all that have one shape."""
+    launches: dict[torch.Size, tuple[list[list[Tensor]], list[Tensor]]] = {}
+    for partials, totals in kinds:
+        for parts, total in zip(partials, totals, strict=True):
+            if not parts:  # a chunk that no tile used
+                total.zero_()
+                continue
+            together = launches.setdefault(total.shape, ([], []))
+            together[0].append(parts)
+            together[1].append(total)
+    for found, totals in launches.values():
+        sum_partials(found, totals)
 
 
 def _pick[T](places: list[int], items: Sequence[T]) -> list[T]:

@@ -160,6 +160,7 @@ def merge_partials(
 ) -> None:
     """See `merge.merge_partials`."""
     n, b, h, d = out[0].shape
+    assert all(chunk[0].stride() == chunk[-1].stride() for chunk in (out, lse)), "one stride serves both chunks"
     _merge[(*_programs(n, b * h), len(out))](
         tuple(map(tuple, outs)),
         _strides(outs),
@@ -179,6 +180,7 @@ def merge_partials(
 def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor]) -> None:
     """See `merge.sum_partials`."""
     n, b, h, d = totals[0].shape
+    assert all(total.stride() == totals[0].stride() for total in totals), "one stride serves all totals"
     _sum[(*_programs(n, b * h), len(totals))](
         tuple(map(tuple, partials)),
         _strides(partials),

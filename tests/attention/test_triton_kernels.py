@@ -31,8 +31,8 @@ def compare(d: int) -> None:
     for module in (merge, triton_kernels):
         out, lse = torch.empty(2, n, 2, b, h, d)[:, :, 1], torch.empty(2, b, 2 * h, n)[:, :, h:]
         module.merge_partials([outs, outs[1:]], [lses, lses[1:]], out.unbind(), lse.unbind())
-        total = torch.empty(3, n, b, h, d)
-        module.sum_partials([outs[1:], outs[2:], [outs[2], outs[1]]], total.unbind())
+        total = torch.empty(6, n, b, h, d)
+        module.sum_partials([outs[1:], outs[2:], [outs[2], outs[1]], outs[1:2], outs[1:], outs[2:]], total.unbind())
         statistics = module.row_statistics(dout, whole, whole_lse)
         results.append((out, lse, total, statistics, module.stand_in(dout, statistics[:, 1])))
     for expected, found in zip(*results, strict=True):

@@ -66,6 +66,7 @@ def errors(
     head_ranks: int = 1,
     deterministic: bool = False,
     smallest_half: float = overlap.SMALLEST_HALF,
+    batch_first: str = "",
 ) -> list[float]:
     """Relative errors (2-norm) of O, dQ, dK, dV on this rank; what a second run must equal bit for bit, does."""
     start(rank)
@@ -82,7 +83,11 @@ def errors(
     layout = Grid.from_group(dist.group.WORLD, rows=grid[0], cols=grid[1], heads=head_ranks)
     runs = []
     for _ in range(2):
-        q, k, v = (x[mine].requires_grad_() for x in whole[:3])
+        shards = (
+            x[mine].transpose(0, 1).contiguous().transpose(0, 1) if name in batch_first else x[mine]
+            for name, x in zip("qkv", whole, strict=False)
+        )
+        q, k, v = (x.requires_grad_() for x in shards)
         with mock.patch.object(overlap, "SMALLEST_HALF", smallest_half):
             if mode == "ring":
                 out = ring_attention(q, k, v, dist.group.WORLD, causal=causal, backend=backend)
@@ -154,6 +159,11 @@ def test_odd_chunks(pool: RankPool, mode: str, chunk: int) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_head_groups_and_batch(pool: RankPool, batch: int, head_groups: int) -> None:
     check(pool, "attention2d", (2, 2), heads=(16, 8), batch=batch, head_groups=head_groups)
+
+
+@pytest.mark.parametrize("batch_first", ["q", "k", "v", "kv"])
+def test_shards_may_lie_in_memory_in_other_orders(pool: RankPool, batch_first: str) -> None:
+    check(pool, "attention2d", (2, 1), heads=(4, 4), batch=2, batch_first=batch_first)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
