@@ -116,6 +116,7 @@ class Grid:
         cols: int,
         heads: int = 1,
         tile: tuple[int, int] | None = None,
+        reuse: bool = False,
     ) -> Grid:
         """Lay a context-parallel group on a grid, creating the process groups of the caller's row, column and heads.
 
@@ -142,7 +143,7 @@ class Grid:
         kv_peers = tuple(members[line[column] * heads + head] for line in ranks)
         q_peers = tuple(members[rank * heads + head] for rank in ranks[row])
         head_peers = tuple(members[place * heads : (place + 1) * heads])
-        kv_group, q_group, head_group = (_subgroup(peers, group) for peers in (kv_peers, q_peers, head_peers))
+        kv_group, q_group, head_group = (_subgroup(peers, group, reuse) for peers in (kv_peers, q_peers, head_peers))
         peers = kv_peers, q_peers, head_group, head_peers
         return cls(ranks, row, column, kv_group, q_group, *peers, node_rows, node_cols)
 
@@ -233,12 +234,12 @@ def _check_shape(rows: int, cols: int, heads: int, size: int) -> None:
         raise ValueError(f"a grid of {asked} does not cover {size} context-parallel ranks: choose one of {valid}")
 
 
-def _subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup) -> dist.ProcessGroup | None:
+def _subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
     backend, timeout, options = dist.get_backend(parent), _option(parent, "_timeout"), None
-    urgent = backend == "nccl" and not _option(parent, "is_high_priority_stream")
-    if len(ranks) == parent.size() and not urgent:
+    reuse |= backend != "nccl" or bool(_option(parent, "is_high_priority_stream"))
+    if len(ranks) == parent.size() and reuse:
         return parent
     if backend == "nccl":
         # Where messages and the kernel that is to hide them become ready together, the kernel's blocks may take every

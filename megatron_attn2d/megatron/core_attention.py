@@ -83,9 +83,10 @@ class ContextParallelAttention(MegatronModule):
         if cp_comm_type == "p2p":
             self.ring = pg_collection.cp
         elif cp_comm_type == "all_gather":
-            self.grid = Grid.from_group(pg_collection.cp, rows=pg_collection.cp.size(), cols=1)
+            # `reuse`: another communicator for each layer would cost more than streams of high priority gain.
+            self.grid = Grid.from_group(pg_collection.cp, rows=pg_collection.cp.size(), cols=1, reuse=True)
         elif cp_comm_type == "a2a":
-            self.grid = Grid.from_group(pg_collection.cp, rows=1, cols=1, heads=pg_collection.cp.size())
+            self.grid = Grid.from_group(pg_collection.cp, rows=1, cols=1, heads=pg_collection.cp.size(), reuse=True)
         elif cp_comm_type == "attention2d":
             self.grid = _hierarchical_grid(pg_collection, config.hierarchical_context_parallel_sizes)
         else:

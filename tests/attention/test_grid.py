@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_attn2d import Grid, attention2d
+from megatron_attn2d.attention import grid as grid_module
 from tests.attention.dense import dense_gradients, inputs, zigzag
 from tests.pool import RankPool
 
@@ -214,3 +219,41 @@ def head_refusal(rank: int, heads: tuple[int, int], how: str) -> str:
 )
 def test_head_axis_refusals(pool: RankPool, heads: tuple[int, int], how: str, message: str) -> None:
     assert pool.run(head_refusal, 4, heads, how) == [message] * 4
+
+
+class FakeGroup:
+    """What `_subgroup` asks a group of two ranks over NCCL."""
+
+    def __init__(self, urgent: bool) -> None:
+        self.options = SimpleNamespace(_timeout=timedelta(minutes=7), is_high_priority_stream=urgent)
+        self._device_types = ["cuda"]
+
+    def _get_backend(self, device: str) -> FakeGroup:
+        assert device == "cuda"
+        return self
+
+    def size(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(("urgent", "reuse"), [(False, False), (True, False), (False, True)])
+def test_streams_of_messages_have_high_priority(urgent: bool, reuse: bool) -> None:
+    """A group over NCCL serves as an axis if its streams are urgent, or if another one isn't wanted."""
+    parent: Any = FakeGroup(urgent)
+    made = mock.Mock(spec=dist.ProcessGroup)
+    with (
+        mock.patch.object(dist, "get_backend", return_value="nccl"),
+        mock.patch.object(dist, "new_group", return_value=made) as new_group,
+        mock.patch.object(dist, "ProcessGroupNCCL", create=True) as nccl,
+    ):
+        nccl.Options = lambda is_high_priority_stream: SimpleNamespace(is_high_priority_stream=is_high_priority_stream)
+        found = grid_module._subgroup((4, 5), parent, reuse)
+    if urgent or reuse:
+        assert found is parent
+        new_group.assert_not_called()
+    else:
+        assert found is made
+        given = new_group.call_args.kwargs
+        assert given["pg_options"].is_high_priority_stream
+        assert given["timeout"] == given["pg_options"]._timeout == timedelta(minutes=7)
+        assert new_group.call_args.args == ([4, 5],)
