@@ -28,7 +28,7 @@ pytestmark = [
 ]
 rank_pool.PRELOAD.extend(module for module in launch.PRELOAD if module not in rank_pool.PRELOAD)
 
-# Two runs in bf16 round differently where ranks share the work: on CPU ranks losses by 5e-4, norms by 3e-3 at most.
+# Two runs in bf16 round differently where ranks share the work: on CPU ranks losses by 7e-4, norms by 3e-3 at most.
 TOLERANCE = 5e-3
 NORM_TOLERANCE = 2e-2
 LOOSER = {
