@@ -118,7 +118,9 @@ class Axis:
         buffers = [shard.new_empty((len(self.slots), *shard.shape[1:])) for shard in shards]
         # Chunks to carry that the own tile has no use for.
         carried = {
-            m.chunk: [x[0].clone() for x in shards] for m in self._to_me(_BETWEEN) if self._slot(m.chunk) is None
+            m.chunk: [x.new_empty(x.shape[1:]) for x in shards]
+            for m in self._to_me(_BETWEEN)
+            if self._slot(m.chunk) is None
         }
         outgoing, later = self._outgoing(shards, buffers)
 
