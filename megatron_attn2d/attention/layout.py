@@ -135,8 +135,8 @@ class Call(NamedTuple):
 class Part:
     """The kernel calls of one sequence. Its tokens are [offset, offset + chunk) of each chunk, of keys likewise.
 
-    Where `diagonal` is set, the tile's own rank attends its own two chunks under that band, besides the calls: see
-    `TilePlan.own_joined`.
+    Where `diagonal` is set, the tile's own rank attends its own two chunks under that band, besides the calls: each to
+    itself, or as `TilePlan.own` says.
     """
 
     offset: int
@@ -155,14 +155,20 @@ class TilePlan:
         queries, keys: as above.
         parts: the calls by sequence.
         keys_apart: calls cover whole key slots and few of them the same, so gradients of keys are kept call by call.
-        own_joined: the own two chunks are attended as one sequence, rather than each to itself.
+        own: the own rank's two chunks as one sequence, a tile with one causal call, where they are not attended each
+            to itself.
     """
 
     queries: tuple[Chunk, ...]
     keys: tuple[Chunk, ...]
     parts: tuple[Part, ...]
     keys_apart: bool = False
-    own_joined: bool = False
+    own: TilePlan | None = None
+
+    @property
+    def own_joined(self) -> bool:
+        """Whether the own two chunks are attended as one sequence."""
+        return self.own is not None
 
     @property
     def diagonal(self) -> bool:
@@ -246,7 +252,15 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Ma
         for place in _places(mask)
     )
     seen_keys = tuple(keys[: max(prefix.values())])
-    return TilePlan(queries, seen_keys, parts, not (keys_travel and queries_travel), own_joined)
+    own = _own_sequence(min(shared), mask) if own_joined else None
+    return TilePlan(queries, seen_keys, parts, not (keys_travel and queries_travel), own)
+
+
+def _own_sequence(rank: int, mask: Mask) -> TilePlan:
+    """A rank's two chunks, upper after lower, under a causal mask."""
+    chunks = tuple(_chunks((rank,)))
+    parts = tuple(Part(*place, (Call(0, 2 * place[1], 0, 2 * place[1], CAUSAL),), None) for place in _places(mask))
+    return TilePlan(chunks, chunks, parts, keys_apart=True)
 
 
 def _chunks(ranks: tuple[int, ...]) -> list[Chunk]:

@@ -61,9 +61,9 @@ class Plan:
         """Those of head group i of `heads` heads."""
         return self.scores.starting(i * heads)
 
-    def split(self, x: Tensor, dim: int = 3) -> tuple[Tensor, ...]:
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """The head groups of chunks [2, n, b, heads, d] or the like, views."""
-        return x.chunk(self.head_groups, dim)
+        return x.chunk(self.head_groups, -2)
 
     def own_heads(self, q: Tensor, k: Tensor, returns: bool) -> list[Heads]:
         """Which heads of q and k [2, n, b, heads, d] attend their own chunks before the tile, and which after it."""
@@ -75,7 +75,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor
     queries, keys, values = (plan.split(_chunks(x)) for x in (q, k, v))
     out = q.new_empty((*q.shape[:3], v.size(3)))
     lse = q.new_empty((2, q.size(1), q.size(2), q.size(0) // 2), dtype=accumulation_dtype(q.dtype))
-    outs, lses = _chunks(out).chunk(plan.head_groups, 3), lse.chunk(plan.head_groups, 2)
+    outs, lses = plan.split(_chunks(out)), plan.split(lse)
 
     def gather(i: int) -> _Gathered:
         return _Gathered(plan.row.gather([queries[i]], tag=0), plan.column.gather([keys[i], values[i]], tag=0))
@@ -123,7 +123,7 @@ def backward(
         rows = row_statistics(_chunks(dout), _chunks(out), lse)
     statistics = plan.split(rows)
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)  # contiguous, whatever q, k, v are
-    totals = [_chunks(x).chunk(plan.head_groups, 3) for x in gradients]
+    totals = [plan.split(_chunks(x)) for x in gradients]
 
     def gather(i: int) -> _Gathered:
         shards = [queries[i], douts[i], statistics[i]]

@@ -96,18 +96,19 @@ def attend(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> P
 
 def attend_own(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor, own: int) -> Partials:
     """The chunks [2, n, b, heads, d] of rank `own` to themselves, by half; nothing where the plan has no diagonal."""
+    if plan.own is not None:
+        return attend(plan.own, scores, q, k, v)
     outs: list[Slots] = []
     lses: list[Slots] = []
-    as_one = _Joined if plan.own_joined else _SideBySide
     for part in plan.parts if plan.diagonal else ():
         out, lse = scores.kernel.forward(
-            *(as_one.rows(_queries_of(part, x)) for x in (q, k, v)),
+            *(_side_by_side(_queries_of(part, x)) for x in (q, k, v)),
             band=_band(part),
             scale=scores.scale,
-            dropout=_dropped_diagonal(scores, plan, part, q, own),
+            dropout=_dropped_diagonal(scores, part, q, own),
         )
-        outs.append(as_one.halves(out))
-        lses.append(as_one.halves_of_statistic(lse))
+        outs.append(_halves(out, 1))
+        lses.append(_halves(lse, 0))
     return Partials(joined(outs, 0), joined(lses, 2))
 
 
@@ -152,24 +153,25 @@ def differentiate_own(
     plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v: Tensor, own: int
 ) -> PartialGradients:
     """Gradients of `attend_own`, by half."""
+    if plan.own is not None:
+        return differentiate(plan.own, scores, queries, k, v)
     found: list[list[Slots]] = [[], [], []]
-    as_one = _Joined if plan.own_joined else _SideBySide
     for part in plan.parts if plan.diagonal else ():
         mine = queries.of(part)
         gradients = scores.kernel.backward(
-            as_one.rows(mine.dout),
-            as_one.rows(mine.q),
-            as_one.rows(_queries_of(part, k)),
-            as_one.rows(_queries_of(part, v)),
-            None if mine.out is None else as_one.rows(mine.out),
-            as_one.statistic(mine.lse),
-            None if mine.delta is None else as_one.statistic(mine.delta),
+            _side_by_side(mine.dout),
+            _side_by_side(mine.q),
+            _side_by_side(_queries_of(part, k)),
+            _side_by_side(_queries_of(part, v)),
+            None if mine.out is None else _side_by_side(mine.out),
+            mine.lse.flatten(0, 1),
+            None if mine.delta is None else mine.delta.flatten(0, 1),
             band=_band(part),
             scale=scores.scale,
-            dropout=_dropped_diagonal(scores, plan, part, queries.q, own),
+            dropout=_dropped_diagonal(scores, part, queries.q, own),
         )
         for kind, gradient in zip(found, gradients, strict=True):
-            kind.append(as_one.halves(gradient))
+            kind.append(_halves(gradient, 1))
     return PartialGradients(*(joined(kind, 0) for kind in found))
 
 
@@ -183,18 +185,14 @@ def _dropped(scores: Scores, plan: TilePlan, part: Part, call: Call, q: Tensor) 
     return scores.dropout.at(sequences, heads, rows.expand(batch, -1), keys.expand(batch, -1))
 
 
-def _dropped_diagonal(scores: Scores, plan: TilePlan, part: Part, q: Tensor, own: int) -> KeepMask | None:
+def _dropped_diagonal(scores: Scores, part: Part, q: Tensor, own: int) -> KeepMask | None:
     if scores.dropout is None:
         return None
     batch, heads = q.shape[2:4]
-    sequences = torch.arange(batch, device=q.device)
-    rows = _positions((Chunk(own, LOWER), Chunk(own, UPPER)), part.offset, part.chunk, scores.ranks, q)
-    if plan.own_joined:
-        rows = rows.expand(batch, -1)
-    else:
-        rows = rows.unflatten(0, (2, -1)).repeat_interleave(batch, 0)
-        sequences = sequences.repeat(2)
-    return scores.dropout.at(sequences, heads, rows, rows)
+    halves = (Chunk(own, LOWER), Chunk(own, UPPER))
+    rows = _positions(halves, part.offset, part.chunk, scores.ranks, q).unflatten(0, (2, -1))
+    rows = rows.repeat_interleave(batch, 0)
+    return scores.dropout.at(torch.arange(batch, device=q.device).repeat(2), heads, rows, rows)
 
 
 def _positions(chunks: tuple[Chunk, ...], offset: int, n: int, ranks: int, like: Tensor) -> Tensor:
@@ -229,53 +227,12 @@ def _per_row(chunks: Tensor, call: Call, n: int) -> Tensor:
     return rows[..., call.start - first * n : call.stop - first * n]
 
 
-class _SideBySide:
-    """Both halves of the own chunks as a batch: each is attended to itself."""
-
-    @staticmethod
-    def rows(halves: Tensor) -> Tensor:
-        """[2, n, b, h, d] -> [n, 2b, h, d], a view for b = 1."""
-        return halves.transpose(0, 1).flatten(1, 2)
-
-    @staticmethod
-    def statistic(halves: Tensor) -> Tensor:
-        """[2, b, h, n] -> [2b, h, n], a view."""
-        return halves.flatten(0, 1)
-
-    @staticmethod
-    def halves(rows: Tensor) -> Slots:
-        """Undo `rows`."""
-        lower, upper = rows.unflatten(1, (2, -1)).unbind(1)
-        return [[lower], [upper]]
-
-    @staticmethod
-    def halves_of_statistic(rows: Tensor) -> Slots:
-        """Undo `statistic`."""
-        lower, upper = rows.unflatten(0, (2, -1)).unbind()
-        return [[lower], [upper]]
+def _side_by_side(halves: Tensor) -> Tensor:
+    """[2, n, b, h, d] -> [n, 2b, h, d]: both diagonal squares as one batch; a view for b = 1."""
+    return halves.transpose(0, 1).flatten(1, 2)
 
 
-class _Joined:
-    """The same two chunks as one sequence, upper after lower."""
-
-    @staticmethod
-    def rows(halves: Tensor) -> Tensor:
-        """[2, n, b, h, d] -> [2n, b, h, d], a view unless sequences are packed."""
-        return halves.flatten(0, 1)
-
-    @staticmethod
-    def statistic(halves: Tensor) -> Tensor:
-        """[2, b, h, n] -> [b, h, 2n]."""
-        return halves.permute(1, 2, 0, 3).flatten(2)
-
-    @staticmethod
-    def halves(rows: Tensor) -> Slots:
-        """Undo `rows`."""
-        lower, upper = rows.unflatten(0, (2, -1)).unbind()
-        return [[lower], [upper]]
-
-    @staticmethod
-    def halves_of_statistic(rows: Tensor) -> Slots:
-        """Undo `statistic`."""
-        lower, upper = rows.unflatten(2, (2, -1)).permute(2, 0, 1, 3).contiguous().unbind()
-        return [[lower], [upper]]
+def _halves(batch: Tensor, dim: int) -> Slots:
+    """Undo `_side_by_side`: the lower and the upper half of a batch dim."""
+    lower, upper = batch.unflatten(dim, (2, -1)).unbind(dim)
+    return [[lower], [upper]]
