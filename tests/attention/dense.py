@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -94,3 +95,26 @@ def dense_gradients(
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v, *(() if sink is None else (sink,)))]
     out = dense_attention(*leaves[:3], causal, window=window, sink=None if sink is None else leaves[3], factors=factors)
     return (out.detach(), *torch.autograd.grad(out, leaves, dout.double()))
+
+
+def packed_gradients(
+    whole: Sequence[Tensor],
+    lengths: Sequence[int],
+    places: Sequence[int],
+    causal: bool,
+    window: tuple[int, int] = (-1, -1),
+) -> list[Tensor]:
+    """`dense_gradients` of each packed sequence alone, tokens [t, heads, d] of q, k, v, dout; 0 where padding is."""
+    results = [torch.zeros_like(whole[i]) for i in (3, 0, 1, 2)]
+    for start, length in zip(accumulate(places, initial=0), lengths, strict=False):
+        if length:
+            alone = slice(start, start + length)
+            found = dense_gradients(*(x[alone].unsqueeze(1) for x in whole), causal, window)
+            for result, part in zip(results, found, strict=True):
+                result[alone] = part.squeeze(1)
+    return results
+
+
+def batch_first(x: Tensor) -> Tensor:
+    """The same numbers [s, b, ...], sequence after sequence in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)

@@ -19,7 +19,7 @@ from megatron_attn2d.attention import attention2d as api
 from megatron_attn2d.attention import merge, overlap
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from tests import pool as rank_pool
-from tests.attention.dense import dense_gradients, inputs, zigzag
+from tests.attention.dense import batch_first, dense_gradients, inputs, zigzag
 from tests.pool import RankPool
 
 GRIDS = [(r, p // r) for p in (2, 3, 4, 6, 8) for r in range(1, p + 1) if p % r == 0]
@@ -50,18 +50,18 @@ def errors(
     kernel: str,
     causal: bool,
     heads: tuple[int, int] = (4, 2),
-    batch_first: str = "",
+    moved: str = "",
     head_groups: int = 1,
     smallest_half: float = NEVER,
     dtype: torch.dtype = torch.float64,
     merges_on_gpu: bool = False,
 ) -> float:
-    """Largest absolute error of O, dQ, dK, dV on this rank; `batch_first` names shards that lie in memory like that."""
+    """Largest absolute error of O, dQ, dK, dV on this rank; `moved` names shards that lie batch-first in memory."""
     size = dist.get_world_size()
     whole = inputs(6 * size, 2, heads, dims=(8, 8), dtype=dtype)
     mine = zigzag(6 * size, size, rank)
     q, k, v = (
-        (x[mine].transpose(0, 1).contiguous().transpose(0, 1) if name in batch_first else x[mine]).requires_grad_()
+        (batch_first(x[mine]) if name in moved else x[mine]).requires_grad_()
         for name, x in zip("qkv", whole, strict=False)
     )
     assert dist.group.WORLD is not None
@@ -97,7 +97,7 @@ def interpreted() -> None:
             {"head_groups": 2},
             {"smallest_half": 0.0},
             {"heads": (4, 4), "smallest_half": 0.0},
-            *({"heads": (4, 4), "batch_first": names} for names in ("q", "k", "v")),
+            *({"heads": (4, 4), "moved": names} for names in ("q", "k", "v")),
         ]
         for grid in ((2, 1), (1, 2), (2, 2)):
             for kernel, how in (("triton", {}), *(("output", how) for how in merges)):

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention import overlap
 from megatron_attn2d.attention.dropout import Dropout
-from tests.attention.dense import dense_gradients, inputs, packed_zigzag, zigzag
+from tests.attention.dense import dense_gradients, inputs, packed_gradients, packed_zigzag, zigzag
 from tests.pool import RankPool
 
 type Layout = tuple[int, int, int] | None
@@ -146,13 +146,7 @@ def packs(rank: int, layout: Layout, cases: list[dict[str, Any]]) -> list[float]
                 cu_seqlens_padded=None if lengths == places else padded,
             )
             found = (out, *torch.autograd.grad(out, shards, dout[mine]))
-        expected = [torch.zeros_like(x) for x in (dout, q, k, v)]
-        for start, length in zip(padded, lengths, strict=False):
-            if length:
-                alone = slice(start, start + length)
-                results = dense_gradients(*(x[alone].unsqueeze(1) for x in (q, k, v, dout)), causal, window)
-                for place, result in zip(expected, results, strict=True):
-                    place[alone] = result.squeeze(1)
+        expected = packed_gradients((q, k, v, dout), lengths, places, causal, window)
         errors.append(worst(found, tuple(x[mine] for x in expected)))
     return errors
 

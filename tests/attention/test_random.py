@@ -21,7 +21,7 @@ from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention import attention2d as api
 from megatron_attn2d.attention import overlap
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
-from tests.attention.dense import dense_gradients, inputs, packed_zigzag, zigzag
+from tests.attention.dense import batch_first, dense_gradients, inputs, packed_gradients, packed_zigzag, zigzag
 from tests.attention.test_gpu_path import AsksForTheOutput
 from tests.pool import RankPool
 
@@ -92,14 +92,8 @@ def problem(one: Draw, rank: int) -> tuple[list[Tensor], list[Tensor], Tensor, d
     lengths = [max(1, units * unit - less) for units, less in one.packs]
     places = [-(-length // unit) * unit for length in lengths]
     whole = tuple(x.squeeze(1) for x in inputs(sum(places), 1, one.heads, DIMS))
-    results = [torch.zeros_like(whole[i]) for i in (3, 0, 1, 2)]
-    for start, length in zip(accumulate(places, initial=0), lengths, strict=False):
-        alone = slice(start, start + length)
-        found = dense_gradients(*(x[alone].unsqueeze(1) for x in whole), *how)
-        for result, part in zip(results, found, strict=True):
-            result[alone] = part.squeeze(1)
     totals = {"cu_seqlens": [0, *accumulate(lengths)], "cu_seqlens_padded": [0, *accumulate(places)]}
-    return list(whole), results, packed_zigzag(places, one.size, rank), totals
+    return list(whole), packed_gradients(whole, lengths, places, *how), packed_zigzag(places, one.size, rank), totals
 
 
 def attend(rank: int, one: Draw) -> float:
@@ -107,10 +101,7 @@ def attend(rank: int, one: Draw) -> float:
     whole, expected, mine, packed = problem(one, rank)
     shards = [x[mine] for x in whole[:3]]
     if not packed:
-        shards = [
-            x.transpose(0, 1).contiguous().transpose(0, 1) if first else x
-            for x, first in zip(shards, one.batch_first, strict=True)
-        ]
+        shards = [batch_first(x) if first else x for x, first in zip(shards, one.batch_first, strict=True)]
     leaves = [x.requires_grad_() for x in shards]
     group = dist.group.WORLD
     assert group is not None

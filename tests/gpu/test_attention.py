@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention import overlap
-from tests.attention.dense import zigzag
+from tests.attention.dense import batch_first, zigzag
 from tests.pool import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -66,7 +66,7 @@ def errors(
     head_ranks: int = 1,
     deterministic: bool = False,
     smallest_half: float = overlap.SMALLEST_HALF,
-    batch_first: str = "",
+    moved: str = "",
 ) -> list[float]:
     """Relative errors (2-norm) of O, dQ, dK, dV on this rank; what a second run must equal bit for bit, does."""
     start(rank)
@@ -83,10 +83,7 @@ def errors(
     layout = Grid.from_group(dist.group.WORLD, rows=grid[0], cols=grid[1], heads=head_ranks)
     runs = []
     for _ in range(2):
-        shards = (
-            x[mine].transpose(0, 1).contiguous().transpose(0, 1) if name in batch_first else x[mine]
-            for name, x in zip("qkv", whole, strict=False)
-        )
+        shards = (batch_first(x[mine]) if name in moved else x[mine] for name, x in zip("qkv", whole, strict=False))
         q, k, v = (x.requires_grad_() for x in shards)
         with mock.patch.object(overlap, "SMALLEST_HALF", smallest_half):
             if mode == "ring":
@@ -161,9 +158,9 @@ def test_head_groups_and_batch(pool: RankPool, batch: int, head_groups: int) -> 
     check(pool, "attention2d", (2, 2), heads=(16, 8), batch=batch, head_groups=head_groups)
 
 
-@pytest.mark.parametrize("batch_first", ["q", "k", "v", "kv"])
-def test_shards_may_lie_in_memory_in_other_orders(pool: RankPool, batch_first: str) -> None:
-    check(pool, "attention2d", (2, 1), heads=(4, 4), batch=2, batch_first=batch_first)
+@pytest.mark.parametrize("moved", ["q", "k", "v", "kv"])
+def test_shards_may_lie_in_memory_in_other_orders(pool: RankPool, moved: str) -> None:
+    check(pool, "attention2d", (2, 1), heads=(4, 4), batch=2, moved=moved)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
