@@ -38,7 +38,7 @@ def train(args: argparse.Namespace, deadline: float, found: dict[str, Any]) -> N
                     row["failed"] = f"{said[0]}: {([x for x in said if 'Error' in x] or said)[-1]}"[:200]
                     log = args.out / f"training-tp{tensor}-cp{context}-{mode}.log"
                     log.write_text(str(error))
-                took = time.time() - begin
+                took = row["took_s"] = time.time() - begin
             found["training"].append(row)
             show_training(row, found["training"])
 

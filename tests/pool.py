@@ -69,6 +69,8 @@ class RankPool:
         with tempfile.TemporaryDirectory() as rendezvous:
             port = _free_port()
             store = os.path.join(rendezvous, "store") if init_group else None
+            for _, connection in self._workers[nranks:]:
+                connection.send(None)  # NCCL's groups are left by all of their ranks together
             for rank, (_, connection) in enumerate(self._workers[:nranks]):
                 connection.send((fn, rank, nranks, port, store, timeout, args, kwargs))
             return self._collect(fn.__name__, nranks, timeout)
@@ -115,12 +117,15 @@ def _worker(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            fn, rank, nranks, port, store, timeout, args, kwargs = connection.recv()
+            call = connection.recv()
         except EOFError:
             return
         # Not right after the last call: the other ranks of that world may still have been connecting to this one.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if call is None:
+            continue
+        fn, rank, nranks, port, store, timeout, args, kwargs = call
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
