@@ -141,6 +141,7 @@ def measured_cluster(section: Section, links: dict[str, float], machines: Cluste
         message_s=links[f"{between}_message_s"],
         forward_flops=links.get("forward_flops", machines.forward_flops / sharing),
         backward_flops=links.get("backward_flops", machines.backward_flops / sharing),
+        launch_s=machines.launch_s if gpu else 0.0,
     )
 
 

@@ -103,7 +103,7 @@ def attention2d(
     if mask.ranks == 1 and packing is None:
         out = local_attention(q, k, v, sink, scores, mask.band)
     else:
-        asked = automatic_head_groups(k, grid) if head_groups is None else head_groups
+        asked = automatic_head_groups(q, k, grid) if head_groups is None else head_groups
         groups = gcd(asked, k.size(2))  # fewer where the head axis leaves a rank fewer heads
         out = _Attention2D.apply(q, k, v, sink, Plan(*axes(grid, mask, label), scores, grid.rank, groups))
     if grid.heads > 1:

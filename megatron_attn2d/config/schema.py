@@ -272,6 +272,8 @@ class Cluster(Section):
     """Network between nodes, in GB/s: the bandwidth of a node's cards over its GPUs."""
     nic_latency_us: Annotated[Rate | None, NO_FLAG] = None
     """Time of the smallest message between nodes, in microseconds."""
+    launch_us: Annotated[Rate | None, NO_FLAG] = None
+    """What starting an attention kernel or an exchange of chunks costs the CPU, in microseconds; None: left out."""
 
 
 class Slurm(Section):

@@ -10,6 +10,9 @@ Kernels run at the given rates. Then, with m the time of the messages around a t
 and the exchange over heads, before and after, hides behind nothing. h: under a causal mask a rank attends its own two
 chunks, 1/(2 R C) of its kernels (1/(R C) where R or C is 1), while the first gather flies, and hides as much of it. In
 one group half of that may be kept for the returns.
+
+No pass is shorter than the CPU takes to start what it consists of, each kernel call and each exchange of each group,
+which a GPU with few tokens waits for.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Cluster:
         intra_latency_s, nic_latency_s: from one rank to another, for messages that fly at once.
         message_s: what each message costs a rank besides.
         forward_flops, backward_flops: of the attention kernel, FLOP/s.
+        launch_s: what starting a kernel call or an exchange costs the CPU, while the GPU works; 0 leaves it out.
     """
 
     ranks_per_node: int
@@ -52,6 +56,7 @@ class Cluster:
     message_s: float
     forward_flops: float
     backward_flops: float
+    launch_s: float = 0.0
 
 
 class Candidate(NamedTuple):
@@ -79,6 +84,7 @@ class Prediction:
     Attributes:
         head_groups: the number of head groups that the time assumes.
         forward_s, backward_s: seconds.
+        device_s: seconds of both, if starting kernels cost nothing.
         messages_s: seconds of its messages alone, both passes.
         kernels_s: seconds of its kernels alone, both passes.
         intra_bytes, nic_bytes: received a rank within a node and from other nodes, mean over the ranks, both passes.
@@ -89,6 +95,7 @@ class Prediction:
     head_groups: int
     forward_s: float
     backward_s: float
+    device_s: float
     messages_s: float
     kernels_s: float
     intra_bytes: float
@@ -119,11 +126,8 @@ def predict(
     nic = sum(received_by_nodes([*traffic.forward, *traffic.backward], ranks, cluster.ranks_per_node)) / ranks
     received = sum(sum(phase.sent.values()) for phase in (*traffic.forward, *traffic.backward)) / ranks
     if candidate.axes is None:
-        groups = 1
-        forward, backward = (
-            _ring_seconds(side, ranks, c, cluster)
-            for side, c in zip((traffic.forward, traffic.backward), kernels, strict=True)
-        )
+        sides = zip((traffic.forward, traffic.backward), kernels, strict=True)
+        timed = [(1, *(_ring_seconds(side, ranks, c, cluster) for side, c in sides))]
     else:
         kv_heads = max(1, work.kv_heads // candidate.axes[0])
         own = own_share(candidate, work)
@@ -131,14 +135,20 @@ def predict(
         timed = [
             (g, *_grouped_seconds(traffic, kernels, g, cluster, own, cut)) for g in head_groups if kv_heads % g == 0
         ]
-        enough = CLOSE * min(forward + backward for _, forward, backward in timed)
-        groups, forward, backward = next(t for t in timed if t[1] + t[2] <= enough)
+    started = [launches(candidate, ranks, g) for g, *_ in timed]
+    whole = [
+        (g, *(max(device, n * cluster.launch_s) for device, n in zip(passes, counts, strict=True)), sum(passes))
+        for (g, *passes), counts in zip(timed, started, strict=True)
+    ]
+    enough = CLOSE * min(forward + backward for _, forward, backward, _ in whole)
+    groups, forward, backward, device = next(t for t in whole if t[1] + t[2] <= enough)
     messages = sum(phase_seconds(phase, cluster) for phase in (*traffic.forward, *traffic.backward))
     return Prediction(
         candidate,
         groups,
         forward,
         backward,
+        device,
         messages,
         sum(kernels),
         received - nic,
@@ -165,12 +175,12 @@ def candidates(ranks: int, heads: int, kv_heads: int, ranks_per_node: int) -> It
 
 
 def plan(ranks: int, work: Workload, cluster: Cluster) -> list[Prediction]:
-    """Predictions of all candidates, the fastest first; of equally fast ones, that with less memory."""
+    """Predictions of all candidates, the fastest first; where starts decide, the GPU's time; then memory."""
     found = [
         predict(candidate, ranks, work, cluster)
         for candidate in candidates(ranks, work.heads, work.kv_heads, cluster.ranks_per_node)
     ]
-    return sorted(found, key=lambda p: (p.total_s, p.transient_bytes))
+    return sorted(found, key=lambda p: (p.total_s, p.device_s, p.transient_bytes))
 
 
 def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float:
@@ -196,6 +206,26 @@ def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float
     between = any(link.endswith("node") for link, _ in busiest)
     latency = cluster.nic_latency_s if between else cluster.intra_latency_s
     return seconds + head_groups * (latency + phase.messages * cluster.message_s)
+
+
+def launches(candidate: Candidate, ranks: int, groups: int) -> tuple[int, int]:
+    """Kernel calls and exchanges that the CPU starts, forward and backward; those of Transformer Engine for a ring.
+
+    On a grid: the own chunks, the tile in two, the merge; in the backward pass also delta, and sums for a merge. An axis
+    of keys gathers, and returns in the backward pass; one of queries does both in both. The exchange over heads brings
+    q, k, v and their copies, then the output, and the gradients alike.
+    """
+    if candidate.axes is None:
+        return 2 * ranks, 2 * ranks
+    if candidate.mode == "all_gather":
+        return 4, 5
+    spread, rows, cols = candidate.axes
+    moves_keys, moves_queries = rows > 1, cols > 1
+    kernels = (4, 5) if rows * cols > 1 else (3, 4)
+    forward = kernels[0] + moves_keys + 2 * moves_queries
+    backward = kernels[1] + 2 * moves_keys + 2 * moves_queries
+    over_heads = (3, 4) if spread > 1 else (0, 0)
+    return groups * forward + over_heads[0], groups * backward + over_heads[1]
 
 
 def own_share(candidate: Candidate, work: Workload) -> float:

@@ -67,6 +67,7 @@ def cluster(run: RunConfig) -> Cluster:
         message_s=_MESSAGE_S,
         forward_flops=rates["attention_forward_tflops"] * 1e12,
         backward_flops=rates["attention_backward_tflops"] * 1e12,
+        launch_s=(run.cluster.launch_us or 0.0) * 1e-6,
     )
 
 

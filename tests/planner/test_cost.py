@@ -79,6 +79,19 @@ def test_head_groups_must_gain_more_than_predictions_are_good_to() -> None:
     assert min(alone, key=lambda groups: alone[groups]) > 1
 
 
+@pytest.mark.parametrize("mode", [RING, Candidate("attention2d", (1, 2, 4), None), Candidate("ulysses", (8, 1, 1), None)])
+def test_no_pass_is_shorter_than_its_starts(mode: Candidate) -> None:
+    work = replace(MHA, seq=4096)
+    device = predict(mode, 8, work, NODES)
+    slow = predict(mode, 8, work, replace(NODES, launch_s=1e-3))
+    starts = {"ring": (16, 16), "attention2d": (7, 9), "ulysses": (6, 8)}[mode.mode]
+    assert [slow.forward_s, slow.backward_s] == pytest.approx([1e-3 * n for n in starts])
+    assert slow.head_groups == 1
+    assert slow.device_s == pytest.approx(predict(mode, 8, work, NODES, (1,)).total_s)
+    fast = predict(mode, 8, work, replace(NODES, launch_s=1e-9))
+    assert (fast.forward_s, fast.backward_s) == (device.forward_s, device.backward_s)
+
+
 def test_long_sequences_a_rank_hide_a_rings_messages() -> None:
     long = replace(MHA, seq=2**22)
     one_node = plan(8, long, NODES)
