@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from attention_modes import Attention, add_arguments, build_grids, build_modes, spawn
+from torch import Tensor
 
 
 def main() -> None:
@@ -80,12 +81,9 @@ def measure(
     attention: Attention, seq: int, h: int, g: int, args: argparse.Namespace, graphed: bool = False
 ) -> dict[str, float]:
     """Milliseconds and MiB of one mode."""
-    shard = seq // args.ranks
-    torch.manual_seed(dist.get_rank())
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    q, k, v = (torch.randn(shard, 1, n, args.head_dim, device=args.device, dtype=dtype) for n in (h, g, g))
-    dout = torch.randn_like(q)
-    leaves = [x.requires_grad_(not args.forward) for x in (q, k, v)]
+    *leaves, dout = inputs(seq, h, g, args)
+    for x in leaves:
+        x.requires_grad_(not args.forward)
 
     def call() -> None:
         out = attention(*leaves)
@@ -105,6 +103,14 @@ def measure(
         "spread": (max(times) - min(times)) / min(times),
         "mib": slowest(transient, args.device),
     }
+
+
+def inputs(seq: int, h: int, g: int, args: argparse.Namespace) -> list[Tensor]:
+    """q, k, v and the output's gradient of this rank, the same in every call: [seq / ranks, 1, heads, head dim]."""
+    torch.manual_seed(dist.get_rank())
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    sizes = [(seq // args.ranks, 1, n, args.head_dim) for n in (h, g, g, h)]
+    return [torch.randn(size, device=args.device, dtype=dtype) for size in sizes]
 
 
 def captured(call: Callable[[], None]) -> Callable[[], None]:

@@ -24,12 +24,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from attention_modes import Attention, parse_grid, refusal, spawn, transformer_engine
-from benchmark_attention import measure, slowest
+from benchmark_attention import inputs, measure, slowest
+from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
 
 _LARGE, _SMALL = 2**24, 2**6  # bytes of a message that measures a rate, and of one that measures latency
 _BURST = 8  # messages at once that tell what each costs
+COMPARED = 2**16
+"""Tokens up to which results are compared: the first mode's lie in memory meanwhile."""
+
+type Results = dict[str, list[Tensor]]
+"""O, dQ, dK and dV of the first mode that ran, by case."""
 
 
 def main() -> None:
@@ -46,6 +52,7 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
     agreement = dist.new_group(backend="gloo")
     record(args, {"links": links(args)})
     grids: dict[str, Grid] = {}
+    reference: Results = {}
     for i, case in enumerate(args.cases):
         if i < args.first:
             continue
@@ -56,7 +63,7 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
             continue
         record(args, {"begin": i})
         begin = time.time()
-        row, error = attempt(case, args, grids)
+        row, error = attempt(case, args, grids, reference)
         errors: list[str | None] = [None] * args.ranks
         dist.all_gather_object(errors, error, agreement)
         failed = next((f"{e} (rank {r})" for r, e in enumerate(errors) if e), None)
@@ -67,14 +74,33 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
                 torch.cuda.empty_cache()
 
 
-def attempt(case: dict[str, Any], args: argparse.Namespace, grids: dict[str, Grid]) -> tuple[dict[str, float], str]:
+def attempt(
+    case: dict[str, Any], args: argparse.Namespace, grids: dict[str, Grid], reference: Results
+) -> tuple[dict[str, float], str]:
     """What was measured, or why not."""
     h, g = map(int, case["heads"].split("/"))
     try:
-        return measure(build(case["mode"], h, g, args, grids), case["seq"], h, g, args), ""
+        attention = build(case["mode"], h, g, args, grids)
+        row = measure(attention, case["seq"], h, g, args)
+        if case["seq"] <= COMPARED:
+            row["apart"] = slowest(apart(attention, case, args, reference), args.device)
+        return row, ""
     except (RuntimeError, AssertionError, ValueError) as error:
         kind = "out of memory: " if isinstance(error, torch.OutOfMemoryError) else ""
         return {}, kind + (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+
+
+def apart(attention: Attention, case: dict[str, Any], args: argparse.Namespace, reference: Results) -> float:
+    """How far this rank's O, dQ, dK, dV are from the first mode's of the case: relative, Euclidean, the largest."""
+    *leaves, dout = inputs(case["seq"], *map(int, case["heads"].split("/")), args)
+    out = attention(*(x.requires_grad_() for x in leaves))
+    found = [out.detach().view_as(dout), *torch.autograd.grad(out, leaves, dout.view_as(out))]
+    key = f"{case['seq']} {case['heads']}"
+    if key not in reference:
+        reference.clear()
+        reference[key] = found
+    pairs = zip(found, reference[key], strict=True)
+    return max(((x.float() - y.float()).norm() / y.float().norm()).item() for x, y in pairs)
 
 
 def build(mode: str, h: int, g: int, args: argparse.Namespace, grids: dict[str, Grid]) -> Attention:

@@ -13,7 +13,7 @@ def train(args: argparse.Namespace, deadline: float, found: dict[str, Any]) -> N
     """Train every layout of ranks with both modes while there is time."""
     n, took = args.ranks, 0.0
     print(f"\ntraining: {args.train_yaml.name}, S={args.train_seq}, {args.train_steps} steps", flush=True)
-    layouts = [(1, n), *([(2, n // 2), (1, n // 2)] if n >= 4 and n % 2 == 0 else [])]
+    layouts = [(1, n), *([(2, n // 2)] if n >= 4 and n % 2 == 0 else []), *([(1, n // 2)] if n >= 8 else [])]
     for tensor, context in layouts:
         base: list[dict[str, Any]] = []
         for mode in ("ring", "attention2d"):
@@ -33,6 +33,7 @@ def train(args: argparse.Namespace, deadline: float, found: dict[str, Any]) -> N
                     )
                     base = base or (steps if mode == "ring" else [])
                     row |= summary(steps, base or steps) | {"steps": len(steps), "against_ring": bool(base)}
+                    row["losses"] = [step["loss"] for step in steps]
                 except TrainingError as error:
                     said = [line.strip() for line in str(error).splitlines() if line.strip()]
                     row["failed"] = f"{said[0]}: {([x for x in said if 'Error' in x] or said)[-1]}"[:200]
@@ -49,6 +50,7 @@ def training_overrides(args: argparse.Namespace, tensor: int, context: int, mode
     return [
         f"training.seq_length={args.train_seq}",
         f"training.train_iters={args.train_steps}",
+        f"optimizer.lr_warmup_iters={args.train_steps // 2}",
         "training.micro_batch_size=1",
         f"training.global_batch_size={args.ranks // (tensor * context)}",
         f"parallelism.tensor={tensor}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from megatron_attn2d import ring_attention
 from tests.pool import RankPool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +50,7 @@ def test_measures_attention_beside_the_plan(tmp_path: Path) -> None:
         assert row["predicted_ms"] > 0, (heads, mode)
         if heads == "2/2":
             assert row["ms"] > 0
+            assert row["apart"] < 1e-6
         else:  # refused on all ranks: a row, and the next case
             assert "3 query heads" in row["failed"], row
             assert row["failed"].endswith("(rank 0)")
@@ -73,14 +76,21 @@ def test_training_is_told_against_the_ring_of_its_layout(monkeypatch: pytest.Mon
     )
     found: dict[str, Any] = {"training": []}
     training.train(args, time.time() + 100, found)
-    ring, ours, out_of_memory, alone, *_ = found["training"]
-    assert [(r["tensor"], r["context"], r["data"]) for r in found["training"][::2]] == [(1, 4, 1), (2, 2, 1), (1, 2, 2)]
+    ring, ours, out_of_memory, alone = found["training"]
+    assert [(r["tensor"], r["context"], r["data"]) for r in found["training"][::2]] == [(1, 4, 1), (2, 2, 1)]
     assert (ring["tokens_per_s"], ours["tokens_per_s"], ours["mfu"], ours["memory_gib"]) == (200, 300, 0.4, 5)
     assert ours["apart"] == pytest.approx(0.01)
+    assert ours["losses"] == [2.02] * 6
     assert out_of_memory["failed"] == "exit code 1: OutOfMemoryError: CUDA"
     assert (alone["tokens_per_s"], alone["against_ring"]) == (300, False)
     sizes = {(given["training.global_batch_size"], given["parallelism.sequence_parallel"]) for given in asked}
-    assert sizes == {("1", "false"), ("1", "true"), ("2", "false")}
+    assert sizes == {("1", "false"), ("1", "true")}
+    assert {given["optimizer.lr_warmup_iters"] for given in asked} == {"3"}  # its first steps would amplify rounding
+    args.ranks, found = 8, {"training": []}
+    training.train(args, time.time() + 100, found)
+    layouts = [(r["tensor"], r["context"], r["data"]) for r in found["training"][::2]]
+    assert layouts == [(1, 8, 1), (2, 4, 1), (1, 4, 2)]
+    assert asked[-1]["training.global_batch_size"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +182,21 @@ def test_what_transformer_engine_can_run(comm: str, ranks: int, heads: tuple[int
 @pytest.mark.parametrize("text", ["4x2", "2x2x2", "4x2:2x1", "2x4x2:2x2"])
 def test_shapes_are_written_as_they_are_read(text: str) -> None:
     assert str(script("attention_modes").Shape.parse(text)) == text
+
+
+def distances(rank: int) -> list[float]:
+    """From a ring's results: its own, and those of an attention that forgets the mask."""
+    ranks = script("multi_gpu_ranks")
+    args = argparse.Namespace(ranks=2, head_dim=8, device="cpu")
+    case, known = {"seq": 32, "heads": "2/2"}, {}
+    modes = [functools.partial(ring_attention, group=dist.group.WORLD, causal=causal) for causal in (True, True, False)]
+    return [ranks.apart(mode, case, args, known) for mode in modes]
+
+
+def test_another_attention_is_far_from_the_first_mode(pool: RankPool) -> None:
+    for first, again, unmasked in pool.run(distances, 2):
+        assert first == again == 0
+        assert unmasked > 0.1
 
 
 def hierarchical(rank: int, over_heads: int) -> list[list[int]]:

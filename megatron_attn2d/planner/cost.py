@@ -126,8 +126,7 @@ def predict(
     nic = sum(received_by_nodes([*traffic.forward, *traffic.backward], ranks, cluster.ranks_per_node)) / ranks
     received = sum(sum(phase.sent.values()) for phase in (*traffic.forward, *traffic.backward)) / ranks
     if candidate.axes is None:
-        sides = zip((traffic.forward, traffic.backward), kernels, strict=True)
-        timed = [(1, *(_ring_seconds(side, ranks, c, cluster) for side, c in sides))]
+        timed = [(1, *_ring_seconds(traffic, kernels, ranks, cluster))]
     else:
         kv_heads = max(1, work.kv_heads // candidate.axes[0])
         own = own_share(candidate, work)
@@ -135,13 +134,12 @@ def predict(
         timed = [
             (g, *_grouped_seconds(traffic, kernels, g, cluster, own, cut)) for g in head_groups if kv_heads % g == 0
         ]
-    started = [launches(candidate, ranks, g) for g, *_ in timed]
-    whole = [
-        (g, *(max(device, n * cluster.launch_s) for device, n in zip(passes, counts, strict=True)), sum(passes))
-        for (g, *passes), counts in zip(timed, started, strict=True)
-    ]
-    enough = CLOSE * min(forward + backward for _, forward, backward, _ in whole)
-    groups, forward, backward, device = next(t for t in whole if t[1] + t[2] <= enough)
+    started = []
+    for g, forward, backward in timed:
+        starts = [n * cluster.launch_s for n in launches(candidate, ranks, g)]
+        started.append((g, max(forward, starts[0]), max(backward, starts[1]), forward + backward))
+    enough = CLOSE * min(forward + backward for _, forward, backward, _ in started)
+    groups, forward, backward, device = next(s for s in started if s[1] + s[2] <= enough)
     messages = sum(phase_seconds(phase, cluster) for phase in (*traffic.forward, *traffic.backward))
     return Prediction(
         candidate,
@@ -211,9 +209,9 @@ def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float
 def launches(candidate: Candidate, ranks: int, groups: int) -> tuple[int, int]:
     """Kernel calls and exchanges that the CPU starts, forward and backward; those of Transformer Engine for a ring.
 
-    On a grid: the own chunks, the tile in two, the merge; in the backward pass also delta, and sums for a merge. An axis
-    of keys gathers, and returns in the backward pass; one of queries does both in both. The exchange over heads brings
-    q, k, v and their copies, then the output, and the gradients alike.
+    On a grid: the own chunks, the tile in two, the merge; in the backward pass also delta, and sums for a merge. Keys
+    are gathered, and return in the backward pass; queries do both in both. The exchange over heads brings q, k, v and
+    their copies, then the output, and the gradients alike.
     """
     if candidate.axes is None:
         return 2 * ranks, 2 * ranks
@@ -287,9 +285,12 @@ def _grouped_seconds(
     return seconds[0], seconds[1]
 
 
-def _ring_seconds(side: Sequence[Phase], ranks: int, compute: float, cluster: Cluster) -> float:
-    step = compute / ranks
-    return step + sum(max(phase_seconds(phase, cluster), step) for phase in side)
+def _ring_seconds(traffic: Traffic, kernels: tuple[float, float], ranks: int, cluster: Cluster) -> tuple[float, float]:
+    seconds = []
+    for side, compute in zip((traffic.forward, traffic.backward), kernels, strict=True):
+        step = compute / ranks
+        seconds.append(step + sum(max(phase_seconds(phase, cluster), step) for phase in side))
+    return seconds[0], seconds[1]
 
 
 def _tiles(rows: int, cols: int, places: int) -> list[tuple[int, int] | None]:

@@ -79,7 +79,9 @@ def test_head_groups_must_gain_more_than_predictions_are_good_to() -> None:
     assert min(alone, key=lambda groups: alone[groups]) > 1
 
 
-@pytest.mark.parametrize("mode", [RING, Candidate("attention2d", (1, 2, 4), None), Candidate("ulysses", (8, 1, 1), None)])
+@pytest.mark.parametrize(
+    "mode", [RING, Candidate("attention2d", (1, 2, 4), None), Candidate("ulysses", (8, 1, 1), None)]
+)
 def test_no_pass_is_shorter_than_its_starts(mode: Candidate) -> None:
     work = replace(MHA, seq=4096)
     device = predict(mode, 8, work, NODES)

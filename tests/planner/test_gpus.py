@@ -1,4 +1,7 @@
-"""The planner against what H200 measured over NVLink (docs/attention_gpu.md, docs/multi_gpu.md), by clusters/h100.yaml."""
+"""The planner, with configs/clusters/h100.yaml, against what two and four H200 measured over NVLink.
+
+The tables: docs/attention_gpu.md, docs/multi_gpu.md.
+"""
 
 from __future__ import annotations
 
