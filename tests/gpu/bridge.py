@@ -172,8 +172,11 @@ def pretrain(
 
 def train(rank: int, args: list[str]) -> dict[str, Tensor]:
     """The parameters after a training of ours."""
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+
     allow_children()
     torch.compiler.set_stance("force_eager")
+    destroy_rerun_state_machine()  # Bridge's conversions leave theirs
     states = _train_states(rank, args, None)
     return {name.split("module.")[-1]: value.cpu() for name, value in states.items() if name.startswith("0.")}
 
