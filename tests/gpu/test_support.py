@@ -54,12 +54,16 @@ def tensors(case: Case, dtype: torch.dtype, packed: bool) -> list[Tensor]:
 
 
 def dense(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, sink: Tensor) -> list[Tensor]:
-    """Output and gradients in float64, a sequence and head at a time: scores of all at once would not fit."""
+    """Output and gradients in float64, a sequence and head at a time, as all scores at once would not fit.
+
+    Each rank computes its share of the heads, and gets the others' from their ranks.
+    """
     reference, group, scale = ReferenceKernel(), q.size(2) // k.size(2), q.size(3) ** -0.5
     left, right = (None if side < 0 else side for side in case.window)
     how: dict[str, Any] = {"band": Band(left, 0 if case.causal else right), "scale": scale}
     results = [torch.zeros_like(x, dtype=torch.float64) for x in (dout, q, k, v)]
-    for batch, head in product(range(q.size(1)), range(q.size(2))):
+    places = [*product(range(q.size(1)), range(q.size(2)))]
+    for batch, head in places[dist.get_rank() :: dist.get_world_size()]:
         rows, keys = ((slice(batch, batch + 1), slice(i, i + 1)) for i in (head, head // group))
         wide = [x[:, *place].double() for x, place in ((q, rows), (k, keys), (v, keys))]
         wide_dout = dout[:, *rows].double()
@@ -72,6 +76,8 @@ def dense(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, sink: Tenso
         results[0][:, *rows], results[1][:, *rows] = out, dq
         results[2][:, *keys] += dk
         results[3][:, *keys] += dv
+    for result in results:
+        dist.all_reduce(result)
     return results
 
 
