@@ -6,6 +6,10 @@
 A rank attends its own chunks, which need nobody else's, while others' arrive. Where partial results return to their
 owners it keeps back half of its heads for that time, if they are work enough for kernel calls of their own.
 
+Buffers live no longer than they must, as the peak of memory is made of them: gathered ones until the tile's kernels are
+queued, results for others until they are sent, and gradients are made when those are gone. On GPUs the allocator hands
+their memory out in the order of the stream, so nothing waits for it.
+
 Heads are independent, so all of this may run in groups of them: while one group's tile is computed, the next one is
 gathered and the previous one returned. The gathered buffers shrink by the number of groups.
 
@@ -36,6 +40,9 @@ from megatron_attn2d.attention.tile import Queries, Scores, attend, attend_own, 
 
 type _Own[Results] = list[tuple[Heads, Results]]
 """What a rank's own chunks have of themselves, by heads."""
+
+type _Near = list[Slots]
+"""Of each kind of result what the own tile found for the own chunks, by half; the rest is sent and gone."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor
     def gather(i: int) -> _Gathered:
         return _Gathered(plan.row.gather([queries[i]], tag=0), plan.column.gather([keys[i], values[i]], tag=0))
 
-    def compute(i: int, gathered: _Gathered) -> tuple[_Own[Partials], Partials, Returned]:
+    def attend_tile(i: int, gathered: _Gathered) -> Partials:
+        (q_all,), (k_all, v_all) = gathered.wait()
+        tile = attend(plan.tile, plan.scores_of(i, queries[i].size(3)), q_all, k_all, v_all)
+        return tile if plan.row.group is None else tile.merged()
+
+    def compute(i: int, gathered: _Gathered) -> tuple[_Own[Partials], _Near, Returned]:
         scores = plan.scores_of(i, queries[i].size(3))
 
         def own(heads: Heads) -> tuple[Heads, Partials]:
@@ -89,21 +101,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor
 
         now, *later = plan.own_heads(queries[i], keys[i], returns=plan.row.group is not None)
         found = [own(now)]
-        (q_all,), (k_all, v_all) = gathered.wait()
-        tile = attend(plan.tile, scores, q_all, k_all, v_all)
-        if plan.row.group is not None:
-            tile = tile.merged()
+        tile = attend_tile(i, gathered)
         like = [outs[i][LOWER], lses[i][LOWER]]
         returned = plan.row.give_back([only(tile.outs), only(tile.lses)], like, _merged, tag=1)
-        return found + [own(heads) for heads in later], tile, returned
+        near = [_near(plan.row, slots) for slots in (tile.outs, tile.lses)]
+        del tile
+        return found + [own(heads) for heads in later], near, returned
 
-    def finish(i: int, results: tuple[_Own[Partials], Partials, Returned]) -> None:
-        own, tile, ((far_outs, far_lses), pending) = results
+    def finish(i: int, results: tuple[_Own[Partials], _Near, Returned]) -> None:
+        own, (near_outs, near_lses), ((far_outs, far_lses), pending) = results
         pending.wait()
         for heads, mine in own:
             _merge(
-                _partials(plan.row, tile.outs, mine.outs, far_outs, heads.of),
-                _partials(plan.row, tile.lses, mine.lses, far_lses, heads.of),
+                _partials(near_outs, mine.outs, far_outs, heads.of),
+                _partials(near_lses, mine.lses, far_lses, heads.of),
                 heads.of(outs[i]).unbind(),
                 heads.of(lses[i]).unbind(),
             )
@@ -122,14 +133,25 @@ def backward(
     if sink is not None or plan.row.group is not None or not plan.scores.kernel.needs_out:
         rows = row_statistics(_chunks(dout), _chunks(out), lse)
     statistics = plan.split(rows)
-    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)  # contiguous, whatever q, k, v are
-    totals = [plan.split(_chunks(x)) for x in gradients]
+    gradients: list[Tensor] = []
 
     def gather(i: int) -> _Gathered:
         shards = [queries[i], douts[i], statistics[i]]
         return _Gathered(plan.row.gather(shards, tag=0), plan.column.gather([keys[i], values[i]], tag=0))
 
-    def compute(i: int, gathered: _Gathered) -> tuple[_Own[PartialGradients], PartialGradients, Returned, Returned]:
+    def differentiate_tile(i: int, gathered: _Gathered) -> PartialGradients:
+        (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
+        out_all = None if plan.row.group is not None else plan.row.gather([outs[i]], tag=0)[0][0]
+        needed = _queries(plan, q_all, dout_all, statistics_all, out_all)
+        tile = differentiate(plan.tile, plan.scores_of(i, queries[i].size(3)), needed, k_all, v_all)
+        dq, dk, dv = tile.dq, tile.dk, tile.dv
+        if plan.row.group is not None:
+            dq = summed(dq)
+        if plan.column.group is not None:
+            dk, dv = summed(dk), summed(dv)
+        return PartialGradients(dq, dk, dv)
+
+    def compute(i: int, gathered: _Gathered) -> tuple[_Own[PartialGradients], _Near, Returned, Returned]:
         scores = plan.scores_of(i, queries[i].size(3))
 
         def own(heads: Heads) -> tuple[Heads, PartialGradients]:
@@ -140,35 +162,33 @@ def backward(
 
         now, *later = plan.own_heads(queries[i], keys[i], returns=True)
         found = [own(now)]
-        (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
-        out_all = None if plan.row.group is not None else plan.row.gather([outs[i]], tag=0)[0][0]
-        needed = _queries(plan, q_all, dout_all, statistics_all, out_all)
-        tile = differentiate(plan.tile, scores, needed, k_all, v_all)
-        dq, dk, dv = tile.dq, tile.dk, tile.dv
-        if plan.row.group is not None:
-            dq = summed(dq)
-        if plan.column.group is not None:
-            dk, dv = summed(dk), summed(dv)
+        tile = differentiate_tile(i, gathered)
         returned = (
-            plan.row.give_back([only(dq)], [queries[i][LOWER]], _summed, tag=1),
-            plan.column.give_back([only(dk), only(dv)], [keys[i][LOWER], values[i][LOWER]], _summed, tag=1),
+            plan.row.give_back([only(tile.dq)], [queries[i][LOWER]], _summed, tag=1),
+            plan.column.give_back([only(tile.dk), only(tile.dv)], [keys[i][LOWER], values[i][LOWER]], _summed, tag=1),
         )
-        return found + [own(heads) for heads in later], PartialGradients(dq, dk, dv), *returned
+        near = [_near(plan.row, tile.dq), _near(plan.column, tile.dk), _near(plan.column, tile.dv)]
+        del tile
+        return found + [own(heads) for heads in later], near, *returned
 
-    def finish(i: int, results: tuple[_Own[PartialGradients], PartialGradients, Returned, Returned]) -> None:
-        own, tile, ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
+    def finish(i: int, results: tuple[_Own[PartialGradients], _Near, Returned, Returned]) -> None:
+        own, (near_dq, near_dk, near_dv), ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
         row_pending.wait()
         column_pending.wait()
+        if not gradients:  # contiguous, whatever q, k, v are
+            gradients.extend(x.new_empty(x.shape) for x in (q, k, v))
+        totals = [plan.split(_chunks(x))[i] for x in gradients]
         for heads, mine in own:
-            dq, dk, dv = (of(total[i]).unbind() for of, total in zip(heads.of_each, totals, strict=True))
+            dq, dk, dv = (of(total).unbind() for of, total in zip(heads.of_each, totals, strict=True))
             _sum(
-                (_partials(plan.row, tile.dq, mine.dq, far_dq, heads.of), dq),
-                (_partials(plan.column, tile.dk, mine.dk, far_dk, heads.of_keys), dk),
-                (_partials(plan.column, tile.dv, mine.dv, far_dv, heads.of_keys), dv),
+                (_partials(near_dq, mine.dq, far_dq, heads.of), dq),
+                (_partials(near_dk, mine.dk, far_dk, heads.of_keys), dk),
+                (_partials(near_dv, mine.dv, far_dv, heads.of_keys), dv),
             )
 
     _pipeline(plan.head_groups, gather, compute, finish)
-    return (*gradients, None if sink is None else sink_gradient(lse, rows[:, 1], sink))
+    dq, dk, dv = gradients
+    return dq, dk, dv, None if sink is None else sink_gradient(lse, rows[:, 1], sink)
 
 
 def _queries(plan: Plan, q: Tensor, dout: Tensor, statistics: Tensor, out: Tensor | None) -> Queries:
@@ -210,9 +230,12 @@ class _Gathered:
         self._row, self._column = row, column
 
     def wait(self) -> tuple[list[Tensor], list[Tensor]]:
-        for _, pending in (self._row, self._column):
-            pending.wait()
-        return self._row[0], self._column[0]
+        """The buffers, once; the caller alone holds them then, so that their memory is free when it drops them."""
+        (row, of_row), (column, of_column) = self._row, self._column
+        of_row.wait()
+        of_column.wait()
+        self._row, self._column = ([], of_row), ([], of_column)
+        return row, column
 
 
 def _merged(kinds: list[list[Tensor]]) -> list[Tensor]:
@@ -261,19 +284,18 @@ def _pick[T](places: list[int], items: Sequence[T]) -> list[T]:
     return [items[i] for i in places]
 
 
-def _partials(
-    axis: Axis, slots: Slots, own: Slots, far: list[list[Tensor]], heads: Callable[[Tensor], Tensor]
-) -> Slots:
-    """By half, some heads of all partial results of the own chunk: of its slot in the own tile and of others' tiles.
+def _near(axis: Axis, slots: Slots) -> Slots:
+    """By half, what the own tile found for the caller's own chunks."""
+    places = [axis.own_slot(half) for half in (LOWER, UPPER)]
+    return [[] if slot is None else slots[slot] for slot in places]
+
+
+def _partials(near: Slots, own: Slots, far: list[list[Tensor]], heads: Callable[[Tensor], Tensor]) -> Slots:
+    """By half, some heads of all partial results of the own chunk: of the own tile and of others' tiles.
 
     `own`, of those heads already, are those that the own chunks have of themselves.
     """
-    found = []
-    for half in (LOWER, UPPER):
-        slot = axis.own_slot(half)
-        near = [] if slot is None else slots[slot]
-        found.append([*map(heads, near), *(own[half] if own else []), *map(heads, far[half])])
-    return found
+    return [[*map(heads, near[half]), *(own[half] if own else []), *map(heads, far[half])] for half in (LOWER, UPPER)]
 
 
 def _chunks(shard: Tensor) -> Tensor:
