@@ -7,11 +7,12 @@ recomputation, nor of the buffers that attention gathers into. Its count of para
 Activations follow Korthikanti et al. (arXiv 2205.05198, table 2) without the scores, which no attention kernel keeps.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
 from megatron_attn2d.config.schema import Model, RunConfig
+from megatron_attn2d.planner.cost import Candidate, transient_bytes
+from megatron_attn2d.planner.run import workload
 
 GIB = 2**30
 RESERVED_GIB = 4.0
@@ -192,23 +193,9 @@ def _micro_batches_in_flight(run: RunConfig, stage: int) -> float:
 
 
 def _attention(run: RunConfig) -> float:
-    """Bytes of one layer's backward pass besides what is kept: shards of Q's size, times their number."""
-    queries, _, _ = _widths(run.model)
-    shard = _tokens(run) * queries / run.parallelism.tensor * _width(run)
-    return shard * sum(_shards(run))
-
-
-def _shards(run: RunConfig) -> Iterator[float]:
-    """How many shards of Q's size attention's backward pass needs, part by part."""
-    mode, size, g = run.context_parallel.mode, run.context_parallel.size, run.model.queries_per_kv_head
-    if mode == "ring":
-        yield 2 * 4 / _width(run)  # fp32 sums of dQ, and of O
-        yield 1 + 10 / g  # a partial dQ; K, V: two in flight; dK, dV: two in flight and a partial
-        return
-    heads, rows, columns = {"attention2d": run.grid, "all_gather": (1, size, 1), "ulysses": (size, 1, 1)}[mode]
-    if heads > 1:
-        yield 4 + 4 / g  # Q, O, dO, dQ and K, V, dK, dV once more, with other heads
-    if rows * columns > 1:
-        # Tiles of Q, dO, dQ, those dQ of other ranks that come back, and O or what stands in for it.
-        yield 5 * columns
-        yield 6 / g * rows  # tiles of K, V, dK, dV, and those dK, dV that come back
+    """Bytes of one layer's backward pass besides what is kept, by the planner's formula."""
+    size = run.context_parallel.size
+    axes = {"attention2d": run.grid, "all_gather": (1, size, 1), "ulysses": (size, 1, 1), "ring": None}
+    mode = run.context_parallel.mode
+    groups = run.head_groups if mode == "attention2d" else None
+    return transient_bytes(Candidate(mode, axes[mode], None), size, workload(run), groups or 1)

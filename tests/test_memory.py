@@ -82,7 +82,7 @@ def test_what_makes_memory_grow():
 
     def of(*overrides):
         path = ROOT / "configs" / "runs" / "gpt3_2.7b_16gpus.yaml"
-        return estimate(load_run(path, ["context_parallel.grid=[4, 4]", *overrides]))
+        return estimate(load_run(path, ["context_parallel.grid=[4, 4]", "context_parallel.head_groups=1", *overrides]))
 
     base, twice = of(), of("training.seq_length=65536")
     assert (twice.activations, twice.attention) == (2 * base.activations, 2 * base.attention)
@@ -90,8 +90,9 @@ def test_what_makes_memory_grow():
     assert of("optimizer.use_distributed_optimizer=false").optimizer == 16 * base.optimizer
     full = of(*(f"training.recompute_{key}" for key in ("granularity=full", "method=uniform", "num_layers=1")))
     assert full.activations < base.activations / 8
-    # 16 ranks, MHA: tiles of queries are 4 shards long and 5 in number, of keys 4 and 6; one column has long keys.
-    assert of("context_parallel.grid=[16, 1]").attention / base.attention == (5 * 1 + 6 * 16) / (5 * 4 + 6 * 4)
+    # 16 ranks, MHA, in shards of Q: a column has keys of 15 others, a square queries and keys of four.
+    column = of("context_parallel.grid=[16, 1]")
+    assert column.attention / base.attention == pytest.approx((4 * 15 + 3 + 3) / (4 * 4 + 4 * 4 + 4 + 3))
     assert of("context_parallel.mode=ring", "context_parallel.grid=auto").attention < base.attention
     # A shared table is held once on one stage, by the first and the last on two.
     two = of("parallelism.pipeline=2", "context_parallel.size=8", "context_parallel.grid=[4, 2]")

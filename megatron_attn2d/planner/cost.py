@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_attn2d.attention.overlap import SMALLEST_HALF
+from megatron_attn2d.planner.peak import grid_shards, ring_shards
 from megatron_attn2d.planner.traffic import (
     Phase,
     Traffic,
@@ -88,7 +89,7 @@ class Prediction:
         messages_s: seconds of its messages alone, both passes.
         kernels_s: seconds of its kernels alone, both passes.
         intra_bytes, nic_bytes: received a rank within a node and from other nodes, mean over the ranks, both passes.
-        transient_bytes: gathered buffers and partial results at their peak.
+        transient_bytes: of the backward pass at its peak, besides its inputs.
     """
 
     candidate: Candidate
@@ -238,18 +239,16 @@ def own_share(candidate: Candidate, work: Workload) -> float:
 
 
 def transient_bytes(candidate: Candidate, ranks: int, work: Workload, groups: int) -> float:
-    """Gathered tensors and partial results of the backward pass, where they are largest, in bytes.
+    """What the backward pass takes at its peak besides its inputs, in bytes (`peak`).
 
-    Ring: two sets of K, V and their gradients. attention2d on U x R x C: Q, dO and dQ of a row, K, V, dK, dV of a
-    column, one head group computed and the next gathered.
+    Where heads are spread Q, O, dO, dQ and K, V, dK, dV are there once more, with other heads.
     """
-    u = work.shard_bytes(ranks)
+    shard = work.shard_bytes(ranks)
     if candidate.axes is None:
-        return 8 * u * work.kv_heads / work.heads
+        return shard * ring_shards(work.kv_heads / work.heads)
     spread, rows, cols = candidate.axes
-    kv = u * max(work.kv_heads, spread) / work.heads  # fewer key/value heads than U are repeated
-    in_flight = 1 if groups == 1 else 2
-    return (3 * cols * u + 4 * rows * kv) * in_flight / groups
+    kv = max(work.kv_heads, spread) / work.heads  # fewer key/value heads than U are repeated
+    return shard * (grid_shards(rows, cols, kv, groups) + (4 + 4 * kv if spread > 1 else 0))
 
 
 _GROUP_COST = 0.02

@@ -133,7 +133,9 @@ def test_repeated_key_heads_take_memory() -> None:
     """On 8 x 2 x 1 ranks, one of the repeated heads a rank instead of a quarter."""
     work = Workload(seq=32768, heads=8, kv_heads=2, head_dim=128)
     shard = work.shard_bytes(16)
-    assert transient_bytes(Candidate("attention2d", (8, 2, 1), None), 16, work, 1) == (3 * 1 + 4 * 2) * shard
+    keys_of_the_other, dq_and_own, in_fp32, spread = 4, 1 + 3, 2, 8
+    known = (keys_of_the_other + dq_and_own + in_fp32 + spread) * shard
+    assert transient_bytes(Candidate("attention2d", (8, 2, 1), None), 16, work, 1) == known
 
 
 def test_a_column_on_two_nodes_crosses_the_network_once_a_node() -> None:
