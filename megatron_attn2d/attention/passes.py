@@ -70,7 +70,7 @@ class Plan:
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """The head groups of chunks [2, n, b, heads, d] or the like, views."""
-        return x.chunk(self.head_groups, -2)
+        return (x,) if self.head_groups == 1 else x.chunk(self.head_groups, -2)
 
     def own_heads(self, q: Tensor, k: Tensor, returns: bool) -> list[Heads]:
         """Which heads of q and k [2, n, b, heads, d] attend their own chunks before the tile, and which after it."""
@@ -81,7 +81,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor
     """The output [s/cp, b, h, dv] and its log-sum-exp [2, b, h, n]."""
     queries, keys, values = (plan.split(_chunks(x)) for x in (q, k, v))
     out = q.new_empty((*q.shape[:3], v.size(3)))
-    lse = q.new_empty((2, q.size(1), q.size(2), q.size(0) // 2), dtype=accumulation_dtype(q.dtype))
+    lse = _statistic(q, by_chunk=plan.row.group is not None)
     outs, lses = plan.split(_chunks(out)), plan.split(lse)
 
     def gather(i: int) -> _Gathered:
@@ -296,6 +296,15 @@ def _partials(near: Slots, own: Slots, far: list[list[Tensor]], heads: Callable[
     `own`, of those heads already, are those that the own chunks have of themselves.
     """
     return [[*map(heads, near[half]), *(own[half] if own else []), *map(heads, far[half])] for half in (LOWER, UPPER)]
+
+
+def _statistic(q: Tensor, by_chunk: bool) -> Tensor:
+    """Room for a number a row, [2, b, h, n]: a chunk's lie together if they travel, else a head's, as kernels want."""
+    n, (b, h) = q.size(0) // 2, q.shape[1:3]
+    dtype = accumulation_dtype(q.dtype)
+    if by_chunk:
+        return q.new_empty((2, b, h, n), dtype=dtype)
+    return q.new_empty((b, h, 2, n), dtype=dtype).permute(2, 0, 1, 3)
 
 
 def _chunks(shard: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Pieces:
             self._found[slot].append((within, rows, rows if lse is None else lse))
             return
         by_slot = rows.unflatten(0, (-1, self._n)).unbind()
-        lses = by_slot if lse is None else lse.unflatten(2, (-1, self._n)).permute(2, 0, 1, 3).contiguous().unbind()
+        lses = by_slot if lse is None else lse.unflatten(2, (-1, self._n)).unbind(2)
         for i, piece in enumerate(zip(by_slot, lses, strict=True)):
             self._found[slot + i].append((0, *piece))
 

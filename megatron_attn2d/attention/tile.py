@@ -79,9 +79,9 @@ def attend(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> P
         q_rows, k_rows, v_rows = _rows(_queries_of(part, q)), _rows(_keys_of(part, k)), _rows(_keys_of(part, v))
         for call in part.calls:
             out, lse = scores.kernel.forward(
-                q_rows[call.start : call.stop],
-                k_rows[call.first : call.last],
-                v_rows[call.first : call.last],
+                _cut(q_rows, call.start, call.stop),
+                _cut(k_rows, call.first, call.last),
+                _cut(v_rows, call.first, call.last),
                 band=call.band,
                 scale=scores.scale,
                 dropout=_dropped(scores, plan, part, call, q),
@@ -127,13 +127,12 @@ def differentiate(plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v
             of_keys(len(plan.keys), part.key_chunk),
         )
         for call in reversed(part.calls):
-            rows, columns = slice(call.start, call.stop), slice(call.first, call.last)
             gradients = scores.kernel.backward(
-                dout_rows[rows],
-                q_rows[rows],
-                k_rows[columns],
-                v_rows[columns],
-                None if out_rows is None else out_rows[rows],
+                _cut(dout_rows, call.start, call.stop),
+                _cut(q_rows, call.start, call.stop),
+                _cut(k_rows, call.first, call.last),
+                _cut(v_rows, call.first, call.last),
+                None if out_rows is None else _cut(out_rows, call.start, call.stop),
                 _per_row(mine.lse, call, part.chunk),
                 None if mine.delta is None else _per_row(mine.delta, call, part.chunk),
                 band=call.band,
@@ -220,11 +219,17 @@ def _rows(chunks: Tensor) -> Tensor:
     return chunks.flatten(0, 1)
 
 
+def _cut(x: Tensor, first: int, last: int) -> Tensor:
+    """A run of the first dim. Most calls want all of it, and each operation costs a few microseconds."""
+    return x if last - first == x.size(0) else x[first:last]
+
+
 def _per_row(chunks: Tensor, call: Call, n: int) -> Tensor:
-    """[slots, b, h, n] -> [b, h, sq] of a call's rows."""
+    """[slots, b, h, n] -> [b, h, sq] of a call's rows; a view where a head's rows lie together."""
     first, last = call.start // n, -(-call.stop // n)
-    rows = chunks[first:last].permute(1, 2, 0, 3).flatten(2)
-    return rows[..., call.start - first * n : call.stop - first * n]
+    rows = _cut(chunks, first, last).permute(1, 2, 0, 3).flatten(2)
+    within = call.start - first * n, call.stop - first * n
+    return rows if within == (0, rows.size(2)) else rows[..., slice(*within)]
 
 
 def _side_by_side(halves: Tensor) -> Tensor:

@@ -26,22 +26,40 @@ def _tile(pointer, strides, batch, head, rows, columns):
 
 
 @triton.jit
+def _rows(pointer, strides, batch, head, rows):
+    """Addresses [BLOCK_N] of rows of x [b, h, n]; strides (b, h)."""
+    return pointer + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + rows
+
+
+@triton.jit
 def _merge_chunk(
-    outs, out_strides, lses, out, out_stride, lse, lse_stride, heads, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    outs,
+    out_strides,
+    lses,
+    lse_strides,
+    out,
+    out_stride,
+    lse,
+    lse_stride,
+    heads,
+    n,
+    d,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     inside = (rows < n)[:, None] & (columns < d)[None, :]
-    at = tl.program_id(1).to(tl.int64) * n + rows
 
     highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     for i in tl.static_range(len(lses)):
-        highest = tl.maximum(highest, tl.load(lses[i] + at, rows < n, other=-float("inf")))
+        part = tl.load(_rows(lses[i], lse_strides[i], batch, head, rows), rows < n, other=-float("inf"))
+        highest = tl.maximum(highest, part)
     reference = tl.where(highest == -float("inf"), 0.0, highest)
     total = tl.zeros((BLOCK_N,), tl.float32)
     merged = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for i in tl.static_range(len(lses)):
-        part = tl.load(lses[i] + at, rows < n, other=-float("inf"))
+        part = tl.load(_rows(lses[i], lse_strides[i], batch, head, rows), rows < n, other=-float("inf"))
         weight = tl.exp(part - reference)
         total += weight
         partial = tl.load(_tile(outs[i], out_strides[i], batch, head, rows, columns), inside, other=0.0)
@@ -49,7 +67,7 @@ def _merge_chunk(
         merged += tl.where(part[:, None] == -float("inf"), 0.0, partial.to(tl.float32) * weight[:, None])
     merged /= tl.where(total == 0, 1.0, total)[:, None]
     tl.store(_tile(out, out_stride, batch, head, rows, columns), merged.to(out.dtype.element_ty), inside)
-    tl.store(lse + batch * lse_stride[0] + head * lse_stride[1] + rows, reference + tl.log(total), rows < n)
+    tl.store(_rows(lse, lse_stride, batch, head, rows), reference + tl.log(total), rows < n)
 
 
 @triton.jit
@@ -57,6 +75,7 @@ def _merge(
     outs,
     out_strides,
     lses,
+    lse_strides,
     out,
     out_stride,
     lse,
@@ -74,6 +93,7 @@ def _merge(
                 outs[c],
                 out_strides[c],
                 lses[c],
+                lse_strides[c],
                 out[c],
                 out_stride,
                 lse[c],
@@ -163,8 +183,9 @@ def merge_partials(
     assert all(chunk[0].stride() == chunk[-1].stride() for chunk in (out, lse)), "one stride serves both chunks"
     _merge[(*_programs(n, b * h), len(out))](
         tuple(map(tuple, outs)),
-        _strides(outs),
-        tuple(tuple(x.contiguous() for x in chunk) for chunk in lses),
+        _strides(outs, 3),
+        tuple(map(tuple, lses)),
+        _strides(lses, 2),
         tuple(out),
         out[0].stride()[:3],
         tuple(lse),
@@ -173,7 +194,7 @@ def merge_partials(
         n,
         d,
         CHUNKS=len(out),
-        **_blocks(d, *(x for chunk in outs for x in chunk), *out),
+        **_blocks(d, *(x for chunk in (*outs, *lses) for x in chunk), *out, *lse),
     )
 
 
@@ -183,7 +204,7 @@ def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor])
     assert all(total.stride() == totals[0].stride() for total in totals), "one stride serves all totals"
     _sum[(*_programs(n, b * h), len(totals))](
         tuple(map(tuple, partials)),
-        _strides(partials),
+        _strides(partials, 3),
         tuple(totals),
         totals[0].stride()[:3],
         h,
@@ -197,6 +218,7 @@ def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor])
 def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """See `merge.row_statistics`."""
     _, n, b, h, d = out.shape
+    lse = lse.contiguous()
     result = lse.new_empty((2, 2, b, h, n))
     dout, out = dout.flatten(0, 1), out.flatten(0, 1)
     _statistics[_programs(n, 2 * b * h)](
@@ -217,8 +239,8 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     return out
 
 
-def _strides(chunks: Sequence[Sequence[Tensor]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    return tuple(tuple(x.stride()[:3] for x in chunk) for chunk in chunks)
+def _strides(chunks: Sequence[Sequence[Tensor]], dims: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return tuple(tuple(x.stride()[:dims] for x in chunk) for chunk in chunks)
 
 
 def _programs(n: int, heads: int) -> tuple[int, int]:
@@ -226,5 +248,5 @@ def _programs(n: int, heads: int) -> tuple[int, int]:
 
 
 def _blocks(d: int, *tensors: Tensor) -> dict[str, int]:
-    assert all(x.stride(-1) == 1 for x in tensors), "the head dim is contiguous"
+    assert all(x.stride(-1) == 1 for x in tensors), "the last dim is contiguous"
     return {"BLOCK_N": _BLOCK_N, "BLOCK_D": triton.next_power_of_2(d)}
