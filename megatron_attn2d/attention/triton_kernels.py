@@ -181,6 +181,7 @@ def merge_partials(
     """See `merge.merge_partials`."""
     n, b, h, d = out[0].shape
     assert all(chunk[0].stride() == chunk[-1].stride() for chunk in (out, lse)), "one stride serves both chunks"
+    lses = [[x if x.stride(-1) == 1 else x.contiguous() for x in chunk] for chunk in lses]
     _merge[(*_programs(n, b * h), len(out))](
         tuple(map(tuple, outs)),
         _strides(outs, 3),
