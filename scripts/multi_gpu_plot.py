@@ -89,7 +89,10 @@ def _lines(axes: Axes, section: dict[str, Any], heads: str) -> None:
         places = [at for at, case in enumerate(cases) if case in of_kind]
         axes.plot(places, [of_kind[cases[at]][0] for at in places], marker="o", markersize=4, color=_COLOURS[kind])
         axes.lines[-1].set_label(kind)
-        _name_grids(axes, kind, [(at, *of_kind[cases[at]]) for at in places])
+    ours = {kind: of_kind for kind, of_kind in speeds.items() if kind.startswith("attention2d")}
+    for at, case in enumerate(cases):
+        for rank, of_kind in enumerate(sorted((o for o in ours.values() if case in o), key=lambda o: -o[case][0])):
+            _name_grid(axes, at, *of_kind[case], below=rank > 0)
     _finish(axes, speeds, [_tokens(seq) for _, seq in cases], f"Attention, {heads} heads, {section['title']}")
 
 
@@ -102,24 +105,23 @@ def _bars(axes: Axes, section: dict[str, Any]) -> None:
         places = [at for at, case in enumerate(cases) if case in of_kind]
         heights = [of_kind[cases[at]][0] for at in places]
         axes.bar([at + shift for at in places], heights, width, color=_COLOURS[kind], label=kind)
-        _name_grids(axes, kind, [(at + shift, *of_kind[cases[at]]) for at in places], bars=True)
+        for at in places if kind.startswith("attention2d") else []:
+            _name_grid(axes, at + shift, *of_kind[cases[at]], upright=True)
     names = [f"{heads}\n{_tokens(seq)}" for heads, seq in cases]
     _finish(axes, speeds, names, f"Attention, {section['title']}")
 
 
-def _name_grids(axes: Axes, kind: str, points: list[tuple[float, float, str]], bars: bool = False) -> None:
-    below = kind == "attention2d" and not bars
-    for at, speed, name in points if kind.startswith("attention2d") else []:
-        axes.annotate(
-            name,
-            (at, speed),
-            xytext=(0, -4 if below else 4),
-            textcoords="offset points",
-            ha="center",
-            va="top" if below else "bottom",
-            fontsize=6,
-            rotation=90 if bars else 0,
-        )
+def _name_grid(axes: Axes, at: float, speed: float, name: str, below: bool = False, upright: bool = False) -> None:
+    axes.annotate(
+        name,
+        (at, speed),
+        xytext=(0, -4 if below else 4),
+        textcoords="offset points",
+        ha="center",
+        va="top" if below else "bottom",
+        fontsize=6,
+        rotation=90 if upright else 0,
+    )
 
 
 def _finish(axes: Axes, speeds: dict[str, Any], ticks: list[str], title: str) -> None:
