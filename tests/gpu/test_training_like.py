@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_attn2d import Grid, attention2d
@@ -39,7 +40,9 @@ def pool() -> Iterator[RankPool]:
 def whole_sequence(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
     """Output and gradients of all tokens by torch's kernel, [s, 1, heads, d]."""
     leaves = [x.permute(1, 2, 0, 3).detach().requires_grad_() for x in (q, k, v)]
-    out = scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=q.size(2) != k.size(2))
+    shared = [x.repeat_interleave(q.size(2) // k.size(2), 1) for x in leaves[1:]]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other might hold all scores
+        out = scaled_dot_product_attention(leaves[0], *shared, is_causal=True)
     gradients = torch.autograd.grad(out, leaves, dout.permute(1, 2, 0, 3))
     return [x.detach().permute(2, 0, 1, 3) for x in (out, *gradients)]
 
