@@ -14,7 +14,8 @@ Sections, in this order; `--sections` picks some:
     nodes     the same with each GPU, then each two, as a node of NCCL over loopback sockets; with more ranks than GPUs
               where --node-ranks says so. All grids for the first heads at up to 8 ranks, else as few
     training  whole steps of benchmark_multi_gpu.yaml, a GPT-3 2.7B, ring (Transformer Engine's p2p where it is
-              installed) and attention2d: all GPUs context ranks, tensor 2 x context N/2, context N/2 x data 2
+              installed) and attention2d: all GPUs context ranks, tensor 2 x context N/2; from 8 GPUs on also
+              context N/2 x data 2
     half      as nvlink, on half of the GPUs, where that is 4 or more; 16K and 64K tokens
 
 Each section has a share of the budget, and what the ones before it left; short sequences come first. What time

@@ -89,9 +89,9 @@ def _lines(axes: Axes, section: dict[str, Any], heads: str) -> None:
         places = [at for at, case in enumerate(cases) if case in of_kind]
         axes.plot(places, [of_kind[cases[at]][0] for at in places], marker="o", markersize=4, color=_COLOURS[kind])
         axes.lines[-1].set_label(kind)
-    ours = {kind: of_kind for kind, of_kind in speeds.items() if kind.startswith("attention2d")}
+    ours = [of_kind for kind, of_kind in speeds.items() if kind.startswith("attention2d")]
     for at, case in enumerate(cases):
-        for rank, of_kind in enumerate(sorted((o for o in ours.values() if case in o), key=lambda o: -o[case][0])):
+        for rank, of_kind in enumerate(sorted((o for o in ours if case in o), key=lambda o: -o[case][0])):
             _name_grid(axes, at, *of_kind[case], below=rank > 0)
     _finish(axes, speeds, [_tokens(seq) for _, seq in cases], f"Attention, {heads} heads, {section['title']}")
 

@@ -68,7 +68,10 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
         dist.all_gather_object(errors, error, agreement)
         failed = next((f"{e} (rank {r})" for r, e in enumerate(errors) if e), None)
         record(args, {"end": i, "took_s": time.time() - begin, **({"failed": failed} if failed else row)})
-        if failed or (i + 1 < len(args.cases) and args.cases[i + 1]["seq"] != case["seq"]):
+        another_length = i + 1 < len(args.cases) and args.cases[i + 1]["seq"] != case["seq"]
+        if another_length:
+            reference.clear()
+        if failed or another_length:
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()

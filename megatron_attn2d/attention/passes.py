@@ -87,9 +87,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor
     def gather(i: int) -> _Gathered:
         return _Gathered(plan.row.gather([queries[i]], tag=0), plan.column.gather([keys[i], values[i]], tag=0))
 
-    def attend_tile(i: int, gathered: _Gathered) -> Partials:
+    def attend_tile(scores: Scores, gathered: _Gathered) -> Partials:
         (q_all,), (k_all, v_all) = gathered.wait()
-        tile = attend(plan.tile, plan.scores_of(i, queries[i].size(3)), q_all, k_all, v_all)
+        tile = attend(plan.tile, scores, q_all, k_all, v_all)
         return tile if plan.row.group is None else tile.merged()
 
     def compute(i: int, gathered: _Gathered) -> tuple[_Own[Partials], _Near, Returned]:
@@ -101,7 +101,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor
 
         now, *later = plan.own_heads(queries[i], keys[i], returns=plan.row.group is not None)
         found = [own(now)]
-        tile = attend_tile(i, gathered)
+        tile = attend_tile(scores, gathered)
         like = [outs[i][LOWER], lses[i][LOWER]]
         returned = plan.row.give_back([only(tile.outs), only(tile.lses)], like, _merged, tag=1)
         near = [_near(plan.row, slots) for slots in (tile.outs, tile.lses)]
@@ -139,11 +139,11 @@ def backward(
         shards = [queries[i], douts[i], statistics[i]]
         return _Gathered(plan.row.gather(shards, tag=0), plan.column.gather([keys[i], values[i]], tag=0))
 
-    def differentiate_tile(i: int, gathered: _Gathered) -> PartialGradients:
+    def differentiate_tile(i: int, scores: Scores, gathered: _Gathered) -> PartialGradients:
         (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
         out_all = None if plan.row.group is not None else plan.row.gather([outs[i]], tag=0)[0][0]
         needed = _queries(plan, q_all, dout_all, statistics_all, out_all)
-        tile = differentiate(plan.tile, plan.scores_of(i, queries[i].size(3)), needed, k_all, v_all)
+        tile = differentiate(plan.tile, scores, needed, k_all, v_all)
         dq, dk, dv = tile.dq, tile.dk, tile.dv
         if plan.row.group is not None:
             dq = summed(dq)
@@ -162,7 +162,7 @@ def backward(
 
         now, *later = plan.own_heads(queries[i], keys[i], returns=True)
         found = [own(now)]
-        tile = differentiate_tile(i, gathered)
+        tile = differentiate_tile(i, scores, gathered)
         returned = (
             plan.row.give_back([only(tile.dq)], [queries[i][LOWER]], _summed, tag=1),
             plan.column.give_back([only(tile.dk), only(tile.dv)], [keys[i][LOWER], values[i][LOWER]], _summed, tag=1),

@@ -14,8 +14,6 @@ counts what ranks allocate: within 15%.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 
 def ring_shards(kv: float) -> float:
     """Fp32 sums of dQ and O, a partial dQ and dQ; K, V twice in flight, dK, dV too, and a partial of those.
@@ -27,25 +25,19 @@ def ring_shards(kv: float) -> float:
 
 def grid_shards(rows: int, cols: int, kv: float, head_groups: int = 1) -> float:
     """attention2d on rows x cols."""
-    gathered, tile, returning, sums = _phases(rows, cols, kv)
+    own = gradients = 1 + 2 * kv
+    one_way = 1 in (rows, cols)
+    x, y = max(1, cols - (rows == 1)), max(1, rows - (cols == 1))
+    moves_queries, moves_keys = cols > 1, rows > 1
+    gathered = 2 * x * moves_queries + 2 * kv * y * moves_keys
+    partial = x + 2 * kv * y
+    landing = (cols - 1) + 2 * kv * (rows - 1)
+    widest = x if one_way else x / 2  # the rows of one call, summed in fp32
+    tile = gathered + x * moves_queries + partial + 2 * widest + own
+    returning = partial + landing + own
+    sums = landing + own + gradients + (1 if one_way else partial)
     if head_groups == 1:
         return max(tile, returning, sums)
-    gradients = 1 + 2 * kv
     if head_groups == 2:  # beside the first the second is gathered, beside the second the first returns
         return max((tile + max(gathered, returning)) / 2, sums)
     return (tile + gathered + returning) / head_groups + gradients
-
-
-def _phases(rows: int, cols: int, kv: float) -> Iterator[float]:
-    """What is gathered; then the peaks of the tile, of the returns, of the sums."""
-    own = gradients = 1 + 2 * kv
-    x, y = cols - (rows == 1 < cols), rows - (cols == 1 < rows)
-    moves_queries, moves_keys = cols > 1, rows > 1
-    gathered = 2 * x * moves_queries + 2 * kv * y * moves_keys
-    widest = x if 1 in (rows, cols) else x / 2  # the rows of one call, summed in fp32
-    partial = x + 2 * kv * y
-    landing = (cols - 1) + 2 * kv * (rows - 1)
-    yield gathered
-    yield gathered + x * moves_queries + partial + 2 * widest + own
-    yield partial + landing + own
-    yield landing + own + gradients + (x * moves_queries + 2 * kv * y if rows > 1 < cols else 1)

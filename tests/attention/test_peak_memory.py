@@ -5,6 +5,7 @@ The kernel here computes nothing: it allocates what GPU kernels do, results and 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -82,15 +83,12 @@ def peak(rank: int, shape: tuple[int, int], heads: tuple[int, int], groups: int)
     h, g = heads
     q, k, v, dout = (torch.randn(2 * TOKENS, 1, n, DIM, dtype=torch.bfloat16) for n in (h, g, g, h))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    for patch in (patches := as_on_gpus()):
-        patch.start()
-    try:
-        with Meter() as meter:
-            out = attention2d(*leaves, grid, head_groups=groups)
-            torch.autograd.grad(out, leaves, dout)
-    finally:
-        for patch in patches:
-            patch.stop()
+    with ExitStack() as patched:
+        for patch in as_on_gpus():
+            patched.enter_context(patch)
+        meter = patched.enter_context(Meter())
+        out = attention2d(*leaves, grid, head_groups=groups)
+        torch.autograd.grad(out, leaves, dout)
     inputs = 3 + 2 * g / h  # q, k, v and dout, of which views were counted, and the output
     return meter.peak / (q.numel() * q.element_size()) - inputs
 
