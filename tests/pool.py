@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from torch.distributed import TCPStore
 
 PRELOAD = [
     "torch",
@@ -43,6 +45,8 @@ class RankPool:
             self._context.set_forkserver_preload(PRELOAD)
         self._workers: list[tuple[Any, Connection]] = []
         self._tired = False
+        # Where ranks meet that make their world themselves. They leave it when the next call begins: it outlives them.
+        self._stores: deque[TCPStore] = deque(maxlen=2)
 
     def run(
         self,
@@ -67,7 +71,9 @@ class RankPool:
             theirs.close()
             self._workers.append((process, ours))
         with tempfile.TemporaryDirectory() as rendezvous:
-            port = _free_port()
+            # Kept by this process: a port that is merely free may be another's by the time that a rank listens on it.
+            self._stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+            port = self._stores[-1].port
             store = os.path.join(rendezvous, "store") if init_group else None
             for _, connection in self._workers[nranks:]:
                 connection.send(None)  # NCCL's groups are left by all of their ranks together
@@ -133,6 +139,7 @@ def _worker(connection: Connection) -> None:
             LOCAL_WORLD_SIZE=str(nranks),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",  # no rank is to serve the store
         )
         try:
             if store is not None:
@@ -150,9 +157,3 @@ def _worker(connection: Connection) -> None:
             connection.send((*answer, len(os.listdir("/proc/self/task"))))
         except BrokenPipeError:
             return
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

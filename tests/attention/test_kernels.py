@@ -58,6 +58,15 @@ def test_refusals_say_what_would_work(request_: tuple, message: str) -> None:
         choose_kernel(request_[0], Request(*request_[1:]))
 
 
+def test_a_transformer_engine_that_does_not_load_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "transformer_engine"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise OSError('undefined symbol: _ZTV5cudnn')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"can't load Transformer Engine, undefined symbol.*: choose one of auto, "):
+        choose_kernel("transformer_engine", Request("cuda", torch.bfloat16, 64, 64))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 def test_reference_against_autograd(heads: tuple[int, int], causal: bool) -> None:

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 1, reason="needs two C
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     """Processes of its own: those of other tests have told NCCL to use sockets."""
-    own = RankPool()
+    own = RankPool("spawn")
     yield own
     own.close()
 

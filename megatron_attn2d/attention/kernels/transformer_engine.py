@@ -40,7 +40,11 @@ class TransformerEngineKernel:
             return "serves head dims up to 256 in multiples of 8"
         if find_spec("transformer_engine") is None:
             return "needs the package transformer-engine"
-        if "fake_dtype" not in inspect.signature(_functions().fused_attn_bwd).parameters:
+        try:
+            functions = _functions()
+        except (ImportError, OSError) as error:  # a library of cuDNN that does not fit the one torch has loaded, say
+            return f"can't load Transformer Engine, {error},"
+        if "fake_dtype" not in inspect.signature(functions.fused_attn_bwd).parameters:
             return "needs Transformer Engine 2.20 or a version with its arguments"
         return None
 
