@@ -63,7 +63,7 @@ def test_a_transformer_engine_that_does_not_load_is_refused(tmp_path: Path, monk
     broken.mkdir()
     (broken / "__init__.py").write_text("raise OSError('undefined symbol: _ZTV5cudnn')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"can't load Transformer Engine, undefined symbol.*: choose one of auto, "):
+    with pytest.raises(ValueError, match=r"can't load Transformer Engine: undefined symbol.*: choose one of auto, "):
         choose_kernel("transformer_engine", Request("cuda", torch.bfloat16, 64, 64))
 
 

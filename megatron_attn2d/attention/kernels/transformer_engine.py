@@ -43,7 +43,7 @@ class TransformerEngineKernel:
         try:
             functions = _functions()
         except (ImportError, OSError) as error:  # a library of cuDNN that does not fit the one torch has loaded, say
-            return f"can't load Transformer Engine, {error},"
+            return f"can't load Transformer Engine: {error}"
         if "fake_dtype" not in inspect.signature(functions.fused_attn_bwd).parameters:
             return "needs Transformer Engine 2.20 or a version with its arguments"
         return None
