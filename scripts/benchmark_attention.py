@@ -4,6 +4,7 @@
     python scripts/benchmark_attention.py                          # all GPUs of this host
     python scripts/benchmark_attention.py --ranks 16 --nodes       # 16 emulated one-GPU nodes
     python scripts/benchmark_attention.py --graphs --seq 16384     # and as CUDA graphs
+    python scripts/benchmark_attention.py --alone --seq 16384      # and one call at a time, with the CPU's part of it
     python scripts/benchmark_attention.py --device cpu --ranks 4 --seq 4096 --modes ring attention2d
 
 Every mode gets the same tensors in the same run: bf16 (fp32 on CPU), causal, one sequence. A figure is the median over
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=0, help="calls a repeat, back to back; 0: about 40 ms worth")
     parser.add_argument("--forward", action="store_true", help="forward only")
     parser.add_argument("--graphs", action="store_true", help="time each mode as a replayed CUDA graph too")
+    parser.add_argument("--alone", action="store_true", help="time calls with nothing queued before them too")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="draw a PNG here")
     args = parser.parse_args()
@@ -98,11 +100,32 @@ def measure(
     inner = args.inner or max(1, int(40 / once))
     fitting = int(args.seconds * 1e3 / (inner * once)) if args.seconds else args.repeats
     times = [timed(timed_call, inner, args.device) for _ in range(max(1, min(fitting, args.repeats)))]
-    return {
+    row = {
         "ms": statistics.median(times),
         "spread": (max(times) - min(times)) / min(times),
         "mib": slowest(transient, args.device),
     }
+    if args.alone and not graphed and not args.forward:
+        row |= unqueued(attention, leaves, dout, args)
+    return row
+
+
+def unqueued(attention: Attention, leaves: list[Tensor], dout: Tensor, args: argparse.Namespace) -> dict[str, float]:
+    """Medians over 3 x repeats of a call that finds the GPU idle, ms: the CPU's forward and backward, and all of it."""
+    calls = []
+    for _ in range(3 * args.repeats):
+        slowest(0.0, args.device)  # all ranks start together, nothing is queued
+        begin = time.perf_counter()
+        out = attention(*leaves)
+        forward = time.perf_counter()
+        torch.autograd.grad(out, leaves, dout)
+        backward = time.perf_counter()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        calls.append((forward - begin, backward - forward, time.perf_counter() - begin))
+    names = ("cpu_forward_ms", "cpu_backward_ms", "alone_ms")
+    medians = (statistics.median(column) * 1e3 for column in zip(*calls, strict=True))
+    return {name: slowest(ms, args.device) for name, ms in zip(names, medians, strict=True)}
 
 
 def inputs(seq: int, h: int, g: int, args: argparse.Namespace) -> list[Tensor]:
@@ -177,6 +200,9 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     base = next((r for r in same if r["mode"] == "TE p2p"), next((r for r in same if r["mode"] == "ring"), None))
     speed = f"{base['ms'] / row['ms']:5.2f}x {base['mode']}" if base else ""
     print(f"{head} {row['ms']:9.3f} ms (+-{row['spread'] * 50:4.1f}%) {row['mib']:8.0f} MiB  {speed}", flush=True)
+    if "alone_ms" in row:
+        cpu = f"CPU forward {row['cpu_forward_ms']:.2f}, backward {row['cpu_backward_ms']:.2f} ms"
+        print(f"{'':{len(head)}} a call alone {row['alone_ms']:.3f} ms; {cpu}", flush=True)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
