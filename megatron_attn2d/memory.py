@@ -20,6 +20,8 @@ RESERVED_GIB = 4.0
 NOT_ESTIMATED = (
     "num_experts",
     "multi_latent_attention",
+    "mtp_num_layers",
+    "hybrid_layer_pattern",
     "use_megatron_fsdp",
     "use_torch_fsdp2",
     "optimizer_cpu_offload",

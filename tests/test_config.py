@@ -103,9 +103,16 @@ REFUSED = {
     ),
     'environment.variables={A: "a\\0b"}': "environment.variables = {'A': 'a\\x00b'}: not environment variables; ...",
     "model=4": "model = 4: not a section; write its keys below model:",
+    'environment.variables={RANK: "3"}': (
+        "environment.variables = {'RANK': '3'}: RANK is the launcher's, different in each rank; leave out RANK"
+    ),
     # sizes of the model
     "model.hidden_size=130": (
         "model.hidden_size = 130: not a multiple of model.num_attention_heads = 4; choose 132, or set model.kv_channels"
+    ),
+    "model.position_embedding_type=rope model.kv_channels=33": (
+        "model.position_embedding_type = 'rope': RoPE rotates pairs, and a head has 33 numbers to rotate; "
+        "choose an even model.kv_channels, or hidden_size / num_attention_heads"
     ),
     "model.num_query_groups=8": (
         "model.num_query_groups = 8: does not divide model.num_attention_heads = 4; choose one of 1, 2, 4"
@@ -144,7 +151,10 @@ REFUSED = {
     "parallelism.sequence_parallel=true parallelism.tensor=4 training.seq_length=24": (
         "parallelism.sequence_parallel = true: 6 tokens a context rank do not split over parallelism.tensor = 4; ..."
     ),
-    "parallelism.expert=3": (
+    "parallelism.expert=2": (
+        "parallelism.expert = 2: the model has no experts; choose 1, or set megatron_args.num_experts"
+    ),
+    "parallelism.expert=3 megatron_args.num_experts=3": (
         "parallelism.expert = 3: does not divide tensor * context * data = 4 ranks; choose one of 1, 2, 4"
     ),
     # context parallelism
@@ -214,6 +224,10 @@ REFUSED = {
     "training.recompute_granularity=selective training.recompute_num_layers=1": (
         "training.recompute_num_layers = 1: training.recompute_method is null; choose null"
     ),
+    "training.recompute_granularity=full training.recompute_method=uniform": (
+        "training.recompute_num_layers = null: training.recompute_method is uniform; "
+        "choose 1, or more for fewer, larger pieces"
+    ),
     "training.precision=fp16": (
         "training.precision = 'fp16': environment.device = cpu computes in fp32 or bf16; choose fp32"
     ),
@@ -240,6 +254,9 @@ REFUSED = {
         "data.tokenizer_model = null: HuggingFaceTokenizer is read from local files; name its file or folder"
     ),
     # optimizer and checkpoint
+    "optimizer.lr_decay_style=WSD": (
+        "optimizer.lr_decay_style = 'WSD': WSD decays over its last steps; set megatron_args.lr_wsd_decay_iters too"
+    ),
     "optimizer.min_lr=0.1": "optimizer.min_lr = 0.1: more than optimizer.lr = 0.001; choose 0.001 or less",
     "optimizer.lr_warmup_iters=60": (
         "optimizer.lr_warmup_iters = 60: the learning rate decays over 60 steps; choose less than 60"
@@ -288,9 +305,15 @@ REFUSED = {
         "megatron_args.hybrid_context_parallel = true: --hybrid-context-parallel changes the context-parallel group "
         "with every batch; leave it out"
     ),
-    "megatron_args.window_size='512,0'": (
-        "megatron_args.window_size = '512,0': --window-size needs a mask that our attention does not have yet; "
-        "leave it out"
+    "megatron_args.moe_router_topk=[1, 2]": (
+        "megatron_args.moe_router_topk = [1, 2]: --moe-router-topk takes one value; write that alone"
+    ),
+    "megatron_args.window_size=[512, 0, 1]": (
+        "megatron_args.window_size = [512, 0, 1]: --window-size takes one value; write [left, right]"
+    ),
+    "megatron_args.window_size=wide": "megatron_args.window_size = 'wide': Megatron refuses it: ...",
+    "megatron_args={num-experts: 4, num_experts: 8}": (
+        "megatron_args.num_experts = 8: is given with hyphens and with underscores; keep one"
     ),
     "megatron_args.qk-clip=true": (
         "megatron_args.qk_clip = true: --qk-clip needs the largest score, which our attention does not report yet; "
@@ -576,6 +599,9 @@ def test_false_and_null_take_back_an_argument_of_an_extended_file(base):
         given = ["megatron_args.log_progress=true", f"megatron_args.log_progress={value}"]
         assert "--log-progress" not in arguments(base, *given)
     assert "--qk-clip" not in arguments(base, "megatron_args.qk_clip=false")
+    assert "--window-size 512,0 " in arguments(base, "megatron_args.window-size=[512, 0]")
+    base.write_text(BASE + "megatron_args: {num-experts: 8}\n")
+    assert "--num-experts" not in arguments(base, "megatron_args.num_experts=null")
 
 
 def test_a_run_continues_from_its_own_checkpoint_before_anothers(base, tmp_path):
@@ -723,6 +749,11 @@ CONTINUED = {
     "optimizer.lr=1e-4": "optimizer.lr = 0.0001: the run in {run} was begun with 0.001; choose 0.001, or another ...",
     "model.num_layers=2": ("model.num_layers = 2: the run in {run} was begun with 4; choose 4, or another run.dir"),
     "model.swiglu=true": "model.swiglu = true: the run in {run} was begun with false; choose false, or another run.dir",
+    "model.rotary_base=100": "model.rotary_base = 100: the run in {run} was begun with null; choose null, or ...",
+    "model.norm_epsilon=0.1": "model.norm_epsilon = 0.1: the run in {run} was begun with null; choose null, or ...",
+    "data.vocab_size=1024": "data.vocab_size = 1024: the run in {run} was begun with 512; choose 512, or another ...",
+    "optimizer.lr_decay_iters=100": "optimizer.lr_decay_iters = 100: the run in {run} was begun with null; choose ...",
+    "model.hidden_dropout=0.1 model.max_position_embeddings=4096": "",
 }
 
 

@@ -101,7 +101,8 @@ def test_what_makes_memory_grow():
 
 def test_what_is_not_estimated_is_said():
     path = ROOT / "configs" / "runs" / "gpt3_125m_8k.yaml"
-    assert "no estimate of memory with it" in report(load_run(path, ["megatron_args.num_experts=8"]))
+    for given in ("num_experts=8", "num-experts=8", "mtp_num_layers=1", "hybrid_layer_pattern='*-*-'"):
+        assert "no estimate of memory with it" in report(load_run(path, [f"megatron_args.{given}"]))
     words = ["data.tokenizer_type=HuggingFaceTokenizer", "data.tokenizer_model=/t", "data.vocab_size=null"]
     words += ["data.null_tokenizer_eod_id=null"]
     assert "vocabulary of HuggingFaceTokenizer is not known" in report(load_run(path, words))

@@ -45,8 +45,6 @@ _REFUSED = {
     "yaml-cfg": "discards all other arguments",
     "reset-attention-mask": "needs a mask that our attention does not have yet",
     "dataloader-inter-document-masking": "needs a mask that our attention does not have yet",
-    "window-size": "needs a mask that our attention does not have yet",
-    "softmax-type": "needs a softmax that our attention does not have yet",
     "qk-clip": "needs the largest score, which our attention does not report yet",
     "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
     "local-rank": "is the launcher's business",
@@ -201,6 +199,11 @@ def _parsed_by_upstream(name: str, value: object) -> list[str]:
             raise ConfigError(key, value, f"{flag} takes a value", "write a number, a string or a list of them")
         if isinstance(one, str) and one.startswith("-"):
             raise ConfigError(key, value, f"{one} would be read as another argument", "begin it with something else")
+    if name == "window-size" and len(values) == 2:  # [left, right], which Megatron wants in one word
+        values = [",".join(map(str, values))]
+    if known[flag].nargs is None and len(values) != 1:
+        choice = "write [left, right]" if name == "window-size" else "write that alone"
+        raise ConfigError(key, value, f"{flag} takes one value", choice)
     tokens = _flag(name, *values)
     if (reason := upstream.refusal(flag, tokens)) is not None:
         raise ConfigError(key, value, f"Megatron refuses it: {reason}", "see megatron/training/arguments.py")

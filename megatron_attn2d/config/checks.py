@@ -9,6 +9,8 @@ from megatron_attn2d.config.errors import ConfigError, ConfigErrors
 from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.planner import factorisations
 
+_LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
 Refusal = tuple[str, str, str]
 """Key, reason, valid choice."""
 
@@ -41,6 +43,13 @@ def _check_model(run: RunConfig) -> Iterator[Refusal]:
             "model.hidden_size",
             f"not a multiple of model.num_attention_heads = {heads}",
             f"choose {-(-model.hidden_size // heads) * heads}, or set model.kv_channels",
+        )
+    width = int((model.kv_channels or model.hidden_size // heads) * (model.rotary_percent or 1.0))
+    if model.position_embedding_type == "rope" and width % 2:
+        yield (
+            "model.position_embedding_type",
+            f"RoPE rotates pairs, and a head has {width} numbers to rotate",
+            "choose an even model.kv_channels, or hidden_size / num_attention_heads",
         )
     groups = model.num_query_groups or heads
     if heads % groups:
@@ -184,6 +193,11 @@ def _check_world(run: RunConfig) -> Iterator[Refusal]:
             f"does not divide tensor * context * data = {expert_ranks} ranks",
             f"choose one of {_divisors(expert_ranks)}",
         )
+    experts = run.megatron_args.get("num_experts")
+    if parallel.expert > 1 and not experts:
+        yield "parallelism.expert", "the model has no experts", "choose 1, or set megatron_args.num_experts"
+    for name in sorted(where.variables.keys() & _LAUNCHERS):
+        yield "environment.variables", f"{name} is the launcher's, different in each rank", f"leave out {name}"
     if where.device == "cpu" and (where.nodes or 1) > 1:
         yield "environment.nodes", "CPU ranks run on one machine", "choose 1"
     if where.device == "cuda" and where.nodes and not where.gpus_per_node:
@@ -215,8 +229,9 @@ def _check_batch(run: RunConfig) -> Iterator[Refusal]:
             f"training.recompute_granularity is {granularity or 'null'}",
             "choose uniform or block with full, null otherwise",
         )
-    if training.recompute_num_layers is not None and method is None:
-        yield "training.recompute_num_layers", "training.recompute_method is null", "choose null"
+    if (training.recompute_num_layers is not None) != (method is not None):
+        choice = "choose null" if method is None else "choose 1, or more for fewer, larger pieces"
+        yield "training.recompute_num_layers", f"training.recompute_method is {method or 'null'}", choice
 
 
 def _check_data(run: RunConfig) -> Iterator[Refusal]:
@@ -261,6 +276,11 @@ def _check_rest(run: RunConfig) -> Iterator[Refusal]:
     optimizer = run.optimizer
     if optimizer.min_lr > optimizer.lr:
         yield "optimizer.min_lr", f"more than optimizer.lr = {optimizer.lr}", f"choose {optimizer.lr} or less"
+    if optimizer.lr_decay_style == "WSD" and not run.megatron_args.keys() & {
+        "lr_wsd_decay_iters",
+        "lr_wsd_decay_samples",
+    }:
+        yield "optimizer.lr_decay_style", "WSD decays over its last steps", "set megatron_args.lr_wsd_decay_iters too"
     decay = optimizer.lr_decay_iters or run.training.train_iters
     if optimizer.lr_warmup_iters >= decay:
         yield "optimizer.lr_warmup_iters", f"the learning rate decays over {decay} steps", f"choose less than {decay}"

@@ -9,19 +9,19 @@ from megatron_attn2d import checkpoints
 from megatron_attn2d.config.errors import ConfigError, ConfigErrors, show
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.run import build_run
-from megatron_attn2d.config.schema import RunConfig
+from megatron_attn2d.config.schema import Model, RunConfig
 
 _PLANNED = (
-    *(f"optimizer.{key}" for key in ("lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay")),
-    *("training.global_batch_size", "training.train_iters"),
+    *(f"optimizer.{key}" for key in ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters")),
+    *("optimizer.weight_decay", "training.global_batch_size", "training.train_iters"),
 )
 """What the learning rate's course follows from. Megatron compares it with the checkpoint's, after all has started."""
+_FREE = {"hidden_dropout", "attention_dropout", "init_method_std", "max_position_embeddings"}
 _SHAPES = (
-    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
-    *("position_embedding_type", "normalization", "qk_layernorm", "swiglu", "add_bias_linear"),
-    "untie_embeddings_and_output_weights",
+    *(f"model.{name}" for name in Model.model_fields if name not in _FREE),
+    *("data.tokenizer_type", "data.vocab_size"),
 )
-"""What decides which weights there are."""
+"""What decides which weights there are, and what they mean. Megatron takes most of it over without a word."""
 
 
 def check_files(run: RunConfig) -> None:
@@ -68,7 +68,7 @@ def _continued(run: RunConfig) -> Iterator[ConfigError]:
     anew = "another run.dir, or megatron_args.override_opt_param_scheduler=true to plan the learning rate anew"
     for keys, instead in (
         (() if planned_anew else _PLANNED, anew),
-        ([f"model.{name}" for name in _SHAPES], "another run.dir"),
+        (_SHAPES, "another run.dir"),
     ):
         for key in keys:
             before, now = attrgetter(key)(begun), attrgetter(key)(run)

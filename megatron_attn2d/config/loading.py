@@ -24,7 +24,7 @@ def _read_extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if resolved in above:
         chain = " -> ".join(p.name for p in (*above, resolved))
         raise ConfigError("extends", str(path), f"files extend each other in a circle ({chain})", "break the circle")
-    own = read_mapping(path)
+    own = _with_underscores(read_mapping(path))
     parents = own.pop("extends", None) or []
     if isinstance(parents, str):
         parents = [parents]
@@ -65,4 +65,21 @@ def _apply(content: dict[str, Any], override: str) -> None:
                 override, reason=f"{name} is a value, not a section", choice=f"write {name}=...", has_value=False
             )
         target = target[section]
-    target[key] = parse(text, f"override {override!r}")
+    value = parse(text, f"override {override!r}")
+    if sections == ["megatron_args"]:
+        key = key.replace("-", "_")
+    target[key] = _with_underscores({key: value})[key] if not sections else value
+
+
+def _with_underscores(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with one spelling of each key of megatron_args, as all that look there know only that one."""
+    arguments = content.get("megatron_args")
+    if not isinstance(arguments, dict):
+        return content
+    spelt: dict[str, Any] = {}
+    for name, value in arguments.items():
+        key = str(name).replace("-", "_")
+        if key in spelt:
+            raise ConfigError(f"megatron_args.{key}", value, "is given with hyphens and with underscores", "keep one")
+        spelt[key] = value
+    return {**content, "megatron_args": spelt}

@@ -224,7 +224,7 @@ class Logging(Section):
     """What is reported."""
 
     log_interval: Positive = 1
-    """Steps between lines of the log."""
+    """Steps between lines of Megatron's own log, RUN_DIR/logs/rank-N.log; the console shows every step."""
     tensorboard: Annotated[bool, NO_FLAG] = False
     """Write TensorBoard logs into the run's directory."""
     wandb_project: Name | None = None

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _TABLE = "upstream_flags.json"
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
@@ -67,7 +67,7 @@ def refusal(flag: str, tokens: list[str]) -> str | None:
     if option.type == "megatron":
         asked = parser()
     else:
-        asked = ArgumentParser(allow_abbrev=False, exit_on_error=False, add_help=False)
+        asked = _Parser(allow_abbrev=False, exit_on_error=False, add_help=False)
         kind = _TYPES.get(option.type or "str", str)
         asked.add_argument(flag, dest=option.dest, nargs=option.nargs, type=kind, choices=option.choices)
     try:
@@ -76,6 +76,13 @@ def refusal(flag: str, tokens: list[str]) -> str | None:
     except (Exception, SystemExit) as error:  # Megatron's types raise what they like
         return str(error)
     return None
+
+
+class _Parser(ArgumentParser):
+    """Says what is wrong: argparse itself prints that, and raises the exit code."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 @cache
@@ -87,7 +94,7 @@ def parser() -> ArgumentParser:
             from megatron.training.arguments import add_megatron_arguments
     finally:
         logging.disable(logging.NOTSET)
-    return add_megatron_arguments(ArgumentParser(allow_abbrev=False, exit_on_error=False))
+    return add_megatron_arguments(_Parser(allow_abbrev=False, exit_on_error=False))
 
 
 def _write(path: Path) -> None:

@@ -45,6 +45,8 @@ def report(run: RunConfig) -> str:
             f"{ring.total_s / p.total_s:7.2f}x{p.intra_bytes / unit:8.1f} u{p.nic_bytes / unit:8.1f} u"
             f"{p.transient_bytes / 2**20:6.0f} MiB"
         )
+    if run.megatron_args.get("window_size"):
+        lines += ["", "megatron_args.window_size is not counted: these are predictions for full causal attention"]
     return "\n".join([*lines, "", verdict(found)])
 
 

@@ -48,9 +48,10 @@ MODELS: dict[str, Options] = {
     "masked": {"num_layers": 1, "eod_mask_loss": True, "null_tokenizer_eod_id": 32},
     "hidden dropout": {"num_layers": 2, "hidden_dropout": 0.1},
     "attention dropout": {"num_layers": 2, "attention_dropout": 0.1},
+    "windows": {"num_layers": 2, "window_size": "24,0", "window_attn_skip_freq": 2, "softmax_type": "learnable"},
 }
 """What a model differs in from `runs.OPTIONS`. `masked`: no loss after a blank, so that ranks count other numbers of
-tokens."""
+tokens. `windows`: on one layer of the two, and sinks on both."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ COMBINATIONS: dict[str, Combination] = {
     "loss masked, 2x1": Combination("masked", 2, grid(2, 1)),
     "hidden dropout, 2x1 against the ring": Combination("hidden dropout", 2, grid(2, 1)),
     "attention dropout, 2x1 against 1x2": Combination("attention dropout", 2, grid(2, 1)),
+    "windows, 2x2": Combination("windows", 4, grid(2, 2)),
+    "windows, TP2 SP, 2x1": Combination("windows", 4, {**SP, **grid(2, 1)}),
     "MoE, EP2": Combination("moe", 2, EP),
     "MoE, EP2 over 2x1": Combination("moe", 2, {**EP, **grid(2, 1)}),
     "MoE, TP2 SP, EP2 over 1x2": Combination("moe", 4, {**SP, **EP, **grid(1, 2)}),

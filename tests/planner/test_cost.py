@@ -9,7 +9,7 @@ import pytest
 from megatron_attn2d.cli import main
 from megatron_attn2d.config import load_run
 from megatron_attn2d.planner.cost import Candidate, Cluster, candidates, plan, predict, transient_bytes
-from megatron_attn2d.planner.report import verdict
+from megatron_attn2d.planner.report import report, verdict
 from megatron_attn2d.planner.traffic import Workload
 
 NODES = Cluster(8, 360e9, 45e9, 45e9, 5e-6, 12e-6, 2e-6, 620e12, 550e12)
@@ -191,6 +191,12 @@ def test_auto_takes_the_planners_choice() -> None:
     assert run.grid[0] * run.grid[1] * run.grid[2] == run.context_parallel.size
     without = load_run(RUN, ["context_parallel.grid=auto", "cluster.nic_gb_per_s=null"])
     assert without.grid == (1, 4, 4)
+
+
+def test_what_a_plan_leaves_out_is_said() -> None:
+    said = "megatron_args.window_size is not counted"
+    assert said not in report(load_run(RUN))
+    assert said in report(load_run(RUN, ["megatron_args.window_size=[512, 0]"]))
 
 
 def test_a_plan_without_a_cluster_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
