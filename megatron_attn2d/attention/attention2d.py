@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.checks import check_sink, mask_of, packed, request_of
+from megatron_attn2d.attention.checks import check_first_derivative, check_sink, mask_of, packed, request_of
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.exchange import axes
 from megatron_attn2d.attention.grid import Grid
@@ -37,6 +37,7 @@ from megatron_attn2d.attention.tile import Scores
 from megatron_attn2d.attention.ulysses import check_heads, collect_heads, spread_heads
 
 
+@torch.compiler.disable  # the messages cut it into pieces anyway; and buffers are merged in place
 def attention2d(
     q: Tensor,
     k: Tensor,
@@ -81,9 +82,8 @@ def attention2d(
         ValueError: for shapes, dtypes or devices that don't fit each other, or a backend that can't serve them.
         ExchangeError: on CPU ranks, when a peer hangs beyond its group's timeout or is gone.
     """
-    packing = None
-    if cu_seqlens is not None:
-        packing = packed(cu_seqlens, cu_seqlens_padded, (q, k, v), grid.size)
+    packing = packed(cu_seqlens, cu_seqlens_padded, (q, k, v), grid.size)
+    if packing is not None:
         q, k, v = (packing.by_half(x, grid.size) for x in (q, k, v))
     mask = mask_of(q, k, v, causal, window, grid.rows * grid.cols, grid.heads, packing)
     if head_groups is not None and (head_groups < 1 or k.size(2) % head_groups):
@@ -125,5 +125,6 @@ class _Attention2D(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         q, k, v, out, lse, sink = ctx.saved_tensors
         return (*backward(grads[0], q, k, v, out, lse, sink, ctx.plan), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import Dropout
@@ -43,9 +44,10 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
         raise ValueError(f"{q.size(2)} query heads are no multiple of {k.size(2)} key/value heads")
     for name, x in (("q", q), ("k", k)):
         if x.size(0) == 0 or x.size(0) % 2:
+            nearest = [str(n) for n in (x.size(0) // 2 * 2, x.size(0) // 2 * 2 + 2) if n]
             raise ValueError(
                 f"a shard of {x.size(0)} tokens is no pair of zigzag chunks ({name}): the sequence length must be a "
-                f"multiple of 2 * cp; the nearest shards have {x.size(0) // 2 * 2 or 2} and {x.size(0) // 2 * 2 + 2}"
+                f"multiple of 2 * cp; the nearest shards have {' and '.join(nearest)} tokens"
             )
 
 
@@ -57,7 +59,7 @@ def band_of(causal: bool, window: tuple[int | None, int | None] | None, tokens: 
     Raises:
         ValueError: for a window that is none.
     """
-    sides = [None if side == -1 else side for side in (window or (None, None))]
+    sides = [None if side == -1 else side for side in ((None, None) if window is None else window)]
     if len(sides) != 2 or any(side is not None and side < 0 for side in sides):
         raise ValueError(
             f"window={window} is no window: choose (left, right), how many tokens before and after it a "
@@ -68,13 +70,20 @@ def band_of(causal: bool, window: tuple[int | None, int | None] | None, tokens: 
 
 
 def packed(
-    cu_seqlens: Sequence[int], cu_seqlens_padded: Sequence[int] | None, shards: Sequence[Tensor], ranks: int
-) -> Packing:
-    """Where packed sequences lie in shards [t/cp, heads, d] of `ranks` ranks.
+    cu_seqlens: Sequence[int] | None, cu_seqlens_padded: Sequence[int] | None, shards: Sequence[Tensor], ranks: int
+) -> Packing | None:
+    """Where packed sequences lie in shards [t/cp, heads, d] of `ranks` ranks; None where there are none.
 
     Raises:
         ValueError: naming what does not fit.
     """
+    for totals, values in (("cu_seqlens", cu_seqlens), ("cu_seqlens_padded", cu_seqlens_padded)):
+        if isinstance(values, Tensor):
+            raise ValueError(f"{totals} is a tensor: pass {totals}.tolist(), read once a batch, as a GPU is waited for")
+    if cu_seqlens is None:
+        if cu_seqlens_padded is not None:
+            raise ValueError("cu_seqlens_padded comes without cu_seqlens: pass both")
+        return None
     for name, x in zip("qkv", shards, strict=True):
         if x.dim() != 3 or x.size(0) != shards[0].size(0):
             raise ValueError(
@@ -98,7 +107,7 @@ def mask_of(
     Raises:
         ValueError: naming what does not fit.
     """
-    longest = q.size(0) * places * heads if packing is None else max(packing.places)
+    longest = max(q.size(0), k.size(0)) * places * heads if packing is None else max(packing.places)
     band = band_of(causal, window, longest)
     check_shards(q, k, v, across=band == FULL and packing is None)
     if packing is not None:
@@ -118,6 +127,12 @@ def request_of(q: Tensor, v: Tensor, mask: Mask, dropout: Dropout | None) -> Req
         dropout=dropout is not None and dropout.p > 0,
         grouped=v.size(2) != q.size(2),
     )
+
+
+def check_first_derivative() -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated: messages would be left out of it."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("context-parallel attention has no second derivative: leave out create_graph=True")
 
 
 def check_sink(sink: Tensor | None, q: Tensor) -> None:

@@ -36,6 +36,14 @@ class Dropout:
     def __post_init__(self) -> None:
         if not 0 <= self.p < 1:
             raise ValueError(f"dropout p={self.p} is no probability below 1: choose 0 <= p < 1")
+        if isinstance(self.seed, Tensor):
+            if self.seed.numel() != 1 or self.seed.dtype != torch.int64:
+                raise ValueError(
+                    f"dropout seed is {self.seed.dtype} of shape {list(self.seed.shape)}: choose an int or a tensor "
+                    "[1] of int64"
+                )
+        elif not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"dropout seed={self.seed} does not fit into int64: choose 0 <= seed < 2**63")
 
     def starting(self, head: int) -> Dropout:
         """The dropout of the heads from `head` on."""

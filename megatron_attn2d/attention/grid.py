@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_attn2d.attention.layout import place_ranks
@@ -144,6 +145,7 @@ class Grid:
         q_peers = tuple(members[rank * heads + head] for rank in ranks[row])
         head_peers = tuple(members[place * heads : (place + 1) * heads])
         kv_group, q_group, head_group = (_subgroup(peers, group, reuse) for peers in (kv_peers, q_peers, head_peers))
+        _meet(head_group, kv_group, q_group)
         peers = kv_peers, q_peers, head_group, head_peers
         return cls(ranks, row, column, kv_group, q_group, *peers, node_rows, node_cols)
 
@@ -177,6 +179,7 @@ class Grid:
                     f"must share exactly the calling rank, {me}: they are different axes of the grid"
                 )
         rows, cols = len(kv_peers), len(q_peers)
+        _meet(head_group, kv_group, q_group)
         return cls(
             place_ranks(rows, cols, rows, 1),
             kv_group.rank(),
@@ -215,12 +218,14 @@ class Grid:
         rows, cols = mesh.size(kv_axis), mesh.size(q_axis)
         ranks = tuple(tuple(c * width + r if kv_axis == 1 else r * width + c for c in range(cols)) for r in range(rows))
         row, column = coordinate[kv_axis], coordinate[q_axis]
+        kv_group, q_group = (mesh.get_group(axis) for axis in (kv_axis, q_axis))
+        _meet(kv_group, q_group)
         return cls(
             ranks,
             row,
             column,
-            mesh.get_group(kv_axis) if rows > 1 else None,
-            mesh.get_group(q_axis) if cols > 1 else None,
+            kv_group if rows > 1 else None,
+            q_group if cols > 1 else None,
             tuple(line[column] for line in global_ranks),
             tuple(global_ranks[row]),
             head_peers=(dist.get_rank(),),
@@ -230,8 +235,24 @@ class Grid:
 def _check_shape(rows: int, cols: int, heads: int, size: int) -> None:
     if min(rows, cols, heads) < 1 or rows * cols * heads != size:
         asked = f"rows={rows} x cols={cols}" + (f" x heads={heads}" if heads != 1 else "")
-        valid = ", ".join(f"{r}x{size // r}" for r in range(1, size + 1) if size % r == 0)
-        raise ValueError(f"a grid of {asked} does not cover {size} context-parallel ranks: choose one of {valid}")
+        fits = heads >= 1 and size % heads == 0
+        places = size // heads if fits else size
+        valid = ", ".join(f"{r}x{places // r}" for r in range(1, places + 1) if places % r == 0)
+        choice = f"one of {valid}" + (f" with heads={heads}" if heads != 1 and fits else "")
+        choice += "" if fits else f", or heads that divide {size}"
+        raise ValueError(f"a grid of {asked} does not cover {size} context-parallel ranks: choose {choice}")
+
+
+def _meet(*groups: dist.ProcessGroup | None) -> None:
+    """One collective of each group, by all of its ranks.
+
+    NCCL connects a group in its first call, for which it waits for all of them; but where chunks see nothing of each
+    other, under a window or in padding, a rank may have no message in attention's first calls.
+    """
+    for group in groups:
+        if group is not None and group.size() > 1:
+            device = "cuda" if "nccl" in dist.get_backend_config(group) else "cpu"
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
 def _subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> dist.ProcessGroup | None:

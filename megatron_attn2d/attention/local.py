@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.checks import check_first_derivative
 from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.layout import Band
 from megatron_attn2d.attention.merge import apply_sink, sink_gradient
@@ -32,6 +33,7 @@ class _LocalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         q, k, v, out, lse, sink = ctx.saved_tensors
         scores, band = ctx.call
         delta = None

@@ -103,7 +103,7 @@ def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> None:
         lse: their log-sum-exp, [..., h, n] whose rows are the tokens' after (2, 0, 1) or, by half, (0, 3, 1, 2).
     """
     with_sink = torch.logaddexp(lse, sink.to(lse.dtype).unsqueeze(-1))
-    share = torch.exp(lse - with_sink)
+    share = _ratio(lse, with_sink)
     share = share.permute(2, 0, 1) if lse.dim() == 3 else share.permute(0, 3, 1, 2).flatten(0, 1)
     out.copy_(out * share.unsqueeze(-1))
     lse.copy_(with_sink)
@@ -111,8 +111,13 @@ def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> None:
 
 def sink_gradient(lse: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
     """Gradient of the sinks [h]: their probability times -delta, over all rows; lse and delta [..., h, n]."""
-    gradient = (torch.exp(sink.to(lse.dtype).unsqueeze(-1) - lse) * delta).sum(-1).flatten(0, -2).sum(0)
+    gradient = (_ratio(sink.to(lse.dtype).unsqueeze(-1), lse) * delta).sum(-1).flatten(0, -2).sum(0)
     return gradient.neg_().to(sink.dtype)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """exp(part - whole); 0 where the whole is nothing: a row of padding whose sink is -inf."""
+    return torch.exp(part - torch.where(whole == -torch.inf, torch.zeros_like(whole), whole))
 
 
 def stand_in(dout: Tensor, delta: Tensor) -> Tensor:

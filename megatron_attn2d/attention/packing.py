@@ -68,6 +68,8 @@ class Packing:
             lengths, places = (*lengths, 0), (*places, rest)
         # Places without a token are legal, and nothing.
         taken = [i for i, place in enumerate(places) if place]
+        if not taken:
+            raise ValueError(f"cu_seqlens {_short(cu_seqlens)} pack no token")
         return cls(tuple(lengths[i] for i in taken), tuple(places[i] for i in taken))
 
     def chunks(self, ranks: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_attn2d.attention.checks import check_sink, mask_of, packed, request_of
+from megatron_attn2d.attention.checks import check_first_derivative, check_sink, mask_of, packed, request_of
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.exchange import Pending, launch
 from megatron_attn2d.attention.kernels import choose_kernel
@@ -42,6 +42,7 @@ from megatron_attn2d.attention.tile import (
 _KEYS, _GRADIENTS = 0, 1
 
 
+@torch.compiler.disable  # a compiler would get wrong what is merged in place
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -62,9 +63,9 @@ def ring_attention(
 
     Arguments, result and errors are those of `attention2d`; a rank's place in the zigzag layout is its rank in `group`.
     """
-    packing, size = None, 1 if group is None else group.size()
-    if cu_seqlens is not None:
-        packing = packed(cu_seqlens, cu_seqlens_padded, (q, k, v), size)
+    size = 1 if group is None else group.size()
+    packing = packed(cu_seqlens, cu_seqlens_padded, (q, k, v), size)
+    if packing is not None:
         q, k, v = (packing.by_half(x, size) for x in (q, k, v))
     mask = mask_of(q, k, v, causal, window, size, 1, packing)
     check_sink(sink, q)
@@ -122,6 +123,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         q, k, v, out, lse, sink = ctx.saved_tensors
         return (*_backward(grads[0], q, k, v, out, lse, sink, ctx.ring), None)
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_attn2d.attention.checks import check_first_derivative
 from megatron_attn2d.attention.exchange import launch
 from megatron_attn2d.attention.grid import Grid
 from megatron_attn2d.attention.layout import LOWER, UPPER
@@ -61,6 +62,7 @@ class _SpreadHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         return (None, None, *_to_sequence(grads, *ctx.call))
 
 
@@ -72,6 +74,7 @@ class _CollectHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_first_derivative()
         return (None, None, *_to_heads(grads, *ctx.call))
 
 

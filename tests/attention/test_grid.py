@@ -75,6 +75,10 @@ def refusal(rank: int, how: str) -> str:
         assert dist.group.WORLD is not None
         if how == "shape":
             Grid.from_group(dist.group.WORLD, rows=2, cols=3)
+        elif how == "heads":
+            Grid.from_group(dist.group.WORLD, rows=2, cols=2, heads=2)
+        elif how == "too many heads":
+            Grid.from_group(dist.group.WORLD, rows=2, cols=2, heads=3)
         elif how == "groups":
             Grid.from_groups(kv_group=dist.group.WORLD, q_group=dist.group.WORLD)
         elif how == "mesh":
@@ -90,6 +94,8 @@ def refusal(rank: int, how: str) -> str:
     ("how", "message"),
     [
         ("shape", "rows=2 x cols=3 does not cover 4 context-parallel ranks: choose one of 1x4, 2x2, 4x1"),
+        ("heads", "cols=2 x heads=2 does not cover 4 context-parallel ranks: choose one of 1x2, 2x1 with heads=2"),
+        ("too many heads", "x heads=3 does not cover 4 .*: choose one of 1x4, 2x2, 4x1, or heads that divide 4"),
         ("groups", r"must share exactly the calling rank"),
         ("mesh", "takes a mesh of 2 axes, this one has 1"),
         ("axis", "kv_axis=2 is no axis of a 2-D mesh: give 0 or 1"),
@@ -98,6 +104,27 @@ def refusal(rank: int, how: str) -> str:
 def test_refusals(pool: RankPool, how: str, message: str) -> None:
     for found in pool.run(refusal, 4, how):
         assert re.search(message, found), found
+
+
+def meetings(rank: int) -> list[int]:
+    """Sizes of the groups in which making a grid of 2 x 2 x 2, in both ways, makes a call."""
+    met: list[int] = []
+
+    def counted(tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
+        met.append(group.size())
+
+    assert dist.group.WORLD is not None
+    with mock.patch.object(dist, "all_reduce", counted):
+        grid = Grid.from_group(dist.group.WORLD, rows=2, cols=2, heads=2)
+        assert grid.kv_group is not None
+        assert grid.q_group is not None
+        Grid.from_groups(kv_group=grid.kv_group, q_group=grid.q_group, head_group=grid.head_group)
+    return met
+
+
+def test_all_ranks_of_a_group_meet_before_attention(pool: RankPool) -> None:
+    """Without it NCCL would connect them in the first batch of messages, in which a rank may have none."""
+    assert pool.run(meetings, 8) == [[2] * 6] * 8
 
 
 def many_grids(rank: int, count: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_attn2d import Grid, attention2d
+from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
@@ -41,7 +42,7 @@ def test_cpu_runs_the_reference(dtype: torch.dtype) -> None:
         (("triton", "cuda", torch.float32, 320, 64), "serves head dims up to 256"),
         (("cudnn", "cuda", torch.bfloat16, 100, 100), "multiples of 8"),
         (("flash", "cuda", torch.bfloat16, 128, 64), "serves equal head dims"),
-        (("reference", "cpu", torch.int64, 64, 64), "serves floating-point dtypes"),
+        (("reference", "cpu", torch.int64, 64, 64), "serves fp16, bf16, fp32 and fp64"),
         (("auto", "cpu", torch.int64, 64, 64), "no attention kernel serves device cpu, torch.int64"),
         (
             ("cudnn", "cuda", torch.bfloat16, 64, 64, True),
@@ -140,8 +141,28 @@ def test_other_misuse_is_refused() -> None:
     q = torch.zeros(4, 1, 2, 8)
     with pytest.raises(ValueError, match=r"2 of k a rank don't fit a mask: .* causal=False and without a window"):
         attention2d(q, q[:2], q[:2], Grid.single())
-    with pytest.raises(ValueError, match=r"window=\(-2, 0\) is no window: choose \(left, right\)"):
-        attention2d(q, q, q, Grid.single(), window=(-2, 0))
+    with pytest.raises(ValueError, match=r"4 tokens of q and 8 of k a rank don't fit a mask"):
+        attention2d(q, *[torch.zeros(8, 1, 2, 8)] * 2, Grid.single(), causal=False, window=(3, 3))
+    for window in ((-2, 0), ()):
+        with pytest.raises(ValueError, match=rf"window={re.escape(str(window))} is no window: choose \(left, right\)"):
+            attention2d(q, q, q, Grid.single(), window=window)
+    with pytest.raises(
+        ValueError, match=r"a shard of 1 tokens is no pair of zigzag chunks .* the nearest shards have 2 t"
+    ):
+        attention2d(q[:1], q[:1], q[:1], Grid.single())
+    with pytest.raises(
+        ValueError, match=r"no attention kernel serves .*float8.*: reference serves fp16, bf16, fp32 and"
+    ):
+        attention2d(*[q.to(torch.float8_e4m3fn)] * 3, Grid.single())
+    with pytest.raises(ValueError, match=r"cu_seqlens is a tensor: pass cu_seqlens.tolist\(\)"):
+        attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="cu_seqlens_padded comes without cu_seqlens"):
+        attention2d(q, q, q, Grid.single(), cu_seqlens_padded=[0, 4])
+    with pytest.raises(ValueError, match=r"cu_seqlens \[0, 0\] pack no token"):
+        attention2d(*[q[:0, 0]] * 3, Grid.single(), cu_seqlens=[0, 0])
+    for seed in (2**64 - 1, torch.tensor([1, 2]), torch.tensor([1.0])):
+        with pytest.raises(ValueError, match=r"dropout seed.*: choose "):
+            Dropout(0.1, seed)
     with pytest.raises(ValueError, match=r"sink must be one score for each of the 2 query heads"):
         attention2d(q, q, q, Grid.single(), sink=torch.zeros(3))
     with pytest.raises(ValueError, match=r"q of packed sequences must be \[t/cp, heads, head dim\]"):

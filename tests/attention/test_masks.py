@@ -200,3 +200,27 @@ def across(rank: int, layout: Layout, lengths: tuple[int, int]) -> float:
 def test_keys_of_another_sequence(pool: RankPool, size: int, layout: Layout) -> None:
     for lengths in ((3, 1), (1, 4)):
         assert max(pool.run(across, size, layout, lengths)) <= 1e-12
+
+
+def with_a_head_that_has_no_sink(rank: int, layout: Layout) -> tuple[float, bool]:
+    """How far that head, of sink -inf, is from attention without sinks, in a pack with padding; whether all is finite."""
+    size = dist.get_world_size()
+    length, place = 4 * size - 3, 4 * size
+    mine = packed_zigzag([place], size, rank)
+    q, k, v, dout = (x.squeeze(1)[mine] for x in inputs(place, 1, (4, 2), (8, 6)))
+    sink = torch.tensor([0.0, 1.0, -torch.inf, 0.0], dtype=q.dtype).requires_grad_()
+    leaves, found = [x.requires_grad_() for x in (q, k, v)], []
+    for given in (sink, None):
+        out, _ = run(layout, leaves, sink=given, cu_seqlens=[0, length], cu_seqlens_padded=[0, place])
+        wanted = [*leaves, *([sink] if given is not None else [])]
+        found.append((out, *torch.autograd.grad(out, wanted, dout)))
+    with_sink, without = found
+    finite = all(x.isfinite().all().item() for x in with_sink)
+    return (with_sink[0][:, 2] - without[0][:, 2]).abs().max().item(), finite
+
+
+@on_every_layout
+def test_a_sink_of_minus_infinity_is_none(pool: RankPool, size: int, layout: Layout) -> None:
+    for error, finite in pool.run(with_a_head_that_has_no_sink, size, layout):
+        assert finite
+        assert error == 0.0
