@@ -13,18 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d.attention.grid import Grid
-from megatron_attn2d.attention.layout import LOWER, UPPER, Chunk, Mask, TilePlan, tile_plan
+from megatron_attn2d.attention.layout import LOWER, UPPER, Chunk, Mask, TilePlan, tile_plan, tile_slots
 from megatron_attn2d.attention.routes import Message, Routes, by_nodes, plan_routes
 
 _BETWEEN, _WITHIN = 0, 1
-_MOST_DERIVED = 1024
+_MOST_MASKS = 64
 
 
 class ExchangeError(RuntimeError):
@@ -278,20 +278,23 @@ def launch(
 
 def axes(grid: Grid, mask: Mask, label: str) -> tuple[TilePlan, Axis, Axis]:
     """The plan of the caller's tile, its row (queries) and its column (keys and values); `label` names the layer."""
-    key = axes, mask, label
-    if key not in grid.derived:
-        if len(grid.derived) >= _MOST_DERIVED:  # packed sequences: each batch has lengths of its own
-            grid.derived.clear()
-        grid.derived[key] = _axes(grid, mask, label)
-    found: tuple[TilePlan, Axis, Axis] = grid.derived[key]
-    return found
+    if mask not in grid.derived:
+        if len(grid.derived) >= _MOST_MASKS:  # packed sequences: each batch has lengths of its own
+            del grid.derived[next(iter(grid.derived))]
+        grid.derived[mask] = {}
+    by_label: dict[str, tuple[TilePlan, Axis, Axis]] = grid.derived[mask]
+    if label not in by_label:
+        plan, row, column = next(iter(by_label.values()), None) or _axes(grid, mask)
+        row = replace(row, label=f"{label}, queries in the row")
+        by_label[label] = plan, row, replace(column, label=f"{label}, keys and values in the column")
+    return by_label[label]
 
 
-def _axes(grid: Grid, mask: Mask, label: str) -> tuple[TilePlan, Axis, Axis]:
+def _axes(grid: Grid, mask: Mask) -> tuple[TilePlan, Axis, Axis]:
     row, column = grid.query_ranks, grid.key_ranks(grid.column)
     plan = tile_plan(row, column, mask)
-    queries = {rank: tile_plan(row, grid.key_ranks(c), mask).queries for c, rank in enumerate(row)}
-    keys = {rank: tile_plan(line, column, mask).keys for line, rank in zip(grid.ranks, column, strict=True)}
+    queries = {rank: tile_slots(row, grid.key_ranks(c), mask)[0] for c, rank in enumerate(row)}
+    keys = {rank: tile_slots(line, column, mask)[1] for line, rank in zip(grid.ranks, column, strict=True)}
     return (
         plan,
         Axis(
@@ -300,7 +303,6 @@ def _axes(grid: Grid, mask: Mask, label: str) -> tuple[TilePlan, Axis, Axis]:
             plan.queries,
             plan_routes(by_nodes(row, grid.node_cols), queries),
             dict(zip(row, grid.q_peers, strict=True)),
-            f"{label}, queries in the row",
         ),
         Axis(
             grid.kv_group,
@@ -308,6 +310,5 @@ def _axes(grid: Grid, mask: Mask, label: str) -> tuple[TilePlan, Axis, Axis]:
             plan.keys,
             plan_routes(by_nodes(column, grid.node_rows), keys),
             dict(zip(column, grid.kv_peers, strict=True)),
-            f"{label}, keys and values in the column",
         ),
     )

@@ -43,7 +43,7 @@ class Grid:
         head_peers: its global ranks.
         node_rows, node_cols: how many neighbours of a column and of a row share a node: chunks cross the network once
             a node, see `routes`. 1: each rank for itself.
-        derived: what calls on this grid derive from it once, by their arguments.
+        derived: what calls on this grid derive from it once, by mask (`exchange.axes`).
     """
 
     ranks: tuple[tuple[int, ...], ...]

@@ -40,7 +40,7 @@ lower chunks of all sequences one after the other, and each sequence has calls o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -101,6 +101,21 @@ class Mask:
         """Whether some token is padding."""
         whole = tuple(2 * self.ranks * chunk for chunk in self.chunks)
         return self.lengths is not None and self.lengths != whole
+
+    @property
+    def pack(self) -> bool:
+        """Whether there are several sequences."""
+        return len(self.chunks) > 1
+
+    @property
+    def real_lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence that are no padding."""
+        return self.lengths or tuple(2 * self.ranks * chunk for chunk in self.chunks)
+
+    @property
+    def own_apart(self) -> bool:
+        """Whether windows let a chunk attend itself apart. Padding differs between a rank's two: there they don't."""
+        return not self.padded and self.band.right == 0
 
     @property
     def windows(self) -> bool:
@@ -204,8 +219,24 @@ def visible_prefix(query: Chunk, key_ranks: tuple[int, ...], causal: bool) -> in
     return len(key_ranks) + sum(rank > query.rank for rank in key_ranks)
 
 
-@lru_cache(maxsize=4096)
 def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask) -> TilePlan:
+    """The plan of a tile, made once. A pack's, which are large and seldom come again, are kept for a few batches."""
+    made = _plan_of_pack if mask.pack else _plan_of_sequence
+    return made(query_ranks, key_ranks, mask)
+
+
+def tile_slots(
+    query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask
+) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
+    """`queries` and `keys` of `tile_plan`, without the calls: what other ranks need to know of a tile."""
+    if mask.windows or mask.padded:
+        return _visible_chunks(query_ranks, key_ranks, mask)
+    one = replace(mask, chunks=(1,), key_chunks=None, lengths=None)  # who sees whom does not depend on lengths
+    plan = _plan_of_sequence(query_ranks, key_ranks, one)
+    return plan.queries, plan.keys
+
+
+def _plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask) -> TilePlan:
     """Plan the tile of the queries of `query_ranks` against the keys of `key_ranks`.
 
     Args:
@@ -256,6 +287,9 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Ma
     return TilePlan(queries, seen_keys, parts, not (keys_travel and queries_travel), own)
 
 
+_plan_of_sequence, _plan_of_pack = lru_cache(maxsize=4096)(_plan), lru_cache(maxsize=128)(_plan)
+
+
 def _own_sequence(rank: int, mask: Mask) -> TilePlan:
     """A rank's two chunks, upper after lower, under a causal mask."""
     chunks = tuple(_chunks((rank,)))
@@ -277,22 +311,8 @@ def _places(mask: Mask) -> Iterator[tuple[int, int, int, int]]:
 
 def _plan_runs(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask) -> TilePlan:
     """The plan under any band, with padding: for each query chunk a call a run of key chunks."""
-    order = sorted(_chunks(query_ranks), key=lambda c: c.token_order)
-    key_order = sorted(_chunks(key_ranks), key=lambda c: c.token_order)
-    lengths = mask.lengths or tuple(2 * mask.ranks * chunk for chunk in mask.chunks)
-    # Padding differs between the own two chunks: there they are attended one by one, with the other keys.
-    apart = not mask.padded and mask.band.right == 0
-
-    def visible(query: Chunk, key: Chunk) -> bool:
-        if mask.band.right == 0 and key.position(mask.ranks) > query.position(mask.ranks):
-            return False  # said first, as it saves a look at each sequence
-        return not (apart and query == key) and any(
-            _trimmed(query.position(mask.ranks) * n, n, key.position(mask.ranks) * n, n, length, mask.band)
-            for n, length in zip(mask.chunks, lengths, strict=True)
-        )
-
-    queries = tuple(query for query in order if any(visible(query, key) for key in key_order))
-    keys = tuple(key for key in key_order if any(visible(query, key) for query in order))
+    lengths, apart = mask.real_lengths, mask.own_apart
+    queries, keys = _visible_chunks(query_ranks, key_ranks, mask)
     parts = []
     for place, length in zip(_places(mask), lengths, strict=True):
         n, calls = place[1], []
@@ -309,6 +329,27 @@ def _plan_runs(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: M
         diagonal = Band(None if left is None or left >= n - 1 else left, 0)
         parts.append(Part(*place, tuple(calls), diagonal if apart and set(query_ranks) & set(key_ranks) else None))
     return TilePlan(queries, keys, tuple(parts))
+
+
+def _visible_chunks(
+    query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask
+) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
+    """Chunks in token order that see, and that are seen by, some chunk of the tile, under any band and with padding."""
+    order = sorted(_chunks(query_ranks), key=lambda c: c.token_order)
+    key_order = sorted(_chunks(key_ranks), key=lambda c: c.token_order)
+    lengths, apart = mask.real_lengths, mask.own_apart
+
+    def visible(query: Chunk, key: Chunk) -> bool:
+        if mask.band.right == 0 and key.position(mask.ranks) > query.position(mask.ranks):
+            return False  # said first, as it saves a look at each sequence
+        return not (apart and query == key) and any(
+            _trimmed(query.position(mask.ranks) * n, n, key.position(mask.ranks) * n, n, length, mask.band)
+            for n, length in zip(mask.chunks, lengths, strict=True)
+        )
+
+    queries = tuple(query for query in order if any(visible(query, key) for key in key_order))
+    keys = tuple(key for key in key_order if any(visible(query, key) for query in order))
+    return queries, keys
 
 
 def _runs(query: Chunk, keys: tuple[Chunk, ...], mask: Mask, apart: bool) -> Iterator[tuple[int, int]]:
