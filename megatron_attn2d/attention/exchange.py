@@ -2,8 +2,9 @@
 
 One `Axis` is a row (its chunks are queries) or a column (keys and values). `gather` brings the chunks a tile needs
 into one buffer, in the order of the tile's plan; `give_back` returns one partial result a slot to the chunk's owner.
-Both put all their messages into one batched launch, two where ranks share nodes (see `routes`), and kernels may run
-until `Pending.wait`.
+All messages of one are a batched launch, and kernels may run until `Pending.wait`. Where ranks share nodes (see
+`routes`) there are two launches, between nodes and within: `gather` makes the second in `wait`; `give_back` waits for
+its first, within nodes, before it makes the second and returns.
 
 Point-to-point messages rather than all-gathers, for they place each chunk where the plan wants it, so that no buffer is
 permuted by a copy, and they leave out what the causal mask hides. The bytes a rank moves are an all-gather's at most.

@@ -15,8 +15,8 @@ def factorisations(size: int) -> list[tuple[int, int]]:
     return [(size // columns, columns) for columns in range(1, size + 1) if size % columns == 0]
 
 
-def best_grid(size: int, queries_per_kv_head: int = 1) -> tuple[int, int]:
-    """The (rows, columns) of `size` ranks with the least communication.
+def best_grid(size: int, queries_per_kv_head: int = 1, tile: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+    """The (rows, columns) of `size` ranks with the least communication, of those that `tile` fills if it fills any.
 
     Of equal ones that with fewer columns: the gathered queries and their partial outputs, N/R tokens each, then take
     less memory.
@@ -26,5 +26,7 @@ def best_grid(size: int, queries_per_kv_head: int = 1) -> tuple[int, int]:
     """
     if size < 1 or queries_per_kv_head < 1:
         raise ValueError(f"size {size} and queries_per_kv_head {queries_per_kv_head} must be at least 1")
+    grids = factorisations(size)
+    filled = [grid for grid in grids if not (grid[0] % tile[0] or grid[1] % tile[1])]
     # In integers (times g), so that equal costs compare equal; min() keeps the first of them.
-    return min(factorisations(size), key=lambda grid: 5 * grid[1] * queries_per_kv_head + 6 * grid[0])
+    return min(filled or grids, key=lambda grid: 5 * grid[1] * queries_per_kv_head + 6 * grid[0])

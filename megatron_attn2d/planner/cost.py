@@ -116,7 +116,13 @@ CLOSE = 1.03
 def predict(
     candidate: Candidate, ranks: int, work: Workload, cluster: Cluster, head_groups: Sequence[int] = (1, 2, 4, 8)
 ) -> Prediction:
-    """Predict one candidate with the fewest of `head_groups`, ascending, that are as good as the best of them."""
+    """Predict one candidate with the fewest of `head_groups`, ascending, that are as good as the best of them.
+
+    Raises:
+        ValueError: under a window, whose kernels are not modelled; its messages are, see `traffic`.
+    """
+    if work.window is not None:
+        raise ValueError(f"window={work.window}: only full and causal attention is predicted")
     traffic = (
         ring_traffic(ranks, work)
         if candidate.axes is None

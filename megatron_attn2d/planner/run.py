@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,9 +91,11 @@ def chosen_grid(run: RunConfig) -> Shape:
     if context.grid != "auto":
         heads, rows, cols = context.grid if len(context.grid) == 3 else (1, *context.grid)
     elif not known:
-        heads, (rows, cols) = 1, best_grid(context.size, run.model.queries_per_kv_head)
+        heads, (rows, cols) = 1, best_grid(context.size, run.model.queries_per_kv_head, tile or (1, 1))
     else:
-        found = predictions(context.size, workload(run), cluster(run))
+        found: Sequence[Prediction] = predictions(context.size, workload(run), cluster(run))
+        if tile:
+            found = _in_tiles(found, tile, context.size, workload(run), cluster(run)) or found
         best = next(p for p in found if p.candidate.axes is not None)
         assert best.candidate.axes is not None
         heads, rows, cols = best.candidate.axes
@@ -108,6 +111,16 @@ def _fits(shape: Shape, run: RunConfig) -> bool:
     """Whether there is something to predict: what does not fit is refused later, with a message."""
     (heads, rows, cols), (tile_rows, tile_cols) = shape.axes, shape.tile
     return heads * rows * cols == run.context_parallel.size and not (rows % tile_rows or cols % tile_cols)
+
+
+def _in_tiles(
+    found: Sequence[Prediction], tile: tuple[int, int], ranks: int, work: Workload, machines: Cluster
+) -> list[Prediction]:
+    """Of the grids that are found those that a given tile fills, the fastest first."""
+    grids = dict.fromkeys(p.candidate.axes for p in found if p.candidate.mode == "attention2d")
+    filled = [axes for axes in grids if axes and not (axes[1] % tile[0] or axes[2] % tile[1])]
+    predicted = [predict(Candidate("attention2d", axes, tile), ranks, work, machines) for axes in filled]
+    return sorted(predicted, key=lambda p: p.total_s)
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_attn2d import Grid, attention2d
 from megatron_attn2d.attention import grid as grid_module
+from megatron_attn2d.attention.exchange import axes
+from megatron_attn2d.attention.layout import CAUSAL, Mask
 from tests.attention.dense import dense_gradients, inputs, zigzag
 from tests.pool import RankPool
 
@@ -284,3 +286,21 @@ def test_streams_of_messages_have_high_priority(urgent: bool, reuse: bool) -> No
         assert given["pg_options"].is_high_priority_stream
         assert given["timeout"] == given["pg_options"]._timeout == timedelta(minutes=7)
         assert new_group.call_args.args == ([4, 5],)
+
+
+def masks_kept(rank: int, batches: int) -> tuple[int, bool]:
+    """How many masks a grid keeps plans of after so many packs, and whether the layers of the last share one."""
+    assert dist.group.WORLD is not None
+    grid = Grid.from_group(dist.group.WORLD, rows=2, cols=2)
+    for batch in range(batches):
+        mask = Mask(CAUSAL, 4, (1, 2 + batch))
+        plans = [axes(grid, mask, f"layer {n}")[0] for n in range(3)]
+    (_, row, column), again = axes(grid, mask, "layer 2"), axes(grid, mask, "layer 2")[1]
+    assert row is again
+    assert row.label.startswith("layer 2, queries")
+    assert column.label.startswith("layer 2, keys")
+    return len(grid.derived), plans[0] is plans[1] is plans[2]
+
+
+def test_plans_of_old_batches_are_let_go(pool: RankPool) -> None:
+    assert pool.run(masks_kept, 4, 100) == [(64, True)] * 4

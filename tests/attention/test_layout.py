@@ -18,6 +18,7 @@ from megatron_attn2d.attention.layout import (
     Mask,
     TilePlan,
     tile_plan,
+    tile_slots,
     visible_prefix,
 )
 
@@ -121,6 +122,22 @@ def test_the_picture_in_the_docstring() -> None:
 def test_visible_prefix(query: tuple[int, int], expected: int) -> None:
     assert visible_prefix(Chunk(*query), (0, 1), True) == expected
     assert visible_prefix(Chunk(*query), (0, 1), False) == 4
+
+
+@pytest.mark.parametrize("order", ["columns", "rows"])
+@pytest.mark.parametrize("shape", [(1, 4), (4, 1), (2, 2), (3, 2), (4, 4)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_slots_are_those_of_the_plan(shape: tuple[int, int], order: str) -> None:
+    size = shape[0] * shape[1]
+    whole = tuple(2 * size * n for n in (3, 1, 4))
+    padded = (whole[0] - 1, 0, whole[2])
+    masks = [Mask(band, size, (3, 1, 4), whole) for band in (FULL, CAUSAL, Band(4, 0), Band(9, 2))]
+    masks += [Mask(band, size, (3, 1, 4), padded) for band in (FULL, CAUSAL, Band(4, 0))]
+    for mask in masks:
+        ranks = grid(*shape, order)
+        for row in ranks:
+            for column in zip(*ranks, strict=True):
+                plan = tile_plan(tuple(row), tuple(column), mask)
+                assert tile_slots(tuple(row), tuple(column), mask) == (plan.queries, plan.keys)
 
 
 def test_packed_sequences_are_less_work() -> None:

@@ -203,7 +203,7 @@ def test_keys_of_another_sequence(pool: RankPool, size: int, layout: Layout) -> 
 
 
 def with_a_head_that_has_no_sink(rank: int, layout: Layout) -> tuple[float, bool]:
-    """How far that head, of sink -inf, is from attention without sinks, in a pack with padding; whether all is finite."""
+    """How far that head, of sink -inf, is from attention without sinks, in a padded pack; whether all is finite."""
     size = dist.get_world_size()
     length, place = 4 * size - 3, 4 * size
     mine = packed_zigzag([place], size, rank)

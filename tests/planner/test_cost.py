@@ -193,6 +193,22 @@ def test_auto_takes_the_planners_choice() -> None:
     assert without.grid == (1, 4, 4)
 
 
+@pytest.mark.parametrize("tile", [(1, 8), (8, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("described", [True, False])
+def test_auto_takes_a_grid_that_the_given_tile_fills(tile: tuple[int, int], described: bool) -> None:
+    overrides = [f"context_parallel.tile={list(tile)}", "context_parallel.grid=auto"]
+    run = load_run(RUN, [*overrides, *([] if described else ["cluster.nic_gb_per_s=null"])])
+    _, rows, cols = run.grid
+    assert run.tile == tile
+    assert rows % tile[0] == cols % tile[1] == 0
+
+
+def test_windows_are_not_predicted() -> None:
+    work = Workload(seq=2**15, heads=8, kv_heads=8, head_dim=128, window=(1023, 0))
+    with pytest.raises(ValueError, match=r"window=\(1023, 0\): only full and causal attention is predicted"):
+        predict(Candidate("attention2d", (1, 8, 4), None), 32, work, NODES)
+
+
 def test_what_a_plan_leaves_out_is_said() -> None:
     said = "megatron_args.window_size is not counted"
     assert said not in report(load_run(RUN))

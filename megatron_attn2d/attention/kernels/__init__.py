@@ -77,8 +77,9 @@ class Kernel(Protocol):
 
         Args:
             dout: gradient of the output over all keys, [sq, b, h, dv].
-            out: that output or a stand-in for it with rowsum(dout * out) = delta; None unless `needs_out`.
-            lse, delta: log-sum-exp over all keys and rowsum(dout * output), [b, h, sq]; no delta where `needs_out`.
+            out: that output or a stand-in for it with rowsum(dout * out) = delta; may be None unless `needs_out`.
+            lse: log-sum-exp over all keys, [b, h, sq].
+            delta: rowsum(dout * output), [b, h, sq]; may be None where `needs_out`.
         """
         ...
 
