@@ -16,6 +16,9 @@ from megatron_attn2d.corpus import command as corpus
 from megatron_attn2d.slurm import submit
 from megatron_attn2d.topology import picture
 
+_NOT_BY_STEP = {"ckpt_convert_format", "ckpt_step", "finetune", "skip_train", "train_samples"}
+"""Arguments of Megatron's under which it has something to do after the last step too."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; the exit code. A user's mistake is 2, with one message and no traceback."""
@@ -26,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print("\n".join(f"megatron-attn2d: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except OSError as error:
+        # Of a rank's failure the traceback tells where training was; without a file it is no matter of a path.
+        if args.debug or error.filename is None or "RANK" in os.environ:
+            raise
+        print(f"megatron-attn2d: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
         return 2
 
 
@@ -72,7 +81,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     environment.apply_variables(run.environment.device, run.environment.variables)
     if world_size:
-        environment.adopt_slurm()
+        environment.adopt_launcher()
         return _train_as_rank(run, arguments)
     return _train_alone(run, arguments)
 
@@ -86,8 +95,11 @@ def _described(run: RunConfig, arguments: list[str]) -> str:
 
 
 def _train_as_rank(run: RunConfig, arguments: list[str]) -> int:
-    environment.check_devices(run.environment.device, int(os.environ.get("LOCAL_RANK", "0")) + 1)
-    _prepare(run, write_config=os.environ["RANK"] == "0")
+    environment.check_devices(run.environment.device, environment.local_rank() + 1)
+    first = int(os.environ["RANK"]) == 0
+    _prepare(run, write_config=first)
+    if _is_finished(run, says=first):
+        return 0
     from megatron_attn2d import pretrain_gpt
 
     pretrain_gpt.main(arguments)
@@ -97,6 +109,8 @@ def _train_as_rank(run: RunConfig, arguments: list[str]) -> int:
 def _train_alone(run: RunConfig, arguments: list[str]) -> int:
     environment.check_devices(run.environment.device, run.world_size)
     _prepare(run, write_config=True)
+    if _is_finished(run, says=True):
+        return 0
     from megatron_attn2d import launch, pretrain_gpt
 
     return launch.run_local(run.world_size, pretrain_gpt.main, arguments, device=run.environment.device)
@@ -115,6 +129,17 @@ def _prepare(run: RunConfig, write_config: bool) -> None:
         checkpoints.repair_tracker(directory / "checkpoints")
     if not (run.data.paths or run.data.mock):
         data.build_default(run.data.dir)
+
+
+def _is_finished(run: RunConfig, says: bool) -> bool:
+    """Whether the last step is in a checkpoint, so that Megatron would start, train nothing and end without a word."""
+    step, steps = checkpoints.last_complete(Path(run.directory) / "checkpoints"), run.training.train_iters
+    given = {name.replace("-", "_") for name, value in run.megatron_args.items() if value}
+    if step is None or step < steps or given & _NOT_BY_STEP:
+        return False
+    if says:
+        print(f"step {step} of {steps} is saved: nothing to do")
+    return True
 
 
 def _plan(args: argparse.Namespace) -> int:

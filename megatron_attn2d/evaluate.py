@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +25,7 @@ _FORWARD_ONLY = (
     "training.recompute_method=null",
     "training.recompute_num_layers=null",
     "parallelism.data=1",
+    "parallelism.virtual_pipeline=null",
     "environment.nodes=null",
     "environment.gpus_per_node=null",
     "optimizer.use_distributed_optimizer=false",
@@ -63,6 +65,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     run = configuration(Path(args.run), args.context, args.overrides, world_size)
     step = _checkpoint(Path(args.run), args.step)
     output = args.output or str(Path(args.run) / f"eval-{args.context}.json")
+    _check_output(Path(output))
     environment.apply_variables(run.environment.device, run.environment.variables)
     arguments = [
         *megatron_arguments(run),
@@ -82,7 +85,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         request = evaluation.Request(prefix, samples, bucket_edges(args.context, args.buckets), output, step)
         if world_size:
-            environment.adopt_slurm()
+            environment.adopt_launcher()
             evaluation.main(request, arguments)
             return 0
         environment.check_devices(run.environment.device, run.world_size)
@@ -134,6 +137,16 @@ def _checkpoint(run_dir: Path, step: int | None) -> int:
         what = "no complete checkpoint" if step is None else f"no complete checkpoint of step {step}"
         raise UsageError(f"{directory}: {what}; there are {', '.join(map(str, there)) or 'none'}")
     return chosen
+
+
+def _check_output(output: Path) -> None:
+    """Refuses before the evaluation what could not be written after it."""
+    if output.is_dir():
+        raise UsageError(f"--output {output}: a directory; name a JSON file")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: there is no directory {output.parent}; make it, or choose another")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {output}: {output.parent} can't be written to; choose another")
 
 
 def _built(file: Path, prefix: Path, run: RunConfig) -> str:

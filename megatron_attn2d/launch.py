@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
+from megatron_attn2d import environment
+
 PRELOAD: tuple[str, ...] = (
     "megatron.training.arguments",
     "megatron.training.training",
@@ -64,8 +66,13 @@ def run_local(nprocs: int, target: Target, args: Sequence[str], device: Literal[
 
     Returns:
         The exit code: 0, or that of the first rank that failed (128 + signal, where one ended it).
+
+    Raises:
+        UsageError: OMP_NUM_THREADS is set, and not to a number.
     """
-    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nprocs)))
+    limit = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nprocs)))
+    outermost = limit.partition(",")[0]  # OpenMP takes a list, a number for each level of nesting
+    threads = environment.number("OMP_NUM_THREADS", outermost, "a rank's threads, or unset it", least=1)
     if device == "cpu":
         _preload()
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
@@ -74,7 +81,7 @@ def run_local(nprocs: int, target: Target, args: Sequence[str], device: Literal[
     for rank in range(nprocs):
         report, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_run_rank, args=(rank, nprocs, port, int(threads), theirs, target, list(args)), name=f"rank {rank}"
+            target=_run_rank, args=(rank, nprocs, port, threads, theirs, target, list(args)), name=f"rank {rank}"
         )
         process.start()
         theirs.close()

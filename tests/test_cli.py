@@ -22,7 +22,7 @@ QUICKSTART = str(ROOT / "configs" / "runs" / "quickstart.yaml")
 def alone(monkeypatch, tmp_path):
     """No launcher's environment, and a scratch directory to write to."""
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
+        if name.startswith(("SLURM_", "MASTER_")) or name in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}:
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
@@ -137,8 +137,9 @@ def started(monkeypatch):
     )
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(environment.apply_variables, "__defaults__", (os.environ,))
-    monkeypatch.setattr(environment.adopt_slurm, "__defaults__", (os.environ,))
+    monkeypatch.setattr(environment.adopt_launcher, "__defaults__", (os.environ,))
     monkeypatch.setattr(environment.launched_world_size, "__defaults__", (os.environ,))
+    monkeypatch.setattr(environment.local_rank, "__defaults__", (os.environ,))
     return calls
 
 
@@ -157,7 +158,7 @@ def test_alone_it_starts_the_ranks_and_returns_their_exit_code(started, tmp_path
 
 
 def test_under_torchrun_it_is_one_rank(started):
-    os.environ.update(RANK="3", WORLD_SIZE="16", LOCAL_RANK="3")
+    os.environ.update(RANK="3", WORLD_SIZE="16", LOCAL_RANK="3", MASTER_ADDR="node07", MASTER_PORT="29500")
     assert cli.main(["train", QUICKSTART]) == 0
     assert [call[0] for call in started] == ["data", "rank"]
     assert not Path("runs/quickstart/config.yaml").exists()  # rank 0 writes it
@@ -188,6 +189,39 @@ def test_under_srun_it_is_one_rank_with_torchs_variables(started, tmp_path, monk
     assert [call[0] for call in started] == ["data", "rank"]
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     assert [os.environ[name] for name in names] == ["5", "8", "1", "node07", str(20000 + 1234567 % 20000)]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """What a checkpoint of step 60, the quick start's last, leaves behind."""
+    folder = tmp_path / "runs" / "quickstart" / "checkpoints" / "iter_0000060"
+    folder.mkdir(parents=True)
+    for name in ("metadata.json", ".metadata"):
+        (folder / name).touch()
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("60")
+
+
+def test_a_finished_run_says_so_and_starts_nothing(started, saved, capsys):
+    assert cli.main(["train", QUICKSTART]) == 0
+    assert [call[0] for call in started] == ["data"]
+    assert capsys.readouterr().out == "step 60 of 60 is saved: nothing to do\n"
+    for rank, told in (("0", "step 60 of 60 is saved: nothing to do\n"), ("3", "")):
+        os.environ.update(RANK=rank, WORLD_SIZE="8", LOCAL_RANK=rank, MASTER_ADDR="node07", MASTER_PORT="29500")
+        assert cli.main(["train", QUICKSTART]) == 0
+        assert capsys.readouterr().out == told
+    assert "rank" not in [call[0] for call in started]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["training.train_iters=61", "megatron_args.override_opt_param_scheduler=true"],
+        ["megatron_args.ckpt_step=40"],
+        ["megatron_args.skip_train=true"],
+    ],
+)
+def test_with_something_left_to_do_a_run_starts(started, saved, more):
+    assert cli.main(["train", QUICKSTART, *more]) == 3
 
 
 @pytest.mark.parametrize(
@@ -277,6 +311,20 @@ def test_plot_draws_a_picture_and_prints_a_table(tmp_path, capsys):
     png = (tmp_path / "out" / "loss.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path, capsys, monkeypatch):
+    write_metrics(tmp_path / "run", [(1, 3.0)])
+    (tmp_path / "a.txt").write_text("text")
+    planned = str(Path(QUICKSTART).with_name("gpt3_2.7b_16gpus.yaml"))
+    for words in (["plot", "run"], ["report", "run"], ["plan", planned], ["data", "build", "a.txt"]):
+        assert cli.main([*words, "-o", "a.txt/there/out"]) == 2
+        assert capsys.readouterr().err == "megatron-attn2d: a.txt/there: Not a directory\n"
+    with pytest.raises(NotADirectoryError):
+        cli.main(["plot", "run", "-o", "a.txt/there/out", "--debug"])
+    monkeypatch.setenv("RANK", "0")  # a rank's traceback tells where training was
+    with pytest.raises(NotADirectoryError):
+        cli.main(["plot", "run", "-o", "a.txt/there/out"])
 
 
 def test_table_of_more_runs_has_no_difference():

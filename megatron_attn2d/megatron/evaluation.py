@@ -56,11 +56,14 @@ def _evaluate(request: Request, console: TextIO) -> None:
     if mpu.is_pipeline_last_stage(ignore_virtual=True):
         torch.distributed.all_reduce(sums, group=mpu.get_context_parallel_group())
     if args.rank == args.world_size - 1:
-        result = summary(request, args.seq_length, sums)
-        scratch = Path(f"{request.output}.new")
-        scratch.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(scratch, request.output)
-        print(table(result), file=console, flush=True)
+        _deliver(summary(request, args.seq_length, sums), request.output, console)
+
+
+def _deliver(result: dict[str, Any], output: str, console: TextIO) -> None:
+    print(table(result), file=console, flush=True)  # first: a full disk must not take the result with it
+    scratch = Path(f"{output}.new")
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(scratch, output)
 
 
 def _bucket_sums(request: Request, args: Any, model: list[torch.nn.Module]) -> torch.Tensor:

@@ -41,14 +41,15 @@ def assert_gone(directory: Path) -> None:
             time.sleep(0.02)
 
 
-def test_ranks_get_torchruns_variables_and_a_share_of_the_cores(tmp_path: Path) -> None:
-    process = start("write_environment", 3, tmp_path, OMP_NUM_THREADS="5")
+@pytest.mark.parametrize("limit", ["5", "5,2"])  # OpenMP's list: a number for each level of nesting
+def test_ranks_get_torchruns_variables_and_a_share_of_the_cores(limit: str, tmp_path: Path) -> None:
+    process = start("write_environment", 3, tmp_path, OMP_NUM_THREADS=limit)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
     told = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
     assert [ranks[:5] for ranks in told] == [[str(rank), str(rank), "3", "3", "127.0.0.1"] for rank in range(3)]
     assert len({port for *_, port, _ in told}) == 1
-    assert {threads for *_, threads in told} == {"5"}
+    assert {threads for *_, threads in told} == {limit}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Loss by position, against the same weights applied directly."""
 
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +156,36 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
         (["--context", "64", "--samples", "0"], "--samples 0: choose 1 or more"),
         (["--context", "64", "--buckets", "0"], "--buckets 0: choose 1 or more"),
         (["--context", "64", "--data", "missing"], "missing: no data set"),
+        (["--context", "64", "-o", "none/e.json"], "--output none/e.json: there is no directory none; make it, or"),
+        (["--context", "64", "-o", "."], "--output .: a directory; name a JSON file"),
         (["--context", "65", "context_parallel.size=2", "context_parallel.grid=auto"], "training.seq_length = 65: not"),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str, run_dir: Path, text: Path, capsys) -> None:
     assert cli.main(["eval", str(run_dir), "--data", str(text), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_output_that_may_not_be_written_is_refused(run_dir: Path, text: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != run_dir)
+    assert cli.main(["eval", str(run_dir), "--data", str(text), "--context", "64"]) == 2
+    assert f"--output {run_dir}/eval-64.json: {run_dir} can't be written to" in capsys.readouterr().err
+
+
+def test_the_table_is_printed_although_the_file_cannot_be_written(tmp_path: Path) -> None:
+    request = evaluation.Request("set", 1, (0, 4), "", 2)
+    result = evaluation.summary(request, 4, torch.tensor([[8.0], [4.0]]))
+    console = io.StringIO()
+    with pytest.raises(FileNotFoundError):
+        evaluation._deliver(result, str(tmp_path / "none" / "e.json"), console)
+    assert console.getvalue() == evaluation.table(result) + "\n"
+
+
+def test_an_interleaved_pipeline_is_of_training_alone(run_dir: Path, tmp_path: Path) -> None:
+    interleaved = ("model.num_layers=4", "parallelism.pipeline=2", "parallelism.virtual_pipeline=2")
+    run = load_run(run_dir / "config.yaml", [*interleaved, "training.global_batch_size=4"])
+    (tmp_path / "config.yaml").write_text(resolved_yaml(run))
+    assert evaluate.configuration(tmp_path, 64, []).parallelism.virtual_pipeline is None
 
 
 def test_learned_positions_end_where_training_did(run_dir: Path, tmp_path: Path) -> None:
