@@ -284,7 +284,8 @@ class Slurm(Section):
     grace_s: Annotated[Positive, NO_FLAG] = 300
     """Seconds before the time limit at which the ranks are told to save and exit."""
     max_failures: Annotated[Positive, NO_FLAG] = 3
-    """Failures in a row, without a new checkpoint in between, after which the job is not queued again."""
+    """Failures in a row, without a new checkpoint in between, after which the job is not queued again. Of stops at the
+    time limit or a pre-emption it is one more."""
     setup: Annotated[Path | None, NO_FLAG] = None
     """Shell file that the job reads before it starts the ranks: modules, what the site needs."""
     python: Annotated[Path | None, NO_FLAG] = None

@@ -8,17 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import count
 from pathlib import Path
 
-from megatron_attn2d.config import ConfigError, RunConfig, load_run, resolved_yaml
+from megatron_attn2d.config import ConfigError, RunConfig, load_run, megatron_arguments, resolved_yaml
 from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.config.files import check_files
+from megatron_attn2d.config.loading import read_run
+from megatron_attn2d.config.run import build_run
 
 _OURS = (
-    *("job-name", "nodes", "ntasks-per-node", "signal", "requeue", "open-mode", "output", "error", "chdir"),
-    *("ntasks", "array", "wrap", "parsable", "test-only"),
+    *("job-name", "nodes", "ntasks-per-node", "signal", "requeue", "no-requeue", "open-mode", "output", "error"),
+    *("chdir", "ntasks", "array", "wrap", "parsable", "test-only"),
 )
 """Options of sbatch on which the batch file rests."""
 
@@ -40,12 +44,14 @@ def _submit(args: argparse.Namespace) -> int:
     directory = _next_directory(Path(run.directory))
     script = render(run, nodes, directory, Path.cwd())
     if args.dry_run:
+        _check_files(run, dry_run=True)
         print(script, end="")
         return 0
     if (Path(run.directory) / "finished").exists():
         raise UsageError(f"{run.directory}: this run has finished; choose another run.dir, or remove its file finished")
     if shutil.which("sbatch") is None:
         raise UsageError("sbatch is not on the PATH; submit on a login node of the cluster, or see --dry-run")
+    _check_files(run)
     write_job(run, script, directory)
     result = subprocess.run(["sbatch", "--parsable", directory / "job.sbatch"], capture_output=True, text=True)
     if result.returncode:
@@ -59,10 +65,9 @@ def _resolved(path: str, overrides: Sequence[str], nodes: int | None) -> tuple[R
     """The run, on as many nodes as asked for, with an absolute directory; and the number of nodes."""
     if nodes is not None and nodes < 1:
         raise UsageError(f"--nodes {nodes}: must be at least 1")
-    run = load_run(path, overrides)
-    on_gpus = run.environment.device == "cuda"
-    if on_gpus and nodes:
-        run = load_run(path, [*overrides, f"environment.nodes={nodes}"])
+    # Unchecked: without the nodes the number of ranks may not fit.
+    on_gpus = build_run(read_run(Path(path), overrides)).environment.device == "cuda"
+    run = load_run(path, [*overrides, f"environment.nodes={nodes}"] if on_gpus and nodes else overrides)
     nodes = nodes or run.environment.nodes
     if nodes is None:
         raise UsageError("on how many nodes? give --nodes, or environment.nodes in the YAML")
@@ -71,6 +76,7 @@ def _resolved(path: str, overrides: Sequence[str], nodes: int | None) -> tuple[R
     if run.world_size % nodes:
         raise UsageError(f"--nodes {nodes}: {run.world_size} ranks do not spread evenly over them")
     _check(run)
+    megatron_arguments(run)  # refuses here what each rank would
     absolute = run.run.model_copy(update={"dir": str(Path(run.directory).absolute())})
     return run.model_copy(update={"run": absolute}), nodes
 
@@ -88,8 +94,24 @@ def _check(run: RunConfig) -> None:
             raise ConfigError(f"slurm.sbatch.{option}", value, "the batch file rests on this option", "leave it out")
         if isinstance(value, str) and not value.isprintable():
             raise ConfigError(f"slurm.sbatch.{option}", value, "holds a line break", "write it on one line")
+    dependency = run.slurm.sbatch.get("dependency")
+    if isinstance(dependency, str) and "?" in dependency:
+        reason = "with ? one of them is enough, but this run's other jobs must always have ended"
+        raise ConfigError("slurm.sbatch.dependency", dependency, reason, "separate them by ,")
     if run.slurm.container_mounts and not run.slurm.container_image:
         raise ConfigError("slurm.container_mounts", run.slurm.container_mounts, "there is no container", "choose []")
+
+
+def _check_files(run: RunConfig, dry_run: bool = False) -> None:
+    """`check_files`, which makes the directories it misses: for a dry run elsewhere."""
+    if run.slurm.container_image:  # paths are those within it
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for section in ("run", "data") if dry_run else ():
+            where = getattr(run, section)
+            if not Path(where.dir).exists():
+                run = run.model_copy(update={section: where.model_copy(update={"dir": scratch})})
+        check_files(run)
 
 
 def _next_directory(run_dir: Path) -> Path:
@@ -124,7 +146,11 @@ def _sbatch_options(run: RunConfig, nodes: int, workdir: Path) -> Iterator[tuple
         "chdir": str(workdir),
         "output": str(Path(run.directory)).replace("%", "%%") + "/slurm-%j.log",
     }
-    for name, value in (defaults | run.slurm.sbatch).items():
+    given = dict(run.slurm.sbatch)
+    dependency = given.get("dependency")
+    if isinstance(dependency, str) and "singleton" not in dependency.split(","):
+        given["dependency"] = f"{dependency},singleton"
+    for name, value in (defaults | given).items():
         if value is not None and value is not False:
             yield name, "" if value is True else f"={_escaped(str(value))}"
 
@@ -155,8 +181,9 @@ def _settings(run: RunConfig, nodes: int, directory: Path, workdir: Path) -> Ite
     yield f"max_failures={slurm.max_failures}"
     train = ["-m", "megatron_attn2d.cli", "train", str(directory / "config.yaml")]
     yield f"train=({_joined(train)})"
-    # One task a node takes all its cores; when one node fails the others end too.
-    srun = ["--kill-on-bad-exit=1", "--cpu-bind=none", "--unbuffered"]
+    # One task a node takes all its cores; when one node fails the others end too. Whatever the job itself was given of
+    # the environment, its tasks need PYTHONPATH.
+    srun = ["--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none", "--unbuffered"]
     yield f"srun_options=({_joined([*srun, *_container(run, workdir)])})"
 
 
@@ -176,9 +203,17 @@ def _container(run: RunConfig, workdir: Path) -> list[str]:
 
 
 def write_job(run: RunConfig, script: str, directory: Path) -> None:
-    """Write the batch file, the resolved configuration and this package's code into the new `directory`."""
-    directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(resolved_yaml(run))
+    """Write the batch file, the resolved configuration and this package's code into the new `directory`.
+
+    Raises:
+        ConfigError: `run.dir` can't be written to.
+    """
     package = Path(str(resources.files("megatron_attn2d")))
-    shutil.copytree(package, directory / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-    (directory / "job.sbatch").write_text(script)
+    try:
+        directory.mkdir(parents=True)
+        (directory / "config.yaml").write_text(resolved_yaml(run))
+        shutil.copytree(package, directory / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+        (directory / "job.sbatch").write_text(script)
+    except OSError as error:
+        reason = f"can't be written to ({error.strerror or error})"
+        raise ConfigError("run.dir", run.directory, reason, "choose another") from error

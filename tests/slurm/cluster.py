@@ -17,7 +17,9 @@ echo "$JOB_ID;cluster"
 """
 SRUN = r"""#!/bin/bash
 printf '%s\n' "$@" >"$STUBS/srun-arguments"
-while [[ $1 == --* ]]; do shift; done
+exported=${SLURM_EXPORT_ENV:-ALL}
+while [[ $1 == --* ]]; do [[ $1 == --export=* ]] && exported=${1#*=}; shift; done
+[[ $exported == ALL ]] || unset PYTHONPATH
 : >"$STUBS/tasks"
 for ((node = 0; node < SLURM_NNODES; node++)); do
     SLURM_NODEID=$node SLURM_PROCID=$node SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=$SLURM_NNODES "$@" &
@@ -41,6 +43,10 @@ case "$*" in
     *) exit 1 ;;
 esac
 """
+SQUEUE = r"""#!/bin/bash
+[[ "$*" == "-h -j $JOB_ID -o %T %r" ]] || exit 1
+cat "$STUBS/state" 2>/dev/null || echo "RUNNING None"
+"""
 TOOLS = ("bash", "cat", "date", "head")
 
 
@@ -56,7 +62,8 @@ class Cluster:
     def __init__(self, root: Path) -> None:
         self.root, self.bin = root, root / "bin"
         self.bin.mkdir()
-        for name, text in {"sbatch": SBATCH, "srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL}.items():
+        stubs = {"sbatch": SBATCH, "srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL, "squeue": SQUEUE}
+        for name, text in stubs.items():
             self.executable(self.bin / name, text)
         for tool in TOOLS:
             (self.bin / tool).symlink_to(str(shutil.which(tool)))
@@ -96,6 +103,8 @@ class Cluster:
                 "SLURM_JOB_NODELIST": f"node[1-{options['nodes']}]",
                 "SLURM_RESTART_COUNT": str(attempt),
             }
+            if "export" in options:
+                environ["SLURM_EXPORT_ENV"] = options["export"]
             with self.log().open("ab") as log:
                 batch = subprocess.Popen(
                     ["bash", self.script],

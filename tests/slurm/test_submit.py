@@ -168,6 +168,79 @@ def test_preemption_is_no_failure_and_reaches_the_ranks_but_not_torchrun(cluster
     assert Path("runs/job/failures").read_text() == "0\n"
 
 
+STATES = {
+    "COMPLETING None": 1,  # cancelled, or pre-empted and queued again by Slurm
+    "CANCELLED None": 1,
+    "COMPLETING TimeLimit": 2,  # saving took longer than the grace
+    "SIGNALING None": 2,  # TERM is still on its way to the tasks
+    "": 2,  # squeue fails
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_cancelled_job_is_not_queued_again(cluster, state):
+    (cluster.bin / "sleep").symlink_to("/bin/sleep")
+    Path(TRACKER).parent.mkdir(parents=True)
+    assert submit(cluster, "--nodes", "1", with_ranks(cluster, RANK)) == 0
+    if state:
+        (cluster.root / "state").write_text(f"{state}\n")
+    else:
+        cluster.executable(cluster.bin / "squeue", "#!/bin/bash\nexit 1\n")
+    for counter in ("failures", "stops"):
+        Path(f"runs/job/{counter}").write_text("2\n")
+
+    def stop(attempt, batch):
+        wait_until((cluster.root / "ready-0").exists, "no rank")
+        (cluster.root / "ready-0").unlink()
+        Path(TRACKER).write_text(f"{30 * (attempt + 1)}\n")
+        batch.terminate()
+
+    assert cluster.run(stop) == 0
+    assert attempts(cluster) == STATES[state], cluster.log().read_text()
+    assert ("cancelled" in cluster.log().read_text()) == (STATES[state] == 1)
+    assert [Path(f"runs/job/{counter}").read_text() for counter in ("failures", "stops")] == ["0\n", "0\n"]
+
+
+def test_a_cancelled_job_that_saved_nothing_is_no_failure(cluster):
+    (cluster.root / "state").write_text("COMPLETING None\n")
+    assert submit(cluster, "--nodes", "1", "slurm.max_failures=1", with_ranks(cluster, "exit 1")) == 0
+    assert cluster.run() == 0
+    assert Path("runs/job/failures").read_text() == "0\n"
+
+
+def test_a_job_stopped_without_progress_stops_after_so_many_times(cluster):
+    """Nothing is saved: no space, too short a grace."""
+    (cluster.bin / "sleep").symlink_to("/bin/sleep")
+    Path(TRACKER).parent.mkdir(parents=True)
+    ranks = RANK.replace("exit 0", "exit 3").replace("\nwait\n", "\nwait $!\n")
+    assert submit(cluster, "--nodes", "2", "slurm.max_failures=2", with_ranks(cluster, ranks)) == 0
+    ready = [cluster.root / "ready-0", cluster.root / "ready-1"]
+
+    def stop(attempt, batch):
+        wait_until(lambda: all(path.exists() for path in ready), "no ranks")
+        for path in ready:
+            path.unlink()
+        if attempt == 1:  # begins the count again
+            Path(TRACKER).write_text("8\n")
+        batch.terminate()
+
+    assert cluster.run(stop) == 1
+    text = cluster.log().read_text()
+    assert attempts(cluster) == 5
+    assert re.findall(r"after step (\d+), (\d) of at most 3 in a row", text) == [("0", "1"), *(("8", n) for n in "123")]
+    for node in (0, 1):
+        assert f"node {node}: asked to stop, the ranks ended with exit code 3" in text
+    assert f"giving up; fix the cause, remove {Path('runs/job').absolute()}/stops and submit again" in text
+    assert Path("runs/job/failures").read_text() == "0\n"
+
+
+def test_a_job_that_cannot_count_is_not_queued_again(cluster):
+    assert submit(cluster, "--nodes", "1", with_ranks(cluster, "exit 1")) == 0
+    Path("runs/job/stops").mkdir()
+    assert cluster.run() == 1
+    assert f"giving up: {Path('runs/job').absolute()} can't be written to" in cluster.log().read_text()
+
+
 def test_the_time_limit_of_a_site_that_signals_the_tasks_alone(cluster):
     """The batch script hears nothing: it sees ranks that end well, with progress."""
     (cluster.bin / "sleep").symlink_to("/bin/sleep")
@@ -244,6 +317,13 @@ def test_a_job_keeps_the_code_and_configuration_of_its_submission(cluster):
     assert (first / "code" / "megatron_attn2d" / "slurm" / "job.sbatch").exists()
 
 
+def test_the_ranks_get_our_code_whatever_the_job_exports(cluster):
+    options = ("slurm.sbatch={export: NONE}", "slurm.max_failures=1")
+    assert submit(cluster, "--nodes", "2", *options, with_ranks(cluster, FAILING_RANKS)) == 0
+    assert cluster.run() == 1
+    assert (cluster.root / "environment").read_text() == f" {cluster.script.parent}/code\n"
+
+
 # --- the batch file ---
 
 OPTIONS_OF_175B = """
@@ -293,6 +373,49 @@ def test_shellcheck_is_content_with_the_batch_file(cluster, capsys, tmp_path, co
     assert result.returncode == 0, result.stdout
 
 
+DEPENDENCIES = {
+    "afterok:5": "afterok:5,singleton",
+    "afterok:5:6,afterany:7": "afterok:5:6,afterany:7,singleton",
+    "singleton,afterok:5": "singleton,afterok:5",
+}
+
+
+@pytest.mark.parametrize("given", DEPENDENCIES)
+def test_jobs_of_a_run_take_turns_beside_other_dependencies(cluster, given):
+    assert submit(cluster, "--nodes", "2", f"slurm.sbatch.dependency={given}") == 0
+    assert cluster.options()["dependency"] == DEPENDENCIES[given]
+
+
+def test_ranks_that_only_fit_the_nodes_asked_for(cluster, capsys):
+    gpus = ["environment.device=cuda", "environment.gpus_per_node=1", "training.precision=bf16"]
+    assert submit(cluster, "--nodes", "2", "--dry-run", *gpus) == 0
+    assert "\nranks_per_node=1\n" in capsys.readouterr().out
+    assert submit(cluster, "--nodes", "3", "--dry-run", *gpus) == 2
+    assert "world size = 3: not a multiple" in capsys.readouterr().err
+
+
+def test_files_that_are_missing_are_named_before_the_job_waits(cluster, capsys):
+    args = ["--nodes", "1", "data.mock=false", "data.paths=[/nowhere/x]"]
+    for more in (["--dry-run"], []):
+        assert submit(cluster, *args, *more) == 2
+        assert "data.paths = '/nowhere/x': /nowhere/x.bin and /nowhere/x.idx are not" in capsys.readouterr().err
+    assert not Path("runs").exists()
+    assert submit(cluster, *args, "slurm.container_image=i", "slurm.container_mounts=[/nowhere:/nowhere]") == 0
+
+
+def test_a_dry_run_with_the_embedded_data_makes_no_directory(cluster):
+    assert submit(cluster, "--nodes", "1", "--dry-run", "data.mock=false") == 0
+    assert [path.name for path in Path().iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize("container", [[], ["slurm.container_image=i"]])
+def test_a_directory_that_cannot_be_made(cluster, capsys, container):
+    assert submit(cluster, "--nodes", "1", *container, directory="/proc/foo") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("megatron-attn2d: run.dir = '/proc/foo': can't be ")
+    assert error.endswith("(No such file or directory); choose another\n")
+
+
 REFUSED = {
     "--nodes 0": "--nodes 0: must be at least 1",
     "--nodes 3": "--nodes 3: 2 ranks do not spread evenly over them",
@@ -307,6 +430,14 @@ REFUSED = {
     "--nodes 1 slurm.sbatch.signal=USR1": (
         "slurm.sbatch.signal = 'USR1': the batch file rests on this option; leave it out"
     ),
+    "--nodes 1 slurm.sbatch.no-requeue=true": (
+        "slurm.sbatch.no-requeue = true: the batch file rests on this option; leave it out"
+    ),
+    "--nodes 1 slurm.sbatch.dependency=afterok:5?afterok:6": (
+        "slurm.sbatch.dependency = 'afterok:5?afterok:6': with ? one of them is enough, but this run's other jobs must "
+        "always have ended; separate them by ,"
+    ),
+    "--nodes 1 megatron_args.no_such=1": "megatron_args.no_such: no argument of Megatron; ...",
     '--nodes 1 slurm.sbatch.comment="a\\nb"': "slurm.sbatch.comment = 'a\\nb': holds a line break; ...",
     "--nodes 1 slurm.sbatch={'a b': c}": "slurm.sbatch = {'a b': 'c'}: not options of sbatch; ...",
     "--nodes 1 slurm.container_mounts=[/a:/b]": "slurm.container_mounts = ['/a:/b']: there is no container; choose []",
