@@ -64,7 +64,8 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
             for name, attention in build_modes(args, h, g, grids):
                 for graphed in (False, True) if args.graphs else (False,):
                     try:
-                        row = measure(attention, seq, h, g, args, graphed)
+                        alone = args.alone and not graphed and not args.forward
+                        row = measure(attention, seq, h, g, args, graphed, alone)
                     except (RuntimeError, AssertionError, ValueError) as error:
                         row = {"failed": str(error).strip().splitlines()[0][:90]}
                         if os.environ.get("DEBUG"):
@@ -80,9 +81,15 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
 
 
 def measure(
-    attention: Attention, seq: int, h: int, g: int, args: argparse.Namespace, graphed: bool = False
+    attention: Attention,
+    seq: int,
+    h: int,
+    g: int,
+    args: argparse.Namespace,
+    graphed: bool = False,
+    alone: bool = False,
 ) -> dict[str, float]:
-    """Milliseconds and MiB of one mode."""
+    """Milliseconds and MiB of one mode; with `alone` also those of `unqueued`."""
     *leaves, dout = inputs(seq, h, g, args)
     for x in leaves:
         x.requires_grad_(not args.forward)
@@ -105,7 +112,7 @@ def measure(
         "spread": (max(times) - min(times)) / min(times),
         "mib": slowest(transient, args.device),
     }
-    if args.alone and not graphed and not args.forward:
+    if alone:
         row |= unqueued(attention, leaves, dout, args)
     return row
 

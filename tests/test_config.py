@@ -309,9 +309,11 @@ REFUSED = {
         "megatron_args.moe_router_topk = [1, 2]: --moe-router-topk takes one value; write that alone"
     ),
     "megatron_args.window_size=[512, 0, 1]": (
-        "megatron_args.window_size = [512, 0, 1]: --window-size takes one value; write [left, right]"
+        "megatron_args.window_size = [512, 0, 1]: not how many tokens before and after it a token sees; "
+        "write [left, right], the right one -1 for all"
     ),
-    "megatron_args.window_size=wide": "megatron_args.window_size = 'wide': Megatron refuses it: ...",
+    "megatron_args.window_size=wide": "megatron_args.window_size = 'wide': not how many tokens before and after it ...",
+    "megatron_args.window_size=[-1, 0]": "megatron_args.window_size = [-1, 0]: not how many tokens before and ...",
     "megatron_args={num-experts: 4, num_experts: 8}": (
         "megatron_args.num_experts = 8: is given with hyphens and with underscores; keep one"
     ),

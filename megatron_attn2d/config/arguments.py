@@ -1,5 +1,6 @@
 """From a RunConfig to Megatron's command line."""
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ _REFUSED = {
     "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
     "local-rank": "is the launcher's business",
 }
+
+
+_WINDOW = re.compile(r"\d+,(\d+|-1)")
 
 
 def megatron_arguments(run: RunConfig) -> list[str]:
@@ -199,12 +203,15 @@ def _parsed_by_upstream(name: str, value: object) -> list[str]:
             raise ConfigError(key, value, f"{flag} takes a value", "write a number, a string or a list of them")
         if isinstance(one, str) and one.startswith("-"):
             raise ConfigError(key, value, f"{one} would be read as another argument", "begin it with something else")
-    if name == "window-size" and len(values) == 2:  # [left, right], which Megatron wants in one word
-        values = [",".join(map(str, values))]
+    if name == "window-size":  # which Megatron wants in one word; its own parser takes seconds to import
+        word = ",".join(map(str, values))
+        if not _WINDOW.fullmatch(word):
+            reason = "not how many tokens before and after it a token sees"
+            raise ConfigError(key, value, reason, "write [left, right], the right one -1 for all")
+        return _flag(name, word)
     if known[flag].nargs is None and len(values) != 1:
-        choice = "write [left, right]" if name == "window-size" else "write that alone"
-        raise ConfigError(key, value, f"{flag} takes one value", choice)
+        raise ConfigError(key, value, f"{flag} takes one value", "write that alone")
     tokens = _flag(name, *values)
-    if (reason := upstream.refusal(flag, tokens)) is not None:
-        raise ConfigError(key, value, f"Megatron refuses it: {reason}", "see megatron/training/arguments.py")
+    if (refused := upstream.refusal(flag, tokens)) is not None:
+        raise ConfigError(key, value, f"Megatron refuses it: {refused}", "see megatron/training/arguments.py")
     return tokens
