@@ -143,7 +143,7 @@ def test_ranks_that_end_well_without_a_step_are_a_failure(cluster):
 
 RANK = """
 trap ': >"$STUBS/torchrun-signalled"' TERM
-bash -c 'trap "exit 0" TERM; : >"$STUBS/ready-$SLURM_NODEID"; while :; do sleep 0.05; done' &
+bash -c 'trap "exit 0" TERM; : >"$STUBS/ready-$SLURM_NODEID"; for _ in {1..2000}; do sleep 0.05; done' &
 wait
 """
 
