@@ -134,7 +134,7 @@ def _prepare(run: RunConfig, write_config: bool) -> None:
 def _is_finished(run: RunConfig, says: bool) -> bool:
     """Whether the last step is in a checkpoint, so that Megatron would start, train nothing and end without a word."""
     step, steps = checkpoints.last_complete(Path(run.directory) / "checkpoints"), run.training.train_iters
-    given = {name.replace("-", "_") for name, value in run.megatron_args.items() if value}
+    given = {name for name, value in run.megatron_args.items() if value}
     if step is None or step < steps or given & _NOT_BY_STEP:
         return False
     if says:

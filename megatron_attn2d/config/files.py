@@ -63,7 +63,7 @@ def _continued(run: RunConfig) -> Iterator[ConfigError]:
         begun = build_run(read_run(path))
     except ConfigError:  # of another version of this package
         return
-    given = {name.replace("-", "_") for name, value in run.megatron_args.items() if value}
+    given = {name for name, value in run.megatron_args.items() if value}
     planned_anew = bool(given & {"override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"})
     anew = "another run.dir, or megatron_args.override_opt_param_scheduler=true to plan the learning rate anew"
     for keys, instead in (

@@ -5,6 +5,9 @@ Scores are formed in the input's dtype if it is fp32 or fp64, else in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,18 @@ from megatron_attn2d.attention.layout import FULL, Band
 from megatron_attn2d.attention.merge import accumulation_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _outside_autocast[**Arguments, Result](call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`call` as if no autocast were on: it would round what is to be fp32, log-sum-exps too."""
+
+    @wraps(call)
+    def outside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        tensor = next(x for x in args if isinstance(x, Tensor))
+        with torch.autocast(tensor.device.type, enabled=False):
+            return call(*args, **kwargs)
+
+    return outside
 
 
 class ReferenceKernel:
@@ -28,13 +43,20 @@ class ReferenceKernel:
         """Why the kernel can't serve the request, or None."""
         return None if request.dtype in _DTYPES else "serves fp16, bf16, fp32 and fp64"
 
+    @_outside_autocast
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        with torch.autocast(q.device.type, enabled=False):  # it would round what is to be fp32, log-sum-exps too
-            return _forward(q, k, v, band, scale, dropout)
+        scores = _scores(q, k, band, scale)
+        lse = scores.logsumexp(-1)
+        probabilities = torch.exp(scores.sub_(lse.unsqueeze(-1)))
+        if dropout is not None:
+            probabilities *= _kept(dropout, k.size(2), probabilities.dtype)
+        out = _unfold(probabilities @ _keys(v), q)
+        return out.to(q.dtype), _unfold_rows(lse, q)
 
+    @_outside_autocast
     def backward(
         self,
         dout: Tensor,
@@ -50,50 +72,22 @@ class ReferenceKernel:
         dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
-        with torch.autocast(q.device.type, enabled=False):
-            return _backward(dout, q, k, v, out, lse, delta, band, scale, dropout)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, dropout: KeepMask | None
-) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, band, scale)
-    lse = scores.logsumexp(-1)
-    probabilities = torch.exp(scores.sub_(lse.unsqueeze(-1)))
-    if dropout is not None:
-        probabilities *= _kept(dropout, k.size(2), probabilities.dtype)
-    out = _unfold(probabilities @ _keys(v), q)
-    return out.to(q.dtype), _unfold_rows(lse, q)
-
-
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    delta: Tensor | None,
-    band: Band,
-    scale: float,
-    dropout: KeepMask | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if delta is None:
-        assert out is not None
-        delta = (dout.to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
-    heads = k.size(2)
-    folded_q, folded_k, folded_v, folded_dout = _queries(q, heads), _keys(k), _keys(v), _queries(dout, heads)
-    p = torch.exp(_scores(q, k, band, scale).sub_(_fold_rows(lse, heads)))
-    dp = folded_dout @ folded_v.transpose(-1, -2)
-    kept = p
-    if dropout is not None:
-        factors = _kept(dropout, heads, p.dtype)
-        kept, dp = p * factors, dp * factors
-    dv = kept.transpose(-1, -2) @ folded_dout
-    ds = dp.sub_(_fold_rows(delta, heads)).mul_(p).mul_(scale)
-    dq = _unfold(ds @ folded_k, q)
-    dk = ds.transpose(-1, -2) @ folded_q
-    return dq.to(q.dtype), dk.permute(2, 0, 1, 3).to(k.dtype), dv.permute(2, 0, 1, 3).to(v.dtype)
+        if delta is None:
+            assert out is not None
+            delta = (dout.to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
+        heads = k.size(2)
+        folded_q, folded_k, folded_v, folded_dout = _queries(q, heads), _keys(k), _keys(v), _queries(dout, heads)
+        p = torch.exp(_scores(q, k, band, scale).sub_(_fold_rows(lse, heads)))
+        dp = folded_dout @ folded_v.transpose(-1, -2)
+        kept = p
+        if dropout is not None:
+            factors = _kept(dropout, heads, p.dtype)
+            kept, dp = p * factors, dp * factors
+        dv = kept.transpose(-1, -2) @ folded_dout
+        ds = dp.sub_(_fold_rows(delta, heads)).mul_(p).mul_(scale)
+        dq = _unfold(ds @ folded_k, q)
+        dk = ds.transpose(-1, -2) @ folded_q
+        return dq.to(q.dtype), dk.permute(2, 0, 1, 3).to(k.dtype), dv.permute(2, 0, 1, 3).to(v.dtype)
 
 
 def _scores(q: Tensor, k: Tensor, band: Band, scale: float) -> Tensor:
