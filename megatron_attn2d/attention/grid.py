@@ -20,9 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
+from megatron_attn2d.attention.groups import meet, subgroup
 from megatron_attn2d.attention.layout import place_ranks
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ class Grid:
         kv_peers = tuple(members[line[column] * heads + head] for line in ranks)
         q_peers = tuple(members[rank * heads + head] for rank in ranks[row])
         head_peers = tuple(members[place * heads : (place + 1) * heads])
-        kv_group, q_group, head_group = (_subgroup(peers, group, reuse) for peers in (kv_peers, q_peers, head_peers))
-        _meet(head_group, kv_group, q_group)
+        kv_group, q_group, head_group = (subgroup(peers, group, reuse) for peers in (kv_peers, q_peers, head_peers))
+        meet(head_group, kv_group, q_group)
         peers = kv_peers, q_peers, head_group, head_peers
         return cls(ranks, row, column, kv_group, q_group, *peers, node_rows, node_cols)
 
@@ -179,7 +179,7 @@ class Grid:
                     f"must share exactly the calling rank, {me}: they are different axes of the grid"
                 )
         rows, cols = len(kv_peers), len(q_peers)
-        _meet(head_group, kv_group, q_group)
+        meet(head_group, kv_group, q_group)
         return cls(
             place_ranks(rows, cols, rows, 1),
             kv_group.rank(),
@@ -219,7 +219,7 @@ class Grid:
         ranks = tuple(tuple(c * width + r if kv_axis == 1 else r * width + c for c in range(cols)) for r in range(rows))
         row, column = coordinate[kv_axis], coordinate[q_axis]
         kv_group, q_group = (mesh.get_group(axis) for axis in (kv_axis, q_axis))
-        _meet(kv_group, q_group)
+        meet(kv_group, q_group)
         return cls(
             ranks,
             row,
@@ -241,41 +241,3 @@ def _check_shape(rows: int, cols: int, heads: int, size: int) -> None:
         choice = f"one of {valid}" + (f" with heads={heads}" if heads != 1 and fits else "")
         choice += "" if fits else f", or heads that divide {size}"
         raise ValueError(f"a grid of {asked} does not cover {size} context-parallel ranks: choose {choice}")
-
-
-def _meet(*groups: dist.ProcessGroup | None) -> None:
-    """One collective of each group, by all of its ranks.
-
-    NCCL connects a group in its first call, for which it waits for all of them; but where chunks see nothing of each
-    other, under a window or in padding, a rank may have no message in attention's first calls.
-    """
-    for group in groups:
-        if group is not None and group.size() > 1:
-            device = "cuda" if "nccl" in dist.get_backend_config(group) else "cpu"
-            dist.all_reduce(torch.zeros(1, device=device), group=group)
-
-
-def _subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> dist.ProcessGroup | None:
-    if len(ranks) == 1:
-        return None
-    backend, timeout, options = dist.get_backend(parent), _option(parent, "_timeout"), None
-    reuse |= backend != "nccl" or bool(_option(parent, "is_high_priority_stream"))
-    if len(ranks) == parent.size() and reuse:
-        return parent
-    if backend == "nccl":
-        # Where messages and the kernel that is to hide them become ready together, the kernel's blocks may take every
-        # SM, and messages begin when it ends. A stream of high priority gets the first SMs that become free.
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        if timeout is not None:
-            options._timeout = timeout
-    group = dist.new_group(
-        list(ranks), timeout=timeout, backend=backend, pg_options=options, use_local_synchronization=True
-    )
-    assert isinstance(group, dist.ProcessGroup), "the caller is among the ranks"
-    return group
-
-
-def _option(group: dist.ProcessGroup, name: str) -> Any:
-    """An option of the group's backend, how long messages are waited for, say; None where it doesn't tell."""
-    backend = group._get_backend(group._device_types[0])
-    return getattr(getattr(backend, "options", None), name, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_attn2d import Grid, attention2d
-from megatron_attn2d.attention import grid as grid_module
+from megatron_attn2d.attention import groups
 from megatron_attn2d.attention.exchange import axes
 from megatron_attn2d.attention.layout import CAUSAL, Mask
 from tests.attention.dense import dense_gradients, inputs, zigzag
@@ -127,6 +128,29 @@ def meetings(rank: int) -> list[int]:
 def test_all_ranks_of_a_group_meet_before_attention(pool: RankPool) -> None:
     """Without it NCCL would connect them in the first batch of messages, in which a rank may have none."""
     assert pool.run(meetings, 8) == [[2] * 6] * 8
+
+
+def grids_after_others(rank: int) -> int:
+    """Grids that work: after groups of some ranks alone, and on groups made again when others were destroyed."""
+    world = dist.group.WORLD
+    assert world is not None
+    if rank < 2:
+        for _ in range(rank + 1):
+            dist.new_group([rank], use_local_synchronization=True)
+    worked = 0
+    for _ in range(4):
+        grid = Grid.from_group(world, rows=2, cols=2)
+        out = attention2d(*(torch.ones(4, 1, 1, 8) for _ in range(3)), grid)
+        worked += torch.allclose(out, torch.ones(4, 1, 1, 8))
+        dist.barrier()
+        for group in (grid.kv_group, grid.q_group):
+            dist.destroy_process_group(group)
+    return worked
+
+
+def test_grids_after_other_groups(pool: RankPool) -> None:
+    """Ranks of a group agree on its name whatever groups each has made, and no name comes again."""
+    assert pool.run(grids_after_others, 4, timeout=30) == [4] * 4
 
 
 def many_grids(rank: int, count: int) -> int:
@@ -251,7 +275,7 @@ def test_head_axis_refusals(pool: RankPool, heads: tuple[int, int], how: str, me
 
 
 class FakeGroup:
-    """What `_subgroup` asks a group of two ranks over NCCL."""
+    """What `subgroup` asks a group of two ranks over NCCL."""
 
     def __init__(self, urgent: bool) -> None:
         self.options = SimpleNamespace(_timeout=timedelta(minutes=7), is_high_priority_stream=urgent)
@@ -272,11 +296,12 @@ def test_streams_of_messages_have_high_priority(urgent: bool, reuse: bool) -> No
     made = mock.Mock(spec=dist.ProcessGroup)
     with (
         mock.patch.object(dist, "get_backend", return_value="nccl"),
+        mock.patch.object(groups, "new_name", return_value=nullcontext()),
         mock.patch.object(dist, "new_group", return_value=made) as new_group,
         mock.patch.object(dist, "ProcessGroupNCCL", create=True) as nccl,
     ):
         nccl.Options = lambda is_high_priority_stream: SimpleNamespace(is_high_priority_stream=is_high_priority_stream)
-        found = grid_module._subgroup((4, 5), parent, reuse)
+        found = groups.subgroup((4, 5), parent, reuse)
     if urgent or reuse:
         assert found is parent
         new_group.assert_not_called()

@@ -69,8 +69,10 @@ def errors(
     out, lse = kernel.forward(q, k, v, **how)
     found = kernel.backward(dout, q, k, v, out, lse, delta.float(), **how)
     pairs = zip((out, lse, *found), (true_out, true_lse, *expected), strict=True)
-    # one key has probability 1 and its scores no gradient: compare with what is there at all
-    return [((a.double() - b).norm() / max(b.norm().item(), 1.0)).item() for a, b in pairs]
+    # One key has probability 1 and its scores no gradient: a difference of two terms of delta's size, which round. In
+    # fp32 sums of 128 products leave 2e-6 to 8e-6 of terms with norm 22.
+    least = delta.norm().item() if sq == sk == 1 else 0.0
+    return [((a.double() - b).norm() / max(b.norm().item(), least)).item() for a, b in pairs]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)

@@ -1,0 +1,75 @@
+"""The process groups of a grid's axes: streams of high priority, names of their own, all ranks connected at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+def subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> dist.ProcessGroup | None:
+    """The group of these global ranks, the caller among them, all of which must call; None for one rank.
+
+    It is `parent` itself where that has the same ranks and `reuse` is set or its streams serve as they are.
+    """
+    if len(ranks) == 1:
+        return None
+    backend, timeout, options = dist.get_backend(parent), option(parent, "_timeout"), None
+    reuse |= backend != "nccl" or bool(option(parent, "is_high_priority_stream"))
+    if len(ranks) == parent.size() and reuse:
+        return parent
+    if backend == "nccl":
+        # Where messages and the kernel that is to hide them become ready together, the kernel's blocks may take every
+        # SM, and messages begin when it ends. A stream of high priority gets the first SMs that become free.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if timeout is not None:
+            options._timeout = timeout
+    with new_name(ranks):
+        group = dist.new_group(
+            list(ranks), timeout=timeout, backend=backend, pg_options=options, use_local_synchronization=True
+        )
+    assert isinstance(group, dist.ProcessGroup), "the caller is among the ranks"
+    return group
+
+
+@contextmanager
+def new_name(ranks: tuple[int, ...]) -> Iterator[None]:
+    """Names the group that these ranks make within as no group of theirs was ever named.
+
+    A group's name is where its ranks find each other's addresses in the store. torch derives that of a group made by
+    its own ranks alone from what the process has counted: its groups of today (2.11), so that one made after another
+    was destroyed finds that one's addresses, or the calls of `new_group` (2.15), of which ranks may have made
+    unequally many, so that they wait for each other under different names. The store counts for all of them.
+    """
+    members = "_".join(map(str, ranks))
+    calls = distributed_c10d._get_default_store().add(f"megatron_attn2d/groups/{members}", 1)
+    name = hashlib.sha1(f"{members}:{(calls - 1) // len(ranks)}".encode(), usedforsecurity=False).hexdigest()
+    original = distributed_c10d._hash_ranks_to_str
+    distributed_c10d._hash_ranks_to_str = lambda ranks: name
+    try:
+        yield
+    finally:
+        distributed_c10d._hash_ranks_to_str = original
+
+
+def meet(*groups: dist.ProcessGroup | None) -> None:
+    """One collective of each group, by all of its ranks.
+
+    NCCL connects a group in its first call, for which it waits for all of them; but where chunks see nothing of each
+    other, under a window or in padding, a rank may have no message in attention's first calls.
+    """
+    for group in groups:
+        if group is not None and group.size() > 1:
+            device = "cuda" if "nccl" in dist.get_backend_config(group) else "cpu"
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+
+def option(group: dist.ProcessGroup, name: str) -> Any:
+    """An option of the group's backend, how long messages are waited for, say; None where it doesn't tell."""
+    backend = group._get_backend(group._device_types[0])
+    return getattr(getattr(backend, "options", None), name, None)
