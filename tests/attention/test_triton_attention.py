@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -89,7 +91,7 @@ SHARED_KIB = {80: 163, 90: 227}  # what a block may have, CUDA C++ Programming G
 
 
 def compile_for(capability: int) -> None:
-    """All three kernels for bf16 under a causal mask with dropout; their shared memory must fit."""
+    """All three kernels for bf16 under a causal mask with dropout: as `launch.run` takes them, one must fit."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -118,8 +120,15 @@ def compile_for(capability: int) -> None:
         (_backward_keys, (x, x, x, x, rows, rows, x, x, 0.1), launch.BACKWARD_KEYS),
     ):
         blocks, how = launch.tuned(q, q, table)
-        compiled = kernel.warmup(*arguments, *same, *blocks, launch.precision(q), grid=(1, 1), **how)
-        assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024, (kernel, compiled.metadata.shared)
+        taken = []
+        for stages in range(how.pop("num_stages"), 0, -1):
+            compiled = kernel.warmup(
+                *arguments, *same, *blocks, launch.precision(q), grid=(1, 1), num_stages=stages, **how
+            )
+            taken.append(compiled.metadata.shared)
+        assert min(taken) <= SHARED_KIB[capability] * 1024, (kernel, taken)
+        if triton.__version__ >= "3.6":
+            assert taken[0] <= SHARED_KIB[capability] * 1024, "fewer stages are slower"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not part of this torch")
@@ -128,3 +137,35 @@ def test_kernels_compile_without_a_gpu(capability: int) -> None:
     code = f"from tests.attention.test_triton_attention import compile_for; compile_for({capability})"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+class Fits:
+    """A kernel that a device has room for with few stages; it notes with how many it was started."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.started: list[int] = []
+
+    def __getitem__(self, programs: tuple[int, int]) -> Callable[..., None]:
+        def start(*arguments: object, num_stages: int, num_warps: int) -> None:
+            from triton.runtime.errors import OutOfResources
+
+            self.started.append(num_stages)
+            if num_stages > self.most:
+                raise OutOfResources(299008, 232448, "shared memory")
+
+        return start
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not part of this torch")
+@pytest.mark.parametrize(("most", "started"), [(3, [3, 3]), (2, [3, 2, 2]), (1, [3, 2, 1, 1]), (0, [3, 2, 1])])
+def test_stages_that_do_not_fit_give_way_to_fewer(most: int, started: list[int]) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from megatron_attn2d.attention.triton_attention import launch
+
+    kernel, how = Fits(most), {"num_warps": 8, "num_stages": 3}
+    with nullcontext() if most else pytest.raises(OutOfResources):
+        for _ in range(2):  # the second call knows
+            launch.run(kernel, (1, 1), (None,), (128, 128), how, torch.empty(1))
+    assert kernel.started == started

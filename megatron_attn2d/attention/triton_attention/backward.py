@@ -23,7 +23,7 @@ from megatron_attn2d.attention.triton_attention.launch import (
     BACKWARD_KEYS,
     BACKWARD_ROWS,
     drop_arguments,
-    precision,
+    run,
     tuned,
     with_strides,
 )
@@ -170,12 +170,10 @@ def backward(
         tuple(band),
         drop_arguments(dropout),
     )
-    blocks, launch = tuned(q, v, BACKWARD_ROWS)
-    _backward_rows[(triton.cdiv(sq, blocks[0]), batch * heads)](
-        *inputs, with_strides(dq), *same, *blocks, precision(q), **launch
-    )
-    blocks, launch = tuned(q, v, BACKWARD_KEYS)
-    _backward_keys[(triton.cdiv(sk, blocks[1]), batch * key_heads)](
-        *inputs, with_strides(dk), with_strides(dv_), *same, *blocks, precision(q), **launch
-    )
+    blocks, how = tuned(q, v, BACKWARD_ROWS)
+    programs = triton.cdiv(sq, blocks[0]), batch * heads
+    run(_backward_rows, programs, (*inputs, with_strides(dq), *same), blocks, how, q)
+    blocks, how = tuned(q, v, BACKWARD_KEYS)
+    programs = triton.cdiv(sk, blocks[1]), batch * key_heads
+    run(_backward_keys, programs, (*inputs, with_strides(dk), with_strides(dv_), *same), blocks, how, q)
     return dq, dk, dv_

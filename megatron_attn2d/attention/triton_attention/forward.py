@@ -23,7 +23,7 @@ from megatron_attn2d.attention.triton_attention.blocks import (
 from megatron_attn2d.attention.triton_attention.launch import (
     drop_arguments,
     forward_table,
-    precision,
+    run,
     tuned,
     with_strides,
 )
@@ -98,8 +98,7 @@ def forward(
     (sq, batch, heads, _), dv = q.shape, v.size(3)
     out = q.new_empty((sq, batch, heads, dv))
     lse = torch.empty((batch, heads, sq), dtype=accumulation_dtype(q.dtype), device=q.device)
-    blocks, launch = tuned(q, v, forward_table(q))
-    _forward[(triton.cdiv(sq, blocks[0]), batch * heads)](
+    arguments = (
         *map(with_strides, (q, k, v, out)),
         lse,
         scale * LOG2E.value,
@@ -108,8 +107,7 @@ def forward(
         (sq, k.size(0), q.size(3), dv),
         tuple(band),
         drop_arguments(dropout),
-        *blocks,
-        precision(q),
-        **launch,
     )
+    blocks, how = tuned(q, v, forward_table(q))
+    run(_forward, (triton.cdiv(sq, blocks[0]), batch * heads), arguments, blocks, how, q)
     return out, lse

@@ -1,4 +1,4 @@
-"""Sizes of blocks and how arguments are handed to the kernels."""
+"""Sizes of blocks, how arguments are handed to the kernels, and the launch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from megatron_attn2d.attention.dropout import BITS, KeepMask
 
@@ -18,6 +19,9 @@ FORWARD_AMPERE = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 4, 1)
 BACKWARD_ROWS = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 1)}
 BACKWARD_KEYS = {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (64, 64, 8, 1)}
 AMPERE_SHARED_BYTES = 163 * 1024
+
+_stages: dict[tuple[Any, ...], int] = {}
+"""Pipeline stages of what did not fit with those of its table."""
 
 type Table = dict[int, tuple[int, int, int, int]]
 
@@ -42,6 +46,32 @@ def forward_table(q: Tensor) -> Table:
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that a block may have."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def run(
+    kernel: Any,
+    programs: tuple[int, int],
+    arguments: tuple[Any, ...],
+    blocks: tuple[int, ...],
+    how: dict[str, Any],
+    q: Tensor,
+) -> None:
+    """Launches a kernel with the pipeline stages of its table, or as many as shared memory has room for.
+
+    With dropout Triton before 3.6 takes up to 68 KiB more of it.
+
+    Raises:
+        OutOfResources: one stage does not fit either.
+    """
+    case = (kernel, blocks, q.dtype, q.device, arguments[-1] is None)  # dropout comes last
+    for stages in range(_stages.get(case, how["num_stages"]), 0, -1):
+        try:
+            kernel[programs](*arguments, *blocks, precision(q), **how | {"num_stages": stages})
+            return
+        except OutOfResources:
+            if stages == 1:
+                raise
+            _stages[case] = stages - 1
 
 
 def precision(q: Tensor) -> str:
