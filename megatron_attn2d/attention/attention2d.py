@@ -33,6 +33,7 @@ from megatron_attn2d.attention.local import local_attention
 from megatron_attn2d.attention.merge import apply_sink
 from megatron_attn2d.attention.overlap import automatic_head_groups
 from megatron_attn2d.attention.passes import Plan, backward, forward
+from megatron_attn2d.attention.saved import without_neighbours
 from megatron_attn2d.attention.tile import Scores
 from megatron_attn2d.attention.ulysses import check_heads, collect_heads, spread_heads
 
@@ -116,6 +117,8 @@ def attention2d(
 class _Attention2D(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan) -> Tensor:
+        if any(ctx.needs_input_grad):
+            q, k, v = without_neighbours(q, k, v)
         out, lse = forward(q, k, v, plan)
         if sink is not None:
             apply_sink(out, lse, sink)

@@ -30,6 +30,7 @@ from megatron_attn2d.attention.merge import (
     row_statistics,
     sink_gradient,
 )
+from megatron_attn2d.attention.saved import without_neighbours
 from megatron_attn2d.attention.tile import (
     Queries,
     Scores,
@@ -114,6 +115,8 @@ class _Ring:
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, ring: _Ring) -> Tensor:
+        if any(ctx.needs_input_grad):
+            q, k, v = without_neighbours(q, k, v)
         out, lse = _forward(q, k, v, ring)
         if sink is not None:
             apply_sink(out, lse, sink)
