@@ -100,6 +100,7 @@ def attention2d(
         first = grid.head_rank * q.size(2)
         sink = None if sink is None else sink[first : first + q.size(2)]
         dropout = None if dropout is None else dropout.starting(first)
+    q, k, v = without_neighbours(q, k, v)
     scores = Scores(kernel, scale, mask.ranks, dropout)
     if mask.ranks == 1 and packing is None:
         out = local_attention(q, k, v, sink, scores, mask.band)
@@ -117,8 +118,6 @@ def attention2d(
 class _Attention2D(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan) -> Tensor:
-        if any(ctx.needs_input_grad):
-            q, k, v = without_neighbours(q, k, v)
         out, lse = forward(q, k, v, plan)
         if sink is not None:
             apply_sink(out, lse, sink)

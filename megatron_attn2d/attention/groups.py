@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> 
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
         if timeout is not None:
             options._timeout = timeout
-    with new_name(ranks):
+    with nullcontext() if backend == "fake" else new_name(ranks):  # a fake group's store does not count
         group = dist.new_group(
             list(ranks), timeout=timeout, backend=backend, pg_options=options, use_local_synchronization=True
         )
@@ -44,17 +44,19 @@ def new_name(ranks: tuple[int, ...]) -> Iterator[None]:
     A group's name is where its ranks find each other's addresses in the store. torch derives that of a group made by
     its own ranks alone from what the process has counted: its groups of today (2.11), so that one made after another
     was destroyed finds that one's addresses, or the calls of `new_group` (2.15), of which ranks may have made
-    unequally many, so that they wait for each other under different names. The store counts for all of them.
+    unequally many, so that they wait for each other under different names. The store counts for all of them, and no
+    rank makes their next group before all have made this one. torch's own count stays as others have it.
     """
     members = "_".join(map(str, ranks))
     calls = distributed_c10d._get_default_store().add(f"megatron_attn2d/groups/{members}", 1)
     name = hashlib.sha1(f"{members}:{(calls - 1) // len(ranks)}".encode(), usedforsecurity=False).hexdigest()
-    original = distributed_c10d._hash_ranks_to_str
+    original, counted = distributed_c10d._hash_ranks_to_str, distributed_c10d._world.group_count
     distributed_c10d._hash_ranks_to_str = lambda ranks: name
     try:
         yield
     finally:
         distributed_c10d._hash_ranks_to_str = original
+        distributed_c10d._world.group_count = counted
 
 
 def meet(*groups: dist.ProcessGroup | None) -> None:

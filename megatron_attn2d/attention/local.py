@@ -11,7 +11,6 @@ from megatron_attn2d.attention.checks import check_first_derivative
 from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.layout import Band
 from megatron_attn2d.attention.merge import apply_sink, sink_gradient
-from megatron_attn2d.attention.saved import without_neighbours
 from megatron_attn2d.attention.tile import Scores
 
 
@@ -24,8 +23,6 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scores
 class _LocalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scores: Scores, band: Band) -> Tensor:
-        if any(ctx.needs_input_grad):
-            q, k, v = without_neighbours(q, k, v)
         kept = _kept(q, k, scores)
         out, lse = scores.kernel.forward(q, k, v, band=band, scale=scores.scale, dropout=kept)
         if sink is not None:

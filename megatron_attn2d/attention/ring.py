@@ -72,6 +72,7 @@ def ring_attention(
     check_sink(sink, q)
     kernel = choose_kernel(backend, request_of(q, v, mask, dropout))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
+    q, k, v = without_neighbours(q, k, v)
     ring = _Ring(group, mask, Scores(kernel, scale, size, dropout), label)
     out: Tensor = _RingAttention.apply(q, k, v, sink, ring)
     return out if packing is None else packing.by_sequence(out, size)
@@ -115,8 +116,6 @@ class _Ring:
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, ring: _Ring) -> Tensor:
-        if any(ctx.needs_input_grad):
-            q, k, v = without_neighbours(q, k, v)
         out, lse = _forward(q, k, v, ring)
         if sink is not None:
             apply_sink(out, lse, sink)

@@ -9,17 +9,21 @@ from torch import Tensor
 
 
 def without_neighbours(*tensors: Tensor) -> list[Tensor]:
-    """The tensors; copies of those that are part of a storage which they do not fill together.
+    """The tensors, where autograd saves them with copies of those that fill no more than half of a storage together.
 
     With rotary positions queries and keys are new tensors, but values stay a part of what the projection of all three
-    returned, as in Megatron: kept as they are they would keep all of it, with as many key heads as query heads two
-    tensors of the size of Q more in every layer.
+    returned, as in Megatron: saved as they are they would keep all of it, with as many key heads as query heads two
+    tensors of the size of Q more in every layer. (A norm of queries that saves its input keeps it all the same.)
     """
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        return list(tensors)
     filled: Counter[int] = Counter()
     for x in tensors:
-        filled[x.untyped_storage().data_ptr()] += x.nbytes
-    return [x if filled[(storage := x.untyped_storage()).data_ptr()] >= storage.nbytes() else _copy(x) for x in tensors]
+        filled[x.untyped_storage()._cdata] += x.nbytes
 
+    def copied(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        few = 2 * filled[storage._cdata] <= storage.nbytes()
+        return x.clone(memory_format=torch.contiguous_format) if few else x
 
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
+    return [copied(x) for x in tensors]

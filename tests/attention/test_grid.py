@@ -153,6 +153,36 @@ def test_grids_after_other_groups(pool: RankPool) -> None:
     assert pool.run(grids_after_others, 4, timeout=30) == [4] * 4
 
 
+def plain_group_after_grids(rank: int) -> float:
+    """Ranks' sum in a group that all make after one of them has made another, as a grid of some ranks does."""
+    if rank == 0:
+        with groups.new_name((0,)):
+            dist.new_group([0], use_local_synchronization=True)
+    group = dist.new_group([0, 1])
+    total = torch.ones(1)
+    dist.all_reduce(total, group=group)
+    return total.item()
+
+
+def test_plain_groups_after_grids_of_some_ranks(pool: RankPool) -> None:
+    assert pool.run(plain_group_after_grids, 2, timeout=30) == [2.0, 2.0]
+
+
+def grids_of_fake_groups(rank: int) -> int:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    world = dist.group.WORLD
+    assert world is not None
+    grids = [Grid.from_group(world, rows=2, cols=4) for _ in range(2)]
+    return sum(grid.size for grid in grids)
+
+
+def test_fake_process_groups(pool: RankPool) -> None:
+    """Megatron's --fake-process-group: their store does not count."""
+    assert pool.run(grids_of_fake_groups, 1, init_group=False) == [16]
+
+
 def many_grids(rank: int, count: int) -> int:
     """Grids of one group cost no new process groups where they have one row or one column."""
     assert dist.group.WORLD is not None

@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention.saved import without_neighbours
 from tests.attention.dense import dense_gradients, zigzag
 from tests.pool import RankPool
 
 TOKENS, HEADS, DIM = 12, 2, 8  # of a rank
-PARTS = {  # which of q, k and v are parts of one projection's output
-    "no positions": "qkv",
-    "rotary positions": "v",
-    "values and keys": "kv",
+PARTS = {  # which of q, k and v are parts of one projection's output; what is saved in shards of Q; whether that lives
+    "no positions": ("qkv", 4, True),
+    "rotary positions": ("v", 4, False),
+    "rotary queries": ("kv", 5, True),  # two copies would free one
 }
 
 
@@ -52,11 +53,31 @@ def saved(rank: int, mode: str, parts: str) -> tuple[float, bool, float]:
     return sum(storages.values()) / (TOKENS * HEADS * DIM * 8), lives, (gradient - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize(
+    ("width", "differentiated", "recorded", "copied"),
+    [
+        (3, True, True, True),
+        (3, True, False, False),  # the first pass of a checkpoint, evaluation
+        (3, False, True, False),
+        (2, True, True, True),
+        (1, True, True, False),
+    ],
+)
+def test_copies_are_made_where_they_free_memory(width: int, differentiated: bool, recorded: bool, copied: bool) -> None:
+    """Of values that are one of `width` parts of a storage."""
+    q, k = (torch.randn(4, 1, 1, 8, requires_grad=differentiated) for _ in range(2))
+    v = torch.randn(4, 1, width, 8, requires_grad=differentiated)[:, :, -1:]
+    with torch.set_grad_enabled(recorded):
+        kept = without_neighbours(q, k, v)
+    assert [mine is x for mine, x in zip(kept, (q, k, v), strict=True)] == [True, True, not copied]
+    assert torch.equal(kept[2], v)
+
+
+@pytest.mark.parametrize(("parts", "shards", "lives"), PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize("mode", ["2x1", "1x2", "2x2", "1x1", "ring"])
-def test_no_larger_tensor_is_kept(mode: str, parts: str, pool: RankPool) -> None:
+def test_no_larger_tensor_is_kept(mode: str, parts: str, shards: int, lives: bool, pool: RankPool) -> None:
     ranks = {"1x1": 1, "2x2": 4}.get(mode, 2)
-    for shards, lives, error in pool.run(saved, ranks, mode, parts):
-        assert shards == 4 + 1 / DIM  # q, k, v, the output and its log-sum-exp
-        assert lives == (parts == "qkv"), "a copy of what fills its storage would cost time alone"
+    for found, living, error in pool.run(saved, ranks, mode, parts):
+        assert found == shards + 1 / DIM  # q, k, v, the output, and its log-sum-exp
+        assert living == lives
         assert error < 1e-12

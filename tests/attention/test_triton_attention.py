@@ -127,7 +127,7 @@ def compile_for(capability: int) -> None:
             )
             taken.append(compiled.metadata.shared)
         assert min(taken) <= SHARED_KIB[capability] * 1024, (kernel, taken)
-        if triton.__version__ >= "3.6":
+        if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6):
             assert taken[0] <= SHARED_KIB[capability] * 1024, "fewer stages are slower"
 
 
