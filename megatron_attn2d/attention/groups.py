@@ -19,8 +19,8 @@ def subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> 
     """
     if len(ranks) == 1:
         return None
-    backend, timeout, options = dist.get_backend(parent), option(parent, "_timeout"), None
-    reuse |= backend != "nccl" or bool(option(parent, "is_high_priority_stream"))
+    backend, timeout, options = dist.get_backend(parent), _option(parent, "_timeout"), None
+    reuse |= backend != "nccl" or bool(_option(parent, "is_high_priority_stream"))
     if len(ranks) == parent.size() and reuse:
         return parent
     if backend == "nccl":
@@ -71,7 +71,7 @@ def meet(*groups: dist.ProcessGroup | None) -> None:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
 
-def option(group: dist.ProcessGroup, name: str) -> Any:
+def _option(group: dist.ProcessGroup, name: str) -> Any:
     """An option of the group's backend, how long messages are waited for, say; None where it doesn't tell."""
     backend = group._get_backend(group._device_types[0])
     return getattr(getattr(backend, "options", None), name, None)
