@@ -321,6 +321,13 @@ REFUSED = {
         "megatron_args.qk_clip = true: --qk-clip needs the largest score, which our attention does not report yet; "
         "leave it out"
     ),
+    "megatron_args.sft=true": (
+        "megatron_args.sft = true: --sft packs conversations, whose mask our attention does not have yet; leave it out"
+    ),
+    "megatron_args.hybrid_layer_pattern='*-D-'": (
+        "megatron_args.hybrid_layer_pattern = '*-D-': D, sparse attention, chooses its keys from the whole sequence, "
+        "which no rank has; choose * or +"
+    ),
     "megatron_args.yaml_cfg=x.yaml": (
         "megatron_args.yaml_cfg = 'x.yaml': --yaml-cfg discards all other arguments; leave it out"
     ),

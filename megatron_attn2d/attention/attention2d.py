@@ -59,20 +59,22 @@ def attention2d(
     """Attention of the whole sequence, from and to shards in the zigzag layout.
 
     Args:
-        q: [s/cp, b, h, d]: this rank's lower chunk, then its upper chunk (see `layout`).
+        q: [s/cp, b, h, d], bf16, fp16, fp32 or fp64, as the kernel allows: this rank's lower chunk, then its upper
+            chunk (see `layout`).
         k: [s/cp, b, g, d], h a multiple of g; without mask and window s may be another than that of q.
         v: [s/cp, b, g, dv].
         grid: the ranks' grid; each rank passes its own view.
         causal: causal mask over the whole sequence, or none.
-        window: how many tokens before and after it a token sees, -1 or None for all.
+        window: how many tokens before and after it a token sees, -1 or None for all; under `causal` none after it.
         sink: [h], for each of this rank's heads the score of one more key, of value 0, that every row sees.
-        dropout: of probabilities, the same in every layout of ranks.
+        dropout: of probabilities, the same in every layout of ranks (`attention.dropout.Dropout`).
         cu_seqlens: running totals [0, s1, s1 + s2, ...] of the lengths of packed sequences. q, k and v are then
             [t/cp, heads, d], by sequence: both chunks of the first, of the second, ... (see `packing`).
         cu_seqlens_padded: the same with padding, where sequences are padded to multiples of 2 * cp.
         softmax_scale: factor on the scores; 1/sqrt(d) by default.
         backend: attention kernel, see `choose_kernel`.
-        head_groups: in how many groups of heads communication and kernels overlap; must divide g. By default see
+        head_groups: in how many groups of heads communication and kernels overlap; must divide g. Where
+            a grid spreads heads, as many of them as divide what a rank is left with. By default see
             `automatic_head_groups`.
         label: names the call, a layer say, in errors.
 
@@ -82,6 +84,7 @@ def attention2d(
     Raises:
         ValueError: for shapes, dtypes or devices that don't fit each other, or a backend that can't serve them.
         ExchangeError: on CPU ranks, when a peer hangs beyond its group's timeout or is gone.
+        RuntimeError: in the backward pass, when second derivatives are asked for.
     """
     packing = packed(cu_seqlens, cu_seqlens_padded, (q, k, v), grid.size)
     if packing is not None:

@@ -96,11 +96,11 @@ class Grid:
 
     @property
     def query_ranks(self) -> tuple[int, ...]:
-        """Context-parallel ranks of the own row."""
+        """Ranks in the zigzag layout, as `rank`, of the own row."""
         return self.ranks[self.row]
 
     def key_ranks(self, column: int) -> tuple[int, ...]:
-        """Context-parallel ranks of a column."""
+        """Ranks in the zigzag layout, as `rank`, of a column."""
         return tuple(row[column] for row in self.ranks)
 
     @classmethod
@@ -128,6 +128,7 @@ class Grid:
             rows, cols, heads: R, C and U.
             tile: rows and columns of the blocks that consecutive ranks fill, each on a node: what several of its ranks
                 need crosses the network once. By default ranks fill whole columns and each counts as a node.
+            reuse: take `group` itself for an axis that has all of its ranks, whatever the priority of its streams.
 
         Raises:
             ValueError: if U x R x C is not the group's size or tiles don't fill the grid.

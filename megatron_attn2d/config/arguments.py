@@ -46,12 +46,13 @@ _REFUSED = {
     "yaml-cfg": "discards all other arguments",
     "reset-attention-mask": "needs a mask that our attention does not have yet",
     "dataloader-inter-document-masking": "needs a mask that our attention does not have yet",
+    "sft": "packs conversations, whose mask our attention does not have yet",
     "qk-clip": "needs the largest score, which our attention does not report yet",
     "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
     "local-rank": "is the launcher's business",
 }
 
-
+_PATTERNS = ("hybrid-layer-pattern", "hybrid-override-pattern", "mtp-hybrid-override-pattern")
 _WINDOW = re.compile(r"\d+,(\d+|-1)")
 
 
@@ -167,6 +168,9 @@ def _passed_through(megatron_args: dict[str, Any]) -> list[str]:
         if name == "attention-backend" and value == "local":
             reason = "Megatron would silently replace context-parallel attention by its own"
             raise ConfigError(key, value, reason, "choose auto, flash, fused or unfused")
+        if name in _PATTERNS and "D" in str(value):
+            reason = "D, sparse attention, chooses its keys from the whole sequence, which no rank has"
+            raise ConfigError(key, value, reason, "choose * or +")
     return [token for name, value in given.items() for token in _parsed_by_upstream(name, value)]
 
 

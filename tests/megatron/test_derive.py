@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from megatron_attn2d.config import ConfigError, load_run, megatron_arguments
 from megatron_attn2d.megatron.derive import (
     REFUSED,
     Installed,
@@ -122,6 +123,12 @@ def test_deriving_twice_adds_nothing() -> None:
 def test_a_contradiction_is_refused_by_name(given: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         derived_arguments(given, BARE)
+
+
+def test_what_ranks_refuse_the_configuration_refuses_before() -> None:
+    for flag in REFUSED:
+        with pytest.raises(ConfigError, match=f"megatron_args.{flag[2:].replace('-', '_')} = "):
+            megatron_arguments(load_run("configs/runs/quickstart.yaml", [f"megatron_args.{flag[2:]}=true"]))
 
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 2), ("1", 0)])

@@ -1,7 +1,4 @@
-"""The planner, with configs/clusters/h100.yaml, against what two and four H200 measured over NVLink.
-
-The tables: docs/attention_gpu.md, docs/multi_gpu.md.
-"""
+"""The planner, with configs/clusters/h100.yaml, against two and four H200 over NVLink (docs/planner.md)."""
 
 from __future__ import annotations
 
