@@ -99,6 +99,20 @@ def test_what_makes_memory_grow():
     assert two.weights == pytest.approx((base.weights + 2 * 50304 * 2560) / 2, rel=1e-3)
 
 
+def test_the_mode_that_takes_most_counts():
+    path, modes = ROOT / "configs" / "runs" / "gpt3_125m_8k.yaml", ["ring"] + 11 * ["attention2d"]
+    sizes = ["context_parallel.size=2", "training.seq_length=131072", "context_parallel.grid=[2,1]"]
+    attention2d, ring, both = (
+        estimate(load_run(path, [*sizes, *given])).attention
+        for given in (
+            [],
+            ["context_parallel.mode=ring", "context_parallel.grid=auto"],
+            [f"context_parallel.layer_modes={modes}"],
+        )
+    )
+    assert both == ring > attention2d
+
+
 def test_what_is_not_estimated_is_said():
     path = ROOT / "configs" / "runs" / "gpt3_125m_8k.yaml"
     for given in ("num_experts=8", "num-experts=8", "mtp_num_layers=1", "hybrid_layer_pattern='*-*-'"):

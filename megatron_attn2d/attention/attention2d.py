@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.agreement import check_agreement, facts_of
 from megatron_attn2d.attention.checks import check_first_derivative, check_sink, mask_of, packed, request_of
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.exchange import axes
@@ -82,7 +83,8 @@ def attention2d(
         [s/cp, b, h, dv], like q; [t/cp, h, dv] if packed, 0 where padding is.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that don't fit each other, or a backend that can't serve them.
+        ValueError: for shapes, dtypes or devices that don't fit each other, or a backend that can't serve them; in the
+            first call on a grid also on every rank, if ranks pass what differs.
         ExchangeError: on CPU ranks, when a peer hangs beyond its group's timeout or is gone.
         RuntimeError: in the backward pass, when second derivatives are asked for.
     """
@@ -94,8 +96,11 @@ def attention2d(
         raise ValueError(f"head_groups={head_groups} does not divide the {k.size(2)} key/value heads of this rank")
     check_heads(q.size(2), k.size(2), grid.heads)
     check_sink(sink, q)
+    dropout = Dropout.of_call(dropout)
     kernel = choose_kernel(backend, request_of(q, v, mask, dropout))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
+    facts = facts_of(q, k, v, mask, scale, sink, dropout, head_groups)
+    check_agreement((grid.head_group, grid.kv_group, grid.q_group), facts, q.device, label)
     if grid.heads > 1:
         q, k, v = spread_heads(q, k, v, grid, label)
         if packing is not None:

@@ -22,6 +22,8 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
         ValueError: naming what does not fit.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if hasattr(x, "to_local"):  # not asked by its class, whose import takes a second
+            raise ValueError(f"{name} is a DTensor: pass this rank's shard, {name}.to_local()")
         if x.dim() != 4:
             raise ValueError(f"{name} must be [s/cp, b, heads, head dim], got shape {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
@@ -40,6 +42,8 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} don't fit: tokens and batch must agree, heads "
             "of k and v, and head dims of q and k"
         )
+    if q.size(3) == 0 or v.size(3) == 0:
+        raise ValueError(f"q {list(q.shape)} and v {list(v.shape)} must have a head dim of 1 or more")
     if k.size(2) == 0 or q.size(2) % k.size(2):
         raise ValueError(f"{q.size(2)} query heads are no multiple of {k.size(2)} key/value heads")
     for name, x in (("q", q), ("k", k)):
@@ -59,7 +63,7 @@ def band_of(causal: bool, window: tuple[int | None, int | None] | None, tokens: 
     Raises:
         ValueError: for a window that is none.
     """
-    sides = [None if side == -1 else side for side in ((None, None) if window is None else window)]
+    sides = [None if side == -1 else side for side in _pair(window)]
     if len(sides) != 2 or any(side is not None and side < 0 for side in sides):
         raise ValueError(
             f"window={window} is no window: choose (left, right), how many tokens before and after it a "
@@ -67,6 +71,12 @@ def band_of(causal: bool, window: tuple[int | None, int | None] | None, tokens: 
         )
     left, right = (None if side is None or side >= tokens - 1 else side for side in sides)
     return Band(left, 0 if causal else right)
+
+
+def _pair(window: object) -> Sequence[int | None]:
+    if window is None:
+        return None, None
+    return window if isinstance(window, Sequence) else ()
 
 
 def packed(
@@ -80,6 +90,8 @@ def packed(
     for totals, values in (("cu_seqlens", cu_seqlens), ("cu_seqlens_padded", cu_seqlens_padded)):
         if isinstance(values, Tensor):
             raise ValueError(f"{totals} is a tensor: pass {totals}.tolist(), read once a batch, as a GPU is waited for")
+        if any(isinstance(value, Tensor) or not hasattr(value, "__index__") for value in values or ()):
+            raise ValueError(f"{totals} must hold running totals of tokens, as int: got {list(values or ())[:8]}")
     if cu_seqlens is None:
         if cu_seqlens_padded is not None:
             raise ValueError("cu_seqlens_padded comes without cu_seqlens: pass both")
@@ -124,7 +136,7 @@ def request_of(q: Tensor, v: Tensor, mask: Mask, dropout: Dropout | None) -> Req
         q.size(3),
         v.size(3),
         windows=mask.windows,
-        dropout=dropout is not None and dropout.p > 0,
+        dropout=dropout is not None,
         grouped=v.size(2) != q.size(2),
     )
 

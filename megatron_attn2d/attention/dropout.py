@@ -45,6 +45,13 @@ class Dropout:
         elif not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"dropout seed={self.seed} does not fit into int64: choose 0 <= seed < 2**63")
 
+    @classmethod
+    def of_call(cls, dropout: Dropout | None) -> Dropout | None:
+        """As a call finds it, whatever its seed's tensor holds when the backward pass comes; None for p = 0."""
+        if dropout is None or dropout.p == 0:
+            return None
+        return replace(dropout, seed=dropout.seed.clone()) if isinstance(dropout.seed, Tensor) else dropout
+
     def starting(self, head: int) -> Dropout:
         """The dropout of the heads from `head` on."""
         return replace(self, first_head=self.first_head + head)

@@ -33,7 +33,8 @@ class ExchangeError(RuntimeError):
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def named(what: str) -> Iterator[None]:
+    """Names what messages were about in the error of torch.distributed."""
     try:
         yield
     except RuntimeError as error:  # what torch.distributed raises, whatever the backend
@@ -55,7 +56,7 @@ class Pending:
         Raises:
             ExchangeError: on CPU ranks, naming the messages. On GPUs NCCL's watchdog ends the process instead.
         """
-        with _named(self.what):
+        with named(self.what):
             for work in self.works:
                 work.wait()
         self.works.clear()
@@ -273,7 +274,7 @@ def launch(
             operations.append(dist.P2POp(call, buffer, peer, group, tag * 4096 + k))
     if not operations:
         return Pending()
-    with _named(what):
+    with named(what):
         return Pending(dist.batch_isend_irecv(operations), [buffer for _, buffer in (*sends, *receives)], what=what)
 
 

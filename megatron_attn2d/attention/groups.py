@@ -19,11 +19,14 @@ def subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> 
     """
     if len(ranks) == 1:
         return None
-    backend, timeout, options = dist.get_backend(parent), _option(parent, "_timeout"), None
-    reuse |= backend != "nccl" or bool(_option(parent, "is_high_priority_stream"))
+    backend, by_device = dist.get_backend(parent), dist.get_backend_config(parent)
+    if backend == "undefined":  # init_process_group was left to choose one for each device
+        backend = by_device
+    nccl, timeout, options = "nccl" in by_device, _option(parent, "_timeout"), None
+    reuse |= not nccl or bool(_option(parent, "is_high_priority_stream"))
     if len(ranks) == parent.size() and reuse:
         return parent
-    if backend == "nccl":
+    if nccl:
         # Where messages and the kernel that is to hide them become ready together, the kernel's blocks may take every
         # SM, and messages begin when it ends. A stream of high priority gets the first SMs that become free.
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -72,6 +75,11 @@ def meet(*groups: dist.ProcessGroup | None) -> None:
 
 
 def _option(group: dist.ProcessGroup, name: str) -> Any:
-    """An option of the group's backend, how long messages are waited for, say; None where it doesn't tell."""
-    backend = group._get_backend(group._device_types[0])
+    """An option of the group's backend, of NCCL where it has several: how long messages are waited for, say.
+
+    None where the backend doesn't tell.
+    """
+    devices = group._device_types
+    cuda = [device for device in devices if device.type == "cuda"]
+    backend = group._get_backend((cuda or devices)[0])
     return getattr(getattr(backend, "options", None), name, None)

@@ -25,6 +25,7 @@ class _LocalAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scores: Scores, band: Band) -> Tensor:
         kept = _kept(q, k, scores)
         out, lse = scores.kernel.forward(q, k, v, band=band, scale=scores.scale, dropout=kept)
+        out = out.contiguous()  # as on every grid
         if sink is not None:
             apply_sink(out, lse, sink)
         ctx.save_for_backward(q, k, v, out, lse, sink)

@@ -145,16 +145,17 @@ class Sums:
 
     Args:
         slots, n: as in `Pieces`.
+        few: there are so few calls that the first one's dtype serves for the sum.
     """
 
-    def __init__(self, slots: int, n: int) -> None:
-        self._slots, self._n = slots, n
+    def __init__(self, slots: int, n: int, few: bool) -> None:
+        self._slots, self._n, self._few = slots, n, few
         self._total: Tensor | None = None
 
     def add(self, start: int, rows: Tensor) -> None:
-        """Rows [s, b, h, d] from token `start` of the slots on. To the first that cover all slots others are added."""
+        """Rows [s, b, h, d] from token `start` of the slots on. A few are added to the first that covers all slots."""
         if self._total is None:
-            if rows.size(0) == self._slots * self._n:
+            if self._few and rows.size(0) == self._slots * self._n:
                 self._total = rows
                 return
             shape = (self._slots * self._n, *rows.shape[1:])

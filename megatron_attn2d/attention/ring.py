@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_attn2d.attention.agreement import check_agreement, facts_of
 from megatron_attn2d.attention.checks import check_first_derivative, check_sink, mask_of, packed, request_of
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.exchange import Pending, launch
@@ -70,8 +71,10 @@ def ring_attention(
         q, k, v = (packing.by_half(x, size) for x in (q, k, v))
     mask = mask_of(q, k, v, causal, window, size, 1, packing)
     check_sink(sink, q)
+    dropout = Dropout.of_call(dropout)
     kernel = choose_kernel(backend, request_of(q, v, mask, dropout))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
+    check_agreement((group,), facts_of(q, k, v, mask, scale, sink, dropout), q.device, label)
     q, k, v = without_neighbours(q, k, v)
     ring = _Ring(group, mask, Scores(kernel, scale, size, dropout), label)
     out: Tensor = _RingAttention.apply(q, k, v, sink, ring)

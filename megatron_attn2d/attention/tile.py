@@ -7,6 +7,7 @@ Log-sum-exps and deltas are kept by chunk, [slots, b, h, n], so that a chunk's p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from megatron_attn2d.attention.dropout import Dropout, KeepMask
 from megatron_attn2d.attention.kernels import Kernel
 from megatron_attn2d.attention.layout import LOWER, UPPER, Band, Call, Chunk, Part, TilePlan
 from megatron_attn2d.attention.pieces import PartialGradients, Partials, Pieces, Slots, Sums, joined, summed
+
+_FEW_CALLS = 4
+"""At most so many calls a plain mask makes, whose gradients of keys may be added up in 16 bits, as they come."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def differentiate(plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v
         q_rows, dout_rows = _rows(mine.q), _rows(mine.dout)
         out_rows = None if mine.out is None else _rows(mine.out)
         # Under a plain mask the longest prefix comes first: its dk and dv are what others are added to.
-        of_keys = Pieces if plan.keys_apart else Sums
+        of_keys = Pieces if plan.keys_apart else partial(Sums, few=len(part.calls) <= _FEW_CALLS)
         pieces = (
             Pieces(len(plan.queries), part.chunk),
             of_keys(len(plan.keys), part.key_chunk),
@@ -195,9 +199,12 @@ def _dropped_diagonal(scores: Scores, part: Part, q: Tensor, own: int) -> KeepMa
 
 
 def _positions(chunks: tuple[Chunk, ...], offset: int, n: int, ranks: int, like: Tensor) -> Tensor:
-    """Positions of the tokens of chunks, [slots * n]; packed sequences follow each other."""
-    starts = torch.tensor([chunk.position(ranks) * n for chunk in chunks], device=like.device, dtype=torch.int64)
-    return (2 * ranks * offset + starts[:, None] + torch.arange(n, device=like.device)).flatten()
+    """Positions of the tokens of chunks, [slots * n]; packed sequences follow each other.
+
+    Made on the device: a copy from the host would wait for it, and can't be captured in a CUDA graph.
+    """
+    starts = (2 * ranks * offset + chunk.position(ranks) * n for chunk in chunks)
+    return torch.cat([torch.arange(start, start + n, device=like.device) for start in starts])
 
 
 def _band(part: Part) -> Band:

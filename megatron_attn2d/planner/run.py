@@ -31,6 +31,9 @@ _RATES = (
     "nic_latency_us",
 )
 
+_LATENT = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
+"""Megatron's head dims of multi-latent attention."""
+
 _MESSAGE_S = 2e-6
 """What NCCL's proxy spends on a message, whichever the cluster: an order of magnitude."""
 
@@ -38,11 +41,17 @@ _MESSAGE_S = 2e-6
 def workload(run: RunConfig) -> Workload:
     """One layer's attention on one tensor-parallel rank."""
     model, tensor = run.model, run.parallelism.tensor
+    kv_heads, head_dim = model.num_query_groups, model.kv_channels or model.hidden_size // model.num_attention_heads
+    if run.megatron_args.get("multi_latent_attention"):
+        # All heads have keys. Their head dim and that of values differ; each is half of what is sent and computed.
+        given = {name: run.megatron_args.get(name) for name in _LATENT}
+        dims = [value if isinstance(value, int) else _LATENT[name] for name, value in given.items()]
+        kv_heads, head_dim = None, sum(dims) // 2
     return Workload(
         seq=run.training.seq_length,
         heads=max(1, model.num_attention_heads // tensor),
-        kv_heads=max(1, (model.num_query_groups or model.num_attention_heads) // tensor),
-        head_dim=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        kv_heads=max(1, (kv_heads or model.num_attention_heads) // tensor),
+        head_dim=head_dim,
         batch=run.training.micro_batch_size,
         element_bytes=4 if run.training.precision == "fp32" else 2,
     )

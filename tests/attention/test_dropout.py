@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
+
+
+def alone_on_a_grid(*shards: Tensor, **how: Any) -> Tensor:
+    return attention2d(*shards, Grid.single(), **how)
+
+
+def alone_on_a_ring(*shards: Tensor, **how: Any) -> Tensor:
+    return ring_attention(*shards, None, **how)
 
 
 def kept(p: float, seed: int = 5, first_head: int = 0, batch: int = 2, heads: int = 4, tokens: int = 128) -> Tensor:
@@ -62,3 +75,24 @@ def test_a_block_is_cut_from_the_mask_of_the_whole() -> None:
 def test_a_rate_that_is_none_is_refused(p: float) -> None:
     with pytest.raises(ValueError, match="is no probability below 1: choose 0 <= p < 1"):
         Dropout(p, 1)
+
+
+@pytest.mark.parametrize("attend", [alone_on_a_grid, alone_on_a_ring])
+def test_a_seed_that_changes_after_the_call_changes_no_gradient(attend: Callable[..., Tensor]) -> None:
+    """As where one tensor counts up from call to call, which a CUDA graph wants."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(8, 1, 2, 8, requires_grad=True) for _ in range(3))
+    found = []
+    for step in (0, 1):
+        seed = torch.tensor([5])
+        out = attend(q, k, v, dropout=Dropout(0.5, seed))
+        seed.add_(step)
+        found.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    for unchanged, changed in zip(*found, strict=True):
+        assert torch.equal(unchanged, changed)
+
+
+def test_a_rate_of_zero_asks_for_no_dropout() -> None:
+    q = torch.zeros(8, 1, 2, 8)
+    with mock.patch.object(Dropout, "at", side_effect=AssertionError("a mask was made")):
+        attention2d(q, q, q, Grid.single(), dropout=Dropout(0.0, 1))

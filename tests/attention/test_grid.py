@@ -309,10 +309,10 @@ class FakeGroup:
 
     def __init__(self, urgent: bool) -> None:
         self.options = SimpleNamespace(_timeout=timedelta(minutes=7), is_high_priority_stream=urgent)
-        self._device_types = ["cuda"]
+        self._device_types = [torch.device("cpu"), torch.device("cuda")]
 
-    def _get_backend(self, device: str) -> FakeGroup:
-        assert device == "cuda"
+    def _get_backend(self, device: torch.device) -> FakeGroup:
+        assert device.type == "cuda"
         return self
 
     def size(self) -> int:
@@ -320,12 +320,23 @@ class FakeGroup:
 
 
 @pytest.mark.parametrize(("urgent", "reuse"), [(False, False), (True, False), (False, True)])
-def test_streams_of_messages_have_high_priority(urgent: bool, reuse: bool) -> None:
+@pytest.mark.parametrize(
+    ("named", "by_device", "asked"),
+    [
+        ("nccl", "cuda:nccl", "nccl"),
+        ("cpu:gloo,cuda:nccl", "cpu:gloo,cuda:nccl", "cpu:gloo,cuda:nccl"),
+        ("undefined", "cpu:gloo,cuda:nccl", "cpu:gloo,cuda:nccl"),  # of init_process_group() without a backend
+    ],
+)
+def test_streams_of_messages_have_high_priority(
+    named: str, by_device: str, asked: str, urgent: bool, reuse: bool
+) -> None:
     """A group over NCCL serves as an axis if its streams are urgent, or if another one isn't wanted."""
     parent: Any = FakeGroup(urgent)
     made = mock.Mock(spec=dist.ProcessGroup)
     with (
-        mock.patch.object(dist, "get_backend", return_value="nccl"),
+        mock.patch.object(dist, "get_backend", return_value=named),
+        mock.patch.object(dist, "get_backend_config", return_value=by_device),
         mock.patch.object(groups, "new_name", return_value=nullcontext()),
         mock.patch.object(dist, "new_group", return_value=made) as new_group,
         mock.patch.object(dist, "ProcessGroupNCCL", create=True) as nccl,
@@ -338,6 +349,7 @@ def test_streams_of_messages_have_high_priority(urgent: bool, reuse: bool) -> No
     else:
         assert found is made
         given = new_group.call_args.kwargs
+        assert given["backend"] == asked
         assert given["pg_options"].is_high_priority_stream
         assert given["timeout"] == given["pg_options"]._timeout == timedelta(minutes=7)
         assert new_group.call_args.args == ([4, 5],)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from megatron_attn2d import Grid, attention2d
+from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel
 from megatron_attn2d.attention.kernels.request import Request
@@ -19,6 +21,7 @@ from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKerne
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.merge import stand_in
 from tests.attention.dense import dense_attention, inputs
+from tests.pool import RankPool
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -137,13 +140,33 @@ def test_shapes_that_dont_fit_are_refused(shapes: tuple[tuple[int, ...], ...], m
         attention2d(*(torch.zeros(shape) for shape in shapes), Grid.single())
 
 
+def test_the_output_of_one_rank_is_contiguous_as_that_of_a_grid() -> None:
+    q = torch.zeros(8, 2, 4, 8)
+    assert attention2d(q, q, q, Grid.single()).is_contiguous()
+
+
+def distributed_tensors(rank: int) -> str:
+    """What attention says to DTensors."""
+    mesh = init_device_mesh("cpu", (2,))
+    q = distribute_tensor(torch.zeros(8, 1, 2, 8), mesh, [Shard(0)])
+    try:
+        ring_attention(q, q, q, mesh.get_group())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_distributed_tensors_are_refused(pool: RankPool) -> None:
+    assert pool.run(distributed_tensors, 2) == ["q is a DTensor: pass this rank's shard, q.to_local()"] * 2
+
+
 def test_other_misuse_is_refused() -> None:
     q = torch.zeros(4, 1, 2, 8)
     with pytest.raises(ValueError, match=r"2 of k a rank don't fit a mask: .* causal=False and without a window"):
         attention2d(q, q[:2], q[:2], Grid.single())
     with pytest.raises(ValueError, match=r"4 tokens of q and 8 of k a rank don't fit a mask"):
         attention2d(q, *[torch.zeros(8, 1, 2, 8)] * 2, Grid.single(), causal=False, window=(3, 3))
-    for window in ((-2, 0), ()):
+    for window in ((-2, 0), (), 5):
         with pytest.raises(ValueError, match=rf"window={re.escape(str(window))} is no window: choose \(left, right\)"):
             attention2d(q, q, q, Grid.single(), window=window)
     with pytest.raises(
@@ -156,6 +179,11 @@ def test_other_misuse_is_refused() -> None:
         attention2d(*[q.to(torch.float8_e4m3fn)] * 3, Grid.single())
     with pytest.raises(ValueError, match=r"cu_seqlens is a tensor: pass cu_seqlens.tolist\(\)"):
         attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=torch.tensor([0, 4]))
+    for totals in ([0, 4.0], [torch.tensor(0), torch.tensor(4)]):
+        with pytest.raises(ValueError, match="cu_seqlens must hold running totals of tokens, as int"):
+            attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=totals)
+    with pytest.raises(ValueError, match="must have a head dim of 1 or more"):
+        attention2d(q[..., :0], q[..., :0], q, Grid.single())
     with pytest.raises(ValueError, match="cu_seqlens_padded comes without cu_seqlens"):
         attention2d(q, q, q, Grid.single(), cu_seqlens_padded=[0, 4])
     with pytest.raises(ValueError, match=r"cu_seqlens \[0, 0\] pack no token"):

@@ -79,11 +79,12 @@ def test_a_rank_that_stops_in_training_is_located_though_other_stages_wait_for_i
 
 
 def wait_in_vain(rank: int, tile: tuple[int, int] | None) -> float:
-    """Seconds until attention gives up on rank 1, which does not take part, over a grid laid on a group."""
+    """Seconds until attention gives up on rank 1, which leaves out the second call over a grid laid on a group."""
     group = dist.new_group(timeout=timedelta(seconds=2))
     assert isinstance(group, dist.ProcessGroup)
     grid = Grid.from_group(group, rows=2, cols=2, tile=tile)
     q = torch.ones(4, 1, 2, 4)
+    attention2d(q, q, q, grid)
     began = time.monotonic()
     if rank != 1:
         with pytest.raises(ExchangeError, match=r"in the (row|column) of ranks"):

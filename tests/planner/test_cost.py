@@ -10,6 +10,7 @@ from megatron_attn2d.cli import main
 from megatron_attn2d.config import load_run
 from megatron_attn2d.planner.cost import Candidate, Cluster, candidates, plan, predict, transient_bytes
 from megatron_attn2d.planner.report import report, verdict
+from megatron_attn2d.planner.run import workload
 from megatron_attn2d.planner.traffic import Workload
 
 NODES = Cluster(8, 360e9, 45e9, 45e9, 5e-6, 12e-6, 2e-6, 620e12, 550e12)
@@ -207,6 +208,14 @@ def test_windows_are_not_predicted() -> None:
     work = Workload(seq=2**15, heads=8, kv_heads=8, head_dim=128, window=(1023, 0))
     with pytest.raises(ValueError, match=r"window=\(1023, 0\): only full and causal attention is predicted"):
         predict(Candidate("attention2d", (1, 8, 4), None), 32, work, NODES)
+
+
+def test_latent_attention_has_keys_for_every_head() -> None:
+    run = load_run(RUN, ["megatron_args.multi_latent_attention=true", "megatron_args.v_head_dim=64"])
+    assert run.model.num_query_groups != run.model.num_attention_heads
+    work = workload(run)
+    assert work.kv_heads == work.heads
+    assert work.head_dim == (128 + 64 + 64) // 2
 
 
 def test_what_a_plan_leaves_out_is_said() -> None:

@@ -1,0 +1,96 @@
+"""Before the first messages of a group: do all of its ranks ask for the same attention?
+
+A rank sees its own arguments alone. With another length or dtype on a peer, messages would end early or be read as what
+they are not, without a word. So the first call on a group compares them, once: it waits for others and for the GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.exchange import named
+from megatron_attn2d.attention.layout import Mask
+
+_met: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+def facts_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float,
+    sink: Tensor | None,
+    dropout: Dropout | None,
+    head_groups: int | None = None,
+) -> dict[str, object]:
+    """What has to be the same on all ranks of a call, by the name it has in errors."""
+    return {
+        "shape of q": tuple(q.shape),
+        "shape of k": tuple(k.shape),
+        "shape of v": tuple(v.shape),
+        "dtype": q.dtype,
+        "mask": tuple(mask.band),
+        "chunks of sequences": (mask.chunks, mask.key_chunks),
+        "lengths of sequences": mask.lengths,
+        "softmax_scale": scale,
+        "sink": sink is not None,
+        "dropout": None if dropout is None else dropout.p,
+        "head_groups": head_groups,
+    }
+
+
+def check_agreement(
+    groups: Sequence[dist.ProcessGroup | None], facts: Mapping[str, object], device: torch.device, label: str
+) -> None:
+    """Compare `facts` with the other ranks' in the first call on these groups; every rank of them must call.
+
+    One group after the other, so that each rank of a grid hears of a difference in any of its rows and columns. Nothing
+    is compared while a CUDA graph is captured, nor over groups that are not real.
+
+    Args:
+        groups: the axes on which the caller exchanges messages; None for those that have no group.
+        facts: by name, as `facts_of` gives them.
+        device: of the tensors.
+        label: names the call in errors.
+
+    Raises:
+        ValueError: on every rank, where facts differ anywhere.
+        ExchangeError: as messages do.
+    """
+    axes = [group for group in groups if group is not None]
+    if all(group in _met for group in axes) or any(dist.get_backend(group) == "fake" for group in axes):
+        return
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
+    differing: list[str] = []
+    elsewhere = 0
+    for group in axes:
+        on = device if "nccl" in dist.get_backend_config(group) else torch.device("cpu")
+        mine = torch.tensor([*map(_number, facts.values()), elsewhere], device=on)
+        theirs = [torch.empty_like(mine) for _ in range(group.size())]
+        ranks = dist.get_process_group_ranks(group)
+        with named(f"{label}: comparing arguments of ranks {ranks}"):
+            dist.all_gather(theirs, mine, group=group)
+        *columns, flags = zip(*(numbers.tolist() for numbers in theirs), strict=True)
+        for (name, value), column in zip(facts.items(), columns, strict=True):
+            others = [rank for rank, number in zip(ranks, column, strict=True) if number != column[group.rank()]]
+            if others:
+                differing.append(f"{name} is {value} here and another on global rank {others[0]}")
+        elsewhere = int(bool(differing) or any(flags))
+    if elsewhere:
+        what = "; ".join(differing) or "those of other ranks of the grid differ, as told there"
+        raise ValueError(f"{label}: all ranks must pass the same on rank {dist.get_rank()}: {what}")
+    _met.update(axes)
+
+
+def _number(value: object) -> int:
+    """The same for what is equal, in int64."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7])
