@@ -5,9 +5,10 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from megatron_attn2d import checkpoints, environment, evaluate, memory
+from megatron_attn2d import checkpoints, environment, evaluate, memory, run_lock
 from megatron_attn2d import report as run_report
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments, resolved_yaml
 from megatron_attn2d.config.errors import UsageError
@@ -16,7 +17,7 @@ from megatron_attn2d.corpus import command as corpus
 from megatron_attn2d.slurm import submit
 from megatron_attn2d.topology import picture
 
-_NOT_BY_STEP = {"ckpt_convert_format", "ckpt_step", "finetune", "skip_train", "train_samples"}
+_NOT_BY_STEP = {"ckpt_convert_format", "ckpt_step", "finetune", "skip_train"}
 """Arguments of Megatron's under which it has something to do after the last step too."""
 
 
@@ -97,30 +98,33 @@ def _described(run: RunConfig, arguments: list[str]) -> str:
 def _train_as_rank(run: RunConfig, arguments: list[str]) -> int:
     environment.check_devices(run.environment.device, environment.local_rank() + 1)
     first = int(os.environ["RANK"]) == 0
-    _prepare(run, write_config=first)
-    if _is_finished(run, says=first):
-        return 0
-    from megatron_attn2d import pretrain_gpt
+    check_files(run)
+    with run_lock.held(Path(run.directory)) if first else nullcontext():
+        _prepare(run, write_config=first)
+        if _is_finished(run, says=first):
+            return 0
+        from megatron_attn2d import pretrain_gpt
 
-    pretrain_gpt.main(arguments)
-    return 0
+        pretrain_gpt.main(arguments)
+        return 0
 
 
 def _train_alone(run: RunConfig, arguments: list[str]) -> int:
     environment.check_devices(run.environment.device, run.world_size)
-    _prepare(run, write_config=True)
-    if _is_finished(run, says=True):
-        return 0
-    from megatron_attn2d import launch, pretrain_gpt
+    check_files(run)
+    with run_lock.held(Path(run.directory)):
+        _prepare(run, write_config=True)
+        if _is_finished(run, says=True):
+            return 0
+        from megatron_attn2d import launch, pretrain_gpt
 
-    return launch.run_local(run.world_size, pretrain_gpt.main, arguments, device=run.environment.device)
+        return launch.run_local(run.world_size, pretrain_gpt.main, arguments, device=run.environment.device)
 
 
 def _prepare(run: RunConfig, write_config: bool) -> None:
     """The run's directory with its resolved configuration, and its data."""
     from megatron_attn2d import data
 
-    check_files(run)
     directory = Path(run.directory)
     if write_config:
         with tempfile.NamedTemporaryFile("w", dir=directory, prefix=".config-", delete=False) as scratch:

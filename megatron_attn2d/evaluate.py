@@ -116,7 +116,7 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
             )
     else:
         positions = max(positions, context)
-    return load_run(
+    run = load_run(
         path,
         [
             *_FORWARD_ONLY,
@@ -127,6 +127,9 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
         ],
         world_size=world_size,
     )
+    if Path(run.directory).resolve() != run_dir.resolve():  # where there may be no checkpoint, or another model's
+        raise ConfigError("run.dir", run.run.dir, f"the checkpoint of {run_dir} is evaluated", "leave it out")
+    return run
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> int:

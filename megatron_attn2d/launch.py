@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 from megatron_attn2d import environment
+from megatron_attn2d.config.errors import UsageError
 
 PRELOAD: tuple[str, ...] = (
     "megatron.training.arguments",
@@ -124,7 +125,8 @@ def _run_rank(
     except Exception as error:
         timed_out = isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)) is not None
         brief = "".join(traceback.format_exception_only(error)).strip()
-        text = traceback.format_exc()[-_REPORT_CHARACTERS:]
+        # A user's mistake is told by its message.
+        text = f"{error}\n" if isinstance(error, UsageError) else traceback.format_exc()[-_REPORT_CHARACTERS:]
         report.send(_Failure(time.monotonic(), rank, timed_out, brief[:1000], text))
         sys.exit(1)
 

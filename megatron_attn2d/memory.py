@@ -25,6 +25,11 @@ NOT_ESTIMATED = (
     "use_megatron_fsdp",
     "use_torch_fsdp2",
     "optimizer_cpu_offload",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
 )
 """Arguments of Megatron under which this arithmetic does not hold."""
 

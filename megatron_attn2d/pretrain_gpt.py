@@ -9,9 +9,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -20,6 +21,7 @@ from unittest import mock
 import torch
 
 from megatron_attn2d import data
+from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.megatron import agreement, compat, cpu, derive, progress
 from megatron_attn2d.megatron.integrity import verified
 from megatron_attn2d.megatron.retention import retained
@@ -49,7 +51,8 @@ def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]
         stack.enter_context(cpu.seam())
         stack.callback(_reset_megatron, owns_process_group=not torch.distributed.is_initialized())
         derive.set_environment(megatron_args)
-        arguments = derive.with_derived_arguments(megatron_args)
+        with refusals():
+            arguments = derive.with_derived_arguments(megatron_args)
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_gpt", *arguments]))
         try:
             body(console)
@@ -64,26 +67,44 @@ def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]
 
 def parsed() -> tuple[Namespace, Any]:
     """Megatron's arguments of the command line, and its configuration of the run with our attention in the model."""
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        hybrid_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
+
+    with refusals():
+        args = parse_and_validate_args(extra_args_provider=_add_own_arguments)
+        return args, pretrain_cfg_container_from_args(args, _model(args))
+
+
+def _model(args: Namespace) -> Any:
+    """Megatron's configuration of the model, with our attention."""
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
     from megatron_attn2d.megatron.hybrid_spec import attention2d_hybrid_stack_spec
     from megatron_attn2d.megatron.layer_spec import attention2d_layer_spec
 
-    args = parse_and_validate_args(extra_args_provider=_add_own_arguments)
     if args.hybrid_layer_pattern is not None:
         model = hybrid_config_from_args(args)
         model.transformer.attention2d_head_groups = args.attention2d_head_groups
         model.hybrid_stack_spec = model.hybrid_stack_spec or attention2d_hybrid_stack_spec
     else:
         model = gpt_config_from_args(args)
+        model.rope_scaling_factor = args.rope_scaling_factor  # which upstream leaves at 8
         if model.transformer_layer_spec is None:
             model.transformer_layer_spec = partial(attention2d_layer_spec, head_groups=args.attention2d_head_groups)
-    return args, pretrain_cfg_container_from_args(args, model)
+    return model
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Makes what refuses Megatron's arguments a user's mistake, which is told without a traceback."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (AssertionError, ValueError, RuntimeError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        said = str(error) or f"{last.line} ({Path(last.filename).name}, line {last.lineno})"
+        raise UsageError(f"Megatron's arguments: {said}") from error
 
 
 def _pretrain(console: TextIO) -> None:
@@ -128,7 +149,7 @@ def _add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"Megatron's arguments: {message}")
+    raise UsageError(f"Megatron's arguments: {message}")
 
 
 def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:

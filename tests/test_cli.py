@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attn2d import cli, environment
+from megatron_attn2d import cli, environment, run_lock
 from megatron_attn2d.config import ConfigError, load_run
 from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.plot import Curve, draw, read_curve, table
@@ -152,9 +152,24 @@ def test_alone_it_starts_the_ranks_and_returns_their_exit_code(started, tmp_path
     assert (kind, nprocs, target, device) == ("local", 8, pretrain_gpt.main, "cpu")
     assert arguments[-2:] == ["--run-dir", "runs/quickstart"]
     assert load_run(tmp_path / "runs" / "quickstart" / "config.yaml", []).data.dir == "there"
-    assert [path.name for path in (tmp_path / "runs" / "quickstart").iterdir()] == ["config.yaml"]
+    assert {path.name for path in (tmp_path / "runs" / "quickstart").iterdir()} == {"config.yaml", run_lock.NAME}
     assert os.environ["OMP_NUM_THREADS"] == "1"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(
+    "launched", [{}, {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}]
+)
+def test_a_second_training_in_a_directory_is_refused(started, launched, tmp_path, capsys):
+    run_dir = tmp_path / "runs" / "quickstart"
+    run_dir.mkdir(parents=True)
+    os.environ.update(launched)
+    with run_lock.held(run_dir):
+        assert cli.main(["train", QUICKSTART, "data.dir=there", "checkpoint.save=true"]) == 2
+    assert f"another training writes there (process {os.getpid()} on " in capsys.readouterr().err
+    assert not started
+    assert not (run_dir / "config.yaml").exists()
+    assert cli.main(["train", QUICKSTART, "data.dir=there"]) == (0 if launched else 3)
 
 
 def test_under_torchrun_it_is_one_rank(started):

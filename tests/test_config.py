@@ -321,6 +321,23 @@ REFUSED = {
         "megatron_args.qk_clip = true: --qk-clip needs the largest score, which our attention does not report yet; "
         "leave it out"
     ),
+    "megatron_args.rampup_batch_size=[2, 2, 4]": (
+        "megatron_args.rampup_batch_size = [2, 2, 4]: --rampup-batch-size is read by nobody in Megatron-Core 0.19; ..."
+    ),
+    "megatron_args.step_batch_size_schedule='0:2 4:4'": (
+        "megatron_args.step_batch_size_schedule = '0:2 4:4': --step-batch-size-schedule excludes training.global_b..."
+    ),
+    "megatron_args.train_samples=100": "megatron_args.train_samples = 100: --train-samples excludes training.train_...",
+    "megatron_args={fim_data: true, fim_rate: 0.5}": (
+        "megatron_args.fim_data = true: --fim-data would be ignored: it is for data sets or losses other than ours; ..."
+    ),
+    "megatron_args.full_validation=true": "megatron_args.full_validation = true: --full-validation would be ignored...",
+    "optimizer.optimizer=sgd checkpoint.save=true": (
+        "optimizer.optimizer = 'sgd': Megatron can't load a saved state of SGD, so that the run could not be ..."
+    ),
+    "optimizer.optimizer=sgd optimizer.use_distributed_optimizer=true checkpoint.save=false": (
+        "optimizer.use_distributed_optimizer = true: Megatron shards the state of Adam alone; choose false, or adam"
+    ),
     "megatron_args.sft=true": (
         "megatron_args.sft = true: --sft packs conversations, whose mask our attention does not have yet; leave it out"
     ),
@@ -370,6 +387,21 @@ def test_refused_with_its_reason(base, overrides):
         assert message.startswith(expected.removesuffix("..."))
     else:
         assert message == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "decoder_first_pipeline_num_layers=1",
+        "pipeline_model_parallel_layout='Et|tttL'",
+        "account_for_loss_in_pipeline_split=true",
+    ],
+)
+def test_megatron_shares_layers_out_unevenly_where_it_is_told_to(base, given):
+    layers = ["parallelism.pipeline=2", "model.num_layers=3", "environment.nodes=null"]
+    with pytest.raises(ConfigError, match=r"do not share model\.num_layers = 3 evenly"):
+        load_run(base, layers)
+    assert load_run(base, [*layers, f"megatron_args.{given}"]).model.num_layers == 3
 
 
 def test_the_table_of_refusals_is_large_enough():
@@ -760,6 +792,16 @@ CONTINUED = {
     "model.swiglu=true": "model.swiglu = true: the run in {run} was begun with false; choose false, or another run.dir",
     "model.rotary_base=100": "model.rotary_base = 100: the run in {run} was begun with null; choose null, or ...",
     "model.norm_epsilon=0.1": "model.norm_epsilon = 0.1: the run in {run} was begun with null; choose null, or ...",
+    "training.precision=bf16": "training.precision = 'bf16': the run in {run} was begun with 'fp32'; choose ...",
+    "optimizer.use_distributed_optimizer=true": (
+        "optimizer.use_distributed_optimizer = true: the run in {run} was begun with false; choose false, or another "
+        "run.dir"
+    ),
+    "megatron_args.window_size=[7,0]": (
+        "megatron_args.window_size = [7, 0]: the run in {run} was begun with null; choose null, or another run.dir"
+    ),
+    "megatron_args.num_experts=4": "megatron_args.num_experts = 4: the run in {run} was begun with null; choose ...",
+    "megatron_args.squared_relu=false megatron_args.log_progress=true": "",
     "data.vocab_size=1024": "data.vocab_size = 1024: the run in {run} was begun with 512; choose 512, or another ...",
     "optimizer.lr_decay_iters=100": "optimizer.lr_decay_iters = 100: the run in {run} was begun with null; choose ...",
     "model.hidden_dropout=0.1 model.max_position_embeddings=4096": "",

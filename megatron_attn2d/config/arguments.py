@@ -38,6 +38,7 @@ _DECIDED_BY = {
     "distributed-backend": "environment.device",
     "run-dir": "run.dir",
 }
+_IGNORED = "would be ignored: it is for data sets or losses other than ours"
 # Arguments under which attention would silently be another than the one asked for, or that bypass this file.
 _REFUSED = {
     "hybrid-context-parallel": "changes the context-parallel group with every batch",
@@ -50,6 +51,16 @@ _REFUSED = {
     "qk-clip": "needs the largest score, which our attention does not report yet",
     "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
     "local-rank": "is the launcher's business",
+    "check-for-spiky-loss": _IGNORED,
+    "dataloader-defer-npy-index-mmap": _IGNORED,
+    "dataloader-fast-cache-load": _IGNORED,
+    "fim-data": _IGNORED,
+    "full-validation": _IGNORED,
+    "multiple-validation-sets": _IGNORED,
+    "per-dataset-sequences-path": _IGNORED,
+    "rampup-batch-size": "is read by nobody in Megatron-Core 0.19",
+    "step-batch-size-schedule": "excludes training.global_batch_size, which a run must have",
+    "train-samples": "excludes training.train_iters, by which a run is planned and continued",
 }
 
 _PATTERNS = ("hybrid-layer-pattern", "hybrid-override-pattern", "mtp-hybrid-override-pattern")

@@ -9,6 +9,14 @@ from megatron_attn2d.config.errors import ConfigError, ConfigErrors
 from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.planner import factorisations
 
+_UNEVEN = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+"""Arguments of Megatron that share layers out over stages otherwise than evenly."""
 _LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 Refusal = tuple[str, str, str]
@@ -98,7 +106,7 @@ def _check_parallelism(run: RunConfig) -> Iterator[Refusal]:
     key, chunks = (
         ("parallelism.pipeline", stages) if virtual is None else ("parallelism.virtual_pipeline", stages * virtual)
     )
-    if model.num_layers % chunks:
+    if model.num_layers % chunks and not any(map(run.megatron_args.get, _UNEVEN)):
         yield (
             key,
             f"{chunks} stages do not share model.num_layers = {model.num_layers} evenly",
@@ -289,6 +297,14 @@ def _check_rest(run: RunConfig) -> Iterator[Refusal]:
             "optimizer.overlap_param_gather",
             "needs use_distributed_optimizer and overlap_grad_reduce",
             "choose false, or set both to true",
+        )
+    if optimizer.optimizer == "sgd" and optimizer.use_distributed_optimizer:
+        yield "optimizer.use_distributed_optimizer", "Megatron shards the state of Adam alone", "choose false, or adam"
+    if optimizer.optimizer == "sgd" and run.checkpoint.save and not run.megatron_args.get("no_save_optim"):
+        yield (
+            "optimizer.optimizer",
+            "Megatron can't load a saved state of SGD, so that the run could not be continued",
+            "choose adam, or checkpoint.save=false",
         )
     if run.environment.device == "cpu" and run.training.precision == "fp16":
         yield "training.precision", "environment.device = cpu computes in fp32 or bf16", "choose fp32"

@@ -19,9 +19,17 @@ _PLANNED = (
 _FREE = {"hidden_dropout", "attention_dropout", "init_method_std", "max_position_embeddings"}
 _SHAPES = (
     *(f"model.{name}" for name in Model.model_fields if name not in _FREE),
-    *("data.tokenizer_type", "data.vocab_size"),
+    *("data.tokenizer_type", "data.vocab_size", "training.precision"),
+    *("optimizer.optimizer", "optimizer.use_distributed_optimizer"),
 )
-"""What decides which weights there are, and what they mean. Megatron takes most of it over without a word."""
+"""What decides which weights and states there are, and what they mean. Megatron takes most over without a word."""
+_ALSO_SHAPES = (
+    *("window_size", "window_attn_skip_freq", "softmax_type", "multi_latent_attention", "mtp_num_layers"),
+    *("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq", "moe_shared_expert_intermediate_size"),
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "hybrid_layer_pattern"),
+    *("use_rope_scaling", "rope_scaling_factor", "rotary_interleaved", "squared_relu", "quick_geglu", "qk_l2_norm"),
+)
+"""The same among Megatron's own arguments."""
 
 
 def check_files(run: RunConfig) -> None:
@@ -75,6 +83,11 @@ def _continued(run: RunConfig) -> Iterator[ConfigError]:
             if before != now:
                 reason = f"the run in {run.directory} was begun with {show(before)}"
                 yield ConfigError(key, now, reason, f"choose {show(before)}, or {instead}")
+    for name in _ALSO_SHAPES:
+        before, now = (of.megatron_args.get(name) or None for of in (begun, run))
+        if before != now:
+            reason = f"the run in {run.directory} was begun with {show(before)}"
+            yield ConfigError(f"megatron_args.{name}", now, reason, f"choose {show(before)}, or another run.dir")
 
 
 def _directories(run: RunConfig) -> Iterator[ConfigError]:

@@ -85,6 +85,10 @@ def derived_arguments(arguments: Sequence[str], installed: Installed) -> list[De
             "--attention-backend local is not supported: Megatron would silently replace context-parallel attention by "
             "its own, which sees the tokens of one rank only; choose auto, flash, fused or unfused"
         )
+    if not installed.transformer_engine:
+        for flag in ("--fp8-format", "--fp4-format"):
+            if flag in given:
+                raise ValueError(f"{flag} needs Transformer Engine, which is not installed; leave it out")
     derived = []
     for one in _consequences(given, installed):
         if one.flag not in given:

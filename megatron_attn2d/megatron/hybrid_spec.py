@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.megatron.layer_spec import with_context_parallelism
 
 
@@ -36,8 +37,8 @@ class RefusedLayer:
     """A layer that cannot be built; the pattern may do without it."""
 
     def __new__(cls, *args: Any, reason: str, **kwargs: Any) -> NoReturn:
-        """Raises ValueError with the reason."""
-        raise ValueError(f"hybrid_layer_pattern: {reason}")
+        """Raises UsageError with the reason."""
+        raise UsageError(f"hybrid_layer_pattern: {reason}")
 
 
 def _refused(reason: str) -> ModuleSpec:

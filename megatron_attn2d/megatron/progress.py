@@ -1,12 +1,16 @@
 """What a run shows and records: a line a step on the console, a JSON object a step in RUN_DIR/metrics.jsonl.
 
-Upstream logs to standard output at length; with a run directory that goes to RUN_DIR/logs/rank-N.log instead.
+The same of validation, in RUN_DIR/validation.jsonl. Upstream logs to standard output at length; with a run directory
+that goes to RUN_DIR/logs/rank-N.log instead.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -93,6 +97,8 @@ class Reporter:
         self._console = console
         self._reports = args.rank == args.world_size - 1
         self._metrics = Path(args.run_dir, "metrics.jsonl") if args.run_dir else None
+        self._validation = Path(args.run_dir, "validation.jsonl") if args.run_dir else None
+        self._validated: dict[str, Any] = {}
         self._wait = AttentionWait() if args.log_attention_communication else None
         self._step_seconds = 0.0
         self._mean_seconds: float | None = None
@@ -100,12 +106,14 @@ class Reporter:
         self._started = False
 
     def patches(self) -> tuple[Patch, ...]:
-        """The three functions of upstream's loop that are followed, and attention's messages; none is changed."""
+        """The functions of upstream's loop that are followed, and attention's messages; none is changed."""
         reason = "each step is reported as it ends"
         return (
             Patch("megatron.training.training:train_step", self._timed, reason),
             Patch("megatron.training.training:training_log", self._followed, reason),
             Patch("megatron.training.training:save_checkpoint_and_time", self._announced, reason),
+            Patch("megatron.training.training:evaluate", self._kept, "what it finds is only printed"),
+            Patch("megatron.training.training:evaluate_and_print_results", self._told, "what it finds is only printed"),
             *([self._wait.patch()] if self._wait else []),
         )
 
@@ -163,6 +171,34 @@ class Reporter:
 
         return announced
 
+    def _kept(self, evaluate: Any) -> Any:
+        @functools.wraps(evaluate)
+        def kept(*args: Any, **kwargs: Any) -> Any:
+            result = evaluate(*args, **kwargs)
+            self._validated = result[0] or {}  # nothing where its time is up
+            return result
+
+        return kept
+
+    def _told(self, evaluate_and_print_results: Any) -> Any:
+        @functools.wraps(evaluate_and_print_results)
+        def told(prefix: str, *args: Any, **kwargs: Any) -> Any:
+            self._validated = {}
+            result = evaluate_and_print_results(prefix, *args, **kwargs)
+            if self._reports and "lm loss" in self._validated:
+                iteration = inspect.signature(evaluate_and_print_results).bind(prefix, *args, **kwargs)
+                which = "test" if "test set" in prefix else "validation"
+                self._report_validation(iteration.arguments["iteration"], which, float(self._validated["lm loss"]))
+            return result
+
+        return told
+
+    def _report_validation(self, step: int, which: str, loss: float) -> None:
+        if self._validation is not None:
+            with self._validation.open("a") as validation:
+                validation.write(json.dumps({"step": step, "set": which, "loss": loss}) + "\n")
+        self._print(f"{which} after step {step}: loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.4g}")
+
     def _report(self, iteration: int, loss: float, grad_norm: float | None, lr: float | None) -> None:
         from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
         from megatron.training.training import num_floating_point_operations
@@ -191,19 +227,28 @@ class Reporter:
         self._print(self._line(step))
 
     def _start(self, iteration: int) -> None:
-        """Forgets the recorded steps that this run repeats: those after the checkpoint that it resumed from."""
+        """Forgets the recorded steps that this run repeats: those after the checkpoint that it resumed from.
+
+        What a run that begins anew finds it lays aside, as metrics.jsonl.1 and so on.
+        """
         self._started = True
         self._began = time.perf_counter() - self._step_seconds
         if iteration > 1:
             self._print(f"resumed after step {iteration - 1}")
-        if self._metrics is None or not self._metrics.exists():
-            return
-        kept = [line for line in _complete_lines(self._metrics) if json.loads(line)["step"] < iteration]
-        if kept:
-            self._began -= json.loads(kept[-1])["elapsed_s"]
-        rewritten = self._metrics.with_suffix(".jsonl.new")
-        rewritten.write_text("".join(kept))
-        rewritten.replace(self._metrics)
+        for recorded in (self._metrics, self._validation):
+            if recorded is None or not recorded.exists():
+                continue
+            if iteration == 1:
+                aside = next(path for n in itertools.count(1) if not (path := Path(f"{recorded}.{n}")).exists())
+                recorded.replace(aside)
+                self._print(f"an earlier run's {recorded.name} is {aside.name} now")
+                continue
+            kept = [line for line in _complete_lines(recorded) if json.loads(line)["step"] < iteration]
+            if kept and recorded == self._metrics:
+                self._began -= json.loads(kept[-1])["elapsed_s"]
+            rewritten = recorded.with_suffix(".jsonl.new")
+            rewritten.write_text("".join(kept))
+            rewritten.replace(recorded)
 
     def _line(self, step: Step) -> str:
         if self._mean_seconds is None or step.step % 10 == 1:  # the first steps are slower: don't let them linger

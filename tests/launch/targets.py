@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_attn2d import launch
+from megatron_attn2d.config.errors import UsageError
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -32,6 +33,13 @@ def raise_in_rank_1(args: Sequence[str]) -> None:
     if rank == "0":
         time.sleep(0.1)
         raise ConnectionError("the consequence")
+    sleep(args)
+
+
+def misuse_in_rank_1(args: Sequence[str]) -> None:
+    """Rank 1 finds a user's mistake, the others sleep."""
+    if os.environ["RANK"] == "1":
+        raise UsageError("one message")
     sleep(args)
 
 

@@ -56,6 +56,7 @@ def test_ranks_get_torchruns_variables_and_a_share_of_the_cores(limit: str, tmp_
     ("target", "code", "message"),
     [
         ("raise_in_rank_1", 1, "rank 1 of 4 failed; the other ranks were stopped\nTraceback"),
+        ("misuse_in_rank_1", 1, "rank 1 of 4 failed; the other ranks were stopped\none message\n"),
         ("vanish_in_rank_1", 128 + 9, "rank 1 of 4 was ended by SIGKILL; the other ranks were stopped"),
         ("exit_in_rank_1", 7, "rank 1 of 4 exited with 7; the other ranks were stopped"),
     ],

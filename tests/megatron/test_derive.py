@@ -117,6 +117,7 @@ def test_deriving_twice_adds_nothing() -> None:
             ["--attention-backend", "local"],
             "--attention-backend local is not supported: Megatron would silently replace context-parallel attention",
         ),
+        (["--fp8-format", "hybrid"], "--fp8-format needs Transformer Engine, which is not installed; leave it out"),
         *(([flag], f"{flag} is not supported: {why}; leave it out") for flag, why in REFUSED.items()),
     ],
 )

@@ -158,6 +158,7 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
         (["--context", "64", "--data", "missing"], "missing: no data set"),
         (["--context", "64", "-o", "none/e.json"], "--output none/e.json: there is no directory none; make it, or"),
         (["--context", "64", "-o", "."], "--output .: a directory; name a JSON file"),
+        (["--context", "64", "run.dir=elsewhere"], "run.dir = 'elsewhere': the checkpoint of "),
         (["--context", "65", "context_parallel.size=2", "context_parallel.grid=auto"], "training.seq_length = 65: not"),
     ],
 )

@@ -5,17 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.megatron.runs import arguments
+from tests.megatron.runs import arguments, train
 from tests.pool import RankFailed, RankPool
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"no_such_flag": True}, "ValueError: Megatron's arguments: unrecognized arguments: --no-such-flag"),
-        ({"seq_length": "long"}, "ValueError: Megatron's arguments: argument --seq-length: invalid int value: 'long'"),
-        ({"hybrid_context_parallel": True}, "ValueError: --hybrid-context-parallel is not supported: it changes the"),
-        ({"hybrid_layer_pattern": "*M"}, "ValueError: hybrid_layer_pattern: M and G, Mamba and Gated DeltaNet, need"),
+        ({"no_such_flag": True}, "UsageError: Megatron's arguments: unrecognized arguments: --no-such-flag"),
+        ({"seq_length": "long"}, "UsageError: Megatron's arguments: argument --seq-length: invalid int value: 'long'"),
+        ({"hybrid_context_parallel": True}, "UsageError: Megatron's arguments: --hybrid-context-parallel is not"),
+        (
+            {"swiglu": True, "squared_relu": True},
+            r"UsageError: .*: assert not args.swiglu \(argument_utils.py, line",
+        ),
+        ({"num_experts": 3, "expert_model_parallel_size": 2}, "UsageError: Megatron's arguments: .*xpert"),
+        ({"hybrid_layer_pattern": "*M"}, "UsageError: hybrid_layer_pattern: M and G, Mamba and Gated DeltaNet, need"),
     ],
 )
 def test_what_it_refuses_it_names(options: dict[str, object], message: str, pool: RankPool, tmp_path: Path) -> None:
@@ -23,9 +28,18 @@ def test_what_it_refuses_it_names(options: dict[str, object], message: str, pool
         pool.run(_run, 1, [arguments(run_dir=tmp_path, mock_data=True, **options)])
 
 
+def test_frequencies_of_rope_are_scaled_by_the_factor_given(pool: RankPool, tmp_path: Path) -> None:
+    norms = set()
+    for factor in (1.0, 8.0, 64.0):
+        options = {"use_rope_scaling": True, "rope_scaling_factor": factor, "rotary_base": 1000000}
+        steps = train(pool, 1, tmp_path / str(factor), mock_data=True, num_layers=1, train_iters=1, **options)
+        norms.add(steps[0]["grad_norm"])
+    assert len(norms) == 3
+
+
 def test_it_can_be_called_again_after_success_and_failure(pool: RankPool, tmp_path: Path) -> None:
     good = arguments(run_dir=tmp_path, mock_data=True, num_layers=1, train_iters=1)
-    assert pool.run(_run, 2, [good, [*good, "--no-such-flag"], good]) == [["", "ValueError", ""]] * 2
+    assert pool.run(_run, 2, [good, [*good, "--no-such-flag"], good]) == [["", "UsageError", ""]] * 2
 
 
 @pytest.mark.parametrize("init_group", [True, False])

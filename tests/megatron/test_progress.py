@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,6 +37,44 @@ def test_each_step_is_recorded_once_and_shown_in_a_line(pool: RankPool, text: Pa
     assert "derived --distributed-backend gloo: there is no CUDA device" in logs[0]
     upstream = [line for line in logs[1].splitlines() if "lm loss" in line]
     assert f"lm loss: {steps[0]['loss']:.6E}" in upstream[0]
+
+
+def test_validation_is_recorded_and_shown_as_upstream_finds_it(pool: RankPool, text: Path, tmp_path: Path) -> None:
+    options = {"split": "80,10,10", "eval_iters": 2, "eval_interval": 2, "train_iters": 5, "num_layers": 1}
+    train(pool, 2, tmp_path, data_path=text, pipeline_model_parallel_size=1, **options)
+    found = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    log = (tmp_path / "logs/rank-1.log").read_text()
+    upstream = re.findall(r"validation loss at iteration (\d)( on test set)?.* \| lm loss value: (\S+)", log)
+    assert [(one["step"], one["set"], f"{one['loss']:.6E}") for one in found] == [
+        (int(step), "test" if test else "validation", loss) for step, test, loss in upstream
+    ]
+    assert [one["step"] for one in found] == [2, 4, 5, 5]
+
+
+def test_a_run_that_begins_anew_lays_the_records_of_an_earlier_one_aside(tmp_path: Path) -> None:
+    console = io.StringIO()
+    for loss in (3.0, 2.0, 1.0):
+        one = reporter(tmp_path, console)
+        one._report(1, loss, 1.25, 1e-3)
+        one._report_validation(1, "validation", loss)
+    for name in ("metrics", "validation"):
+        losses = [json.loads((tmp_path / f"{name}.jsonl{n}").read_text())["loss"] for n in (".1", ".2", "")]
+        assert losses == [3.0, 2.0, 1.0]
+    assert "an earlier run's metrics.jsonl is metrics.jsonl.2 now\n" in console.getvalue()
+    assert "validation after step 1: loss 2.0000  perplexity 7.389\n" in console.getvalue()
+
+
+def test_a_resumed_run_forgets_what_it_repeats(tmp_path: Path) -> None:
+    one = reporter(tmp_path)
+    for step in (1, 2, 3):
+        one._report(step, 2.5, 1.25, 1e-3)
+        one._report_validation(step, "validation", 2.5)
+    reporter(tmp_path)._report(3, 2.0, 1.25, 1e-3)
+    steps = {
+        name: [json.loads(line)["step"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("metrics", "validation")
+    }
+    assert steps == {"metrics": [1, 2, 3], "validation": [1, 2]}
 
 
 def reporter(run_dir: Path | None, console: Any = None, **options: Any) -> Reporter:
