@@ -1,4 +1,4 @@
-"""Reading RUN_DIR/metrics.jsonl, which `megatron.progress` writes: a JSON object a step."""
+"""Reading RUN_DIR/metrics.jsonl and validation.jsonl, which `megatron.progress` writes: a JSON object a step."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,28 @@ from megatron_attn2d.config.errors import UsageError
 
 Steps = dict[int, dict[str, float]]
 """What is recorded of each step, by its number; see `megatron.progress.Step` for names and units."""
+
+
+def read_validation(run_dir: Path) -> dict[int, float]:
+    """The loss on the validation set after each step that was followed by a validation; empty where none was.
+
+    Raises:
+        UsageError: the file can't be read.
+    """
+    path = run_dir / "validation.jsonl"
+    if not path.exists():
+        return {}
+    found: dict[int, float] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            recorded = json.loads(line)
+            if recorded["set"] == "validation":
+                found[int(recorded["step"])] = float(recorded["loss"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):  # else a run was killed while writing it
+                raise UsageError(f"{path}, line {number}: not a validation ({error})") from error
+    return found
 
 
 def read_steps(run_dir: Path) -> Steps:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_attn2d.metrics import Steps, read_steps
+from megatron_attn2d.metrics import Steps, read_steps, read_validation
 from megatron_attn2d.plot import COLOURS, STYLES
 
 _SETTLED = 5
@@ -22,10 +22,11 @@ _WINDOW = 15
 
 @dataclass(frozen=True)
 class Run:
-    """A run's name and what was recorded of its steps."""
+    """A run's name, what was recorded of its steps, and its loss on the validation set by step."""
 
     name: str
     steps: Steps
+    validation: dict[int, float] = field(default_factory=dict)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """The steps that have `key`, and its values."""
@@ -64,12 +65,27 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     """
     paths = [directory.resolve() for directory in directories]
     parts = next(n for n in range(1, 100) if len({path.parts[-n:] for path in paths}) == len(set(paths)))
-    return [Run("/".join(path.parts[-parts:]), read_steps(path)) for path in dict.fromkeys(paths)]
+    return [
+        Run("/".join(path.parts[-parts:]), read_steps(path), read_validation(path)) for path in dict.fromkeys(paths)
+    ]
 
 
 def table(runs: Sequence[Run]) -> str:
     """A row a run: its last loss, and medians of what says how fast it was. A dash: not recorded."""
-    rows = [("run", "steps", "loss", "tokens/s", "TFLOP/s a rank", "MFU", "memory GiB", "attention waits", "time")]
+    rows = [
+        (
+            "run",
+            "steps",
+            "loss",
+            "validation",
+            "tokens/s",
+            "TFLOP/s a rank",
+            "MFU",
+            "memory GiB",
+            "attention waits",
+            "time",
+        )
+    ]
     for run in runs:
         last = run.steps[max(run.steps)]
         tflops, mfu, waits = (run.typical(key) for key in ("tflops", "mfu", "attention_wait"))
@@ -79,6 +95,7 @@ def table(runs: Sequence[Run]) -> str:
                 run.name,
                 f"{max(run.steps):,}",
                 f"{last['loss']:.4f}",
+                f"{run.validation[max(run.validation)]:.4f}" if run.validation else "-",
                 "-" if tokens is None else f"{tokens:,.0f}",
                 "-" if tflops is None else f"{tflops:.3g}",
                 "-" if mfu is None else f"{mfu:.1%}",
@@ -109,6 +126,16 @@ def draw(runs: Sequence[Run], output: Path) -> None:
         line |= {"marker": "o"} if len(run.steps) == 1 else {}
         steps, losses = run.series("loss")
         loss.plot(steps, losses, label=f"{run.name}: {losses[-1]:.3f}", **line)
+        if run.validation:
+            label = f"{run.name}, validation: {run.validation[max(run.validation)]:.3f}"
+            loss.plot(
+                *zip(*run.validation.items(), strict=True),
+                "D",
+                color=colour,
+                markersize=5,
+                label=label,
+                zorder=3 + order,
+            )
         steps, rates = run.series("tokens_per_s")
         if rates:
             speed.plot(steps, rates, color=colour, linewidth=0.7, alpha=0.25, zorder=2)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_attn2d import cli
 from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.metrics import read_steps
+from megatron_attn2d.metrics import read_steps, read_validation
 from megatron_attn2d.report import Run, _running_median, read_runs, table
 
 
@@ -24,6 +24,9 @@ def write(run_dir: Path, steps: int = 30, **more: float) -> Path:
 
 def test_a_picture_and_a_row_for_each_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "a", tflops=400.0, mfu=0.4, memory_gib=61.5, attention_wait=0.031)
+    validations = [{"step": n, "set": "validation", "loss": 8 / n} for n in (10, 20)]
+    validations += [{"step": 30, "set": "test", "loss": 9}]
+    (tmp_path / "a" / "validation.jsonl").write_text("".join(json.dumps(one) + "\n" for one in validations) + '{"st')
     write(tmp_path / "b", steps=1)
     output = tmp_path / "out" / "report.png"
     assert cli.main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(output)]) == 0
@@ -32,6 +35,7 @@ def test_a_picture_and_a_row_for_each_run(tmp_path: Path, capsys: pytest.Capture
         "run": "a",
         "steps": "30",
         "loss": "0.2000",
+        "validation": "0.4000",
         "tokens/s": "1,000",
         "TFLOP/s a rank": "400",
         "MFU": "40.0%",
@@ -39,7 +43,7 @@ def test_a_picture_and_a_row_for_each_run(tmp_path: Path, capsys: pytest.Capture
         "attention waits": "3.1%",
         "time": "0:30:30",
     }
-    assert second == ["b", "1", "6.0000", "10", "-", "-", "-", "-", "0:01:01"]
+    assert second == ["b", "1", "6.0000", "-", "10", "-", "-", "-", "-", "0:01:01"]
     assert output.read_bytes().startswith(b"\x89PNG")
     assert output.stat().st_size > 20_000
 
@@ -63,6 +67,13 @@ def test_a_step_without_all_values_is_no_obstacle(tmp_path: Path) -> None:
     run = Run("run", read_steps(tmp_path / "run"))
     assert run.series("mfu") == ([4], [0.5])
     assert "1.5000" in table([run])
+
+
+@pytest.mark.parametrize("line", ["no JSON", '{"step": 1, "loss": 2.0}', "[]"])
+def test_a_file_of_something_else_than_validations_is_refused(line: str, tmp_path: Path) -> None:
+    (tmp_path / "validation.jsonl").write_text(f"{line}\n{{}}\n")
+    with pytest.raises(UsageError, match=r"validation\.jsonl, line 1: not a validation"):
+        read_validation(tmp_path)
 
 
 def test_running_median() -> None:
