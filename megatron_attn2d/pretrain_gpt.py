@@ -96,12 +96,13 @@ def _model(args: Namespace) -> Any:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Makes what refuses Megatron's arguments a user's mistake, which is told without a traceback."""
+    """Makes what refuses Megatron's arguments a user's mistake, told without its traceback, which is in the log."""
     try:
         yield
     except UsageError:
         raise
-    except (AssertionError, ValueError, RuntimeError) as error:
+    except (AssertionError, ValueError) as error:
+        traceback.print_exc()
         last = traceback.extract_tb(error.__traceback__)[-1]
         said = str(error) or f"{last.line} ({Path(last.filename).name}, line {last.lineno})"
         raise UsageError(f"Megatron's arguments: {said}") from error

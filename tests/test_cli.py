@@ -4,6 +4,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,10 +158,23 @@ def test_alone_it_starts_the_ranks_and_returns_their_exit_code(started, tmp_path
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_what_is_left_of_a_training_is_waited_for(tmp_path, capsys):
+    """A process that loads data, say, which a killed rank leaves behind for some seconds."""
+    with run_lock.held(tmp_path):
+        left = os.fork()
+        if not left:
+            time.sleep(1)
+            os._exit(0)
+    with run_lock.held(tmp_path):
+        assert os.waitpid(left, 0)[1] == 0
+    assert f"another training writes there (process {os.getpid()} on " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "launched", [{}, {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}]
 )
-def test_a_second_training_in_a_directory_is_refused(started, launched, tmp_path, capsys):
+def test_a_second_training_in_a_directory_is_refused(started, launched, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE_S", 0.5)
     run_dir = tmp_path / "runs" / "quickstart"
     run_dir.mkdir(parents=True)
     os.environ.update(launched)

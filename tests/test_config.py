@@ -6,6 +6,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_attn2d import config
 from megatron_attn2d.config import ConfigError, load_run, megatron_arguments, resolved_yaml, upstream
 from megatron_attn2d.config.arguments import embedded_data
-from megatron_attn2d.config.files import check_files
+from megatron_attn2d.config.files import ALSO_SHAPES, check_files
 from megatron_attn2d.config.yaml_io import dump, parse
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -696,6 +697,22 @@ def test_the_table_of_upstreams_arguments_is_that_of_its_parser(monkeypatch):
     upstream.options.cache_clear()
 
 
+def test_what_a_run_is_begun_with_where_nothing_is_said_is_upstreams_default():
+    assert {name: upstream.parser().get_default(name) for name in ALSO_SHAPES} == ALSO_SHAPES
+
+
+@pytest.mark.parametrize(("begun", "now"), [("[7, 0]", "'7,0'"), ("'7,0'", "[7, 0]")])
+def test_a_run_is_continued_with_the_same_in_other_words(base, begun, now, tmp_path):
+    directory = [f"run.dir={tmp_path / 'run'}", "data.mock=true"]
+    (tmp_path / "run").mkdir()
+    run = load_run(base, [*directory, f"megatron_args.window_size={begun}"])
+    (tmp_path / "run" / "config.yaml").write_text(resolved_yaml(run))
+    with mock.patch("megatron_attn2d.checkpoints.last_complete", return_value=1):
+        check_files(load_run(base, [*directory, f"megatron_args.window_size={now}"]))
+        with pytest.raises(ConfigError, match=r"megatron_args.window_size = \[8, 0\]: the run in .* was begun with"):
+            check_files(load_run(base, [*directory, "megatron_args.window_size=[8, 0]"]))
+
+
 def test_upstreams_parser_takes_what_we_compile(base):
     *tokens, run_dir_flag, _ = megatron_arguments(load_run(base, ["parallelism.virtual_pipeline=2"]))
     assert run_dir_flag == "--run-dir"
@@ -801,7 +818,9 @@ CONTINUED = {
         "megatron_args.window_size = [7, 0]: the run in {run} was begun with null; choose null, or another run.dir"
     ),
     "megatron_args.num_experts=4": "megatron_args.num_experts = 4: the run in {run} was begun with null; choose ...",
+    "megatron_args.hybrid_override_pattern='*-'": "megatron_args.hybrid_override_pattern = '*-': the run in {run} ...",
     "megatron_args.squared_relu=false megatron_args.log_progress=true": "",
+    "megatron_args.softmax_type=vanilla megatron_args.v_head_dim='128' megatron_args.rope_scaling_factor=8": "",
     "data.vocab_size=1024": "data.vocab_size = 1024: the run in {run} was begun with 512; choose 512, or another ...",
     "optimizer.lr_decay_iters=100": "optimizer.lr_decay_iters = 100: the run in {run} was begun with null; choose ...",
     "model.hidden_dropout=0.1 model.max_position_embeddings=4096": "",

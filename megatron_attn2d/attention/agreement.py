@@ -50,7 +50,7 @@ def facts_of(
 def check_agreement(
     groups: Sequence[dist.ProcessGroup | None], facts: Mapping[str, object], device: torch.device, label: str
 ) -> None:
-    """Compare `facts` with the other ranks' in the first call on these groups; every rank of them must call.
+    """Compare `facts` with the other ranks' in the first call on each of these groups; every rank of it must call.
 
     One group after the other, so that each rank of a grid hears of a difference in any of its rows and columns. Nothing
     is compared while a CUDA graph is captured, nor over groups that are not real.
@@ -65,8 +65,9 @@ def check_agreement(
         ValueError: on every rank, where facts differ anywhere.
         ExchangeError: as messages do.
     """
-    axes = [group for group in groups if group is not None]
-    if all(group in _met for group in axes) or any(dist.get_backend(group) == "fake" for group in axes):
+    # By group, of which all ranks know the same: whoever shares one of these with a ring has met there already.
+    axes = [group for group in groups if group is not None and group not in _met]
+    if not axes or any(dist.get_backend(group) == "fake" for group in axes):
         return
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return

@@ -23,13 +23,16 @@ _SHAPES = (
     *("optimizer.optimizer", "optimizer.use_distributed_optimizer"),
 )
 """What decides which weights and states there are, and what they mean. Megatron takes most over without a word."""
-_ALSO_SHAPES = (
-    *("window_size", "window_attn_skip_freq", "softmax_type", "multi_latent_attention", "mtp_num_layers"),
-    *("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_layer_freq", "moe_shared_expert_intermediate_size"),
-    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "hybrid_layer_pattern"),
-    *("use_rope_scaling", "rope_scaling_factor", "rotary_interleaved", "squared_relu", "quick_geglu", "qk_l2_norm"),
-)
-"""The same among Megatron's own arguments."""
+ALSO_SHAPES: dict[str, object] = {
+    **dict.fromkeys(("window_size", "window_attn_skip_freq", "mtp_num_layers", "num_experts", "moe_ffn_hidden_size")),
+    **dict.fromkeys(("moe_shared_expert_intermediate_size", "q_lora_rank", "hybrid_layer_pattern")),
+    **dict.fromkeys(("hybrid_override_pattern", "mtp_hybrid_override_pattern")),
+    **dict.fromkeys(("multi_latent_attention", "use_rope_scaling", "rotary_interleaved", "squared_relu"), False),
+    **dict.fromkeys(("quick_geglu", "qk_l2_norm"), False),
+    **{"softmax_type": "vanilla", "rope_scaling_factor": 8.0, "moe_router_topk": 2, "moe_layer_freq": 1},
+    **{"kv_lora_rank": 32, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128},
+}
+"""The same among Megatron's own arguments, and what they are where they are left out."""
 
 
 def check_files(run: RunConfig) -> None:
@@ -83,11 +86,19 @@ def _continued(run: RunConfig) -> Iterator[ConfigError]:
             if before != now:
                 reason = f"the run in {run.directory} was begun with {show(before)}"
                 yield ConfigError(key, now, reason, f"choose {show(before)}, or {instead}")
-    for name in _ALSO_SHAPES:
-        before, now = (of.megatron_args.get(name) or None for of in (begun, run))
-        if before != now:
+    for name, default in ALSO_SHAPES.items():
+        before, now = (of.megatron_args.get(name) for of in (begun, run))
+        if _word(before, default) != _word(now, default):
             reason = f"the run in {run.directory} was begun with {show(before)}"
             yield ConfigError(f"megatron_args.{name}", now, reason, f"choose {show(before)}, or another run.dir")
+
+
+def _word(value: object, default: object) -> str:
+    """What Megatron reads, however it is written: a list, a string or a number."""
+    value = default if value is None else value
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _directories(run: RunConfig) -> Iterator[ConfigError]:

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -195,8 +195,9 @@ class Reporter:
 
     def _report_validation(self, step: int, which: str, loss: float) -> None:
         if self._validation is not None:
-            with self._validation.open("a") as validation:
-                validation.write(json.dumps({"step": step, "set": which, "loss": loss}) + "\n")
+            before = _complete_lines(self._validation) if self._validation.exists() else []
+            kept = [line for line in before if (one := json.loads(line))["step"] != step or one["set"] != which]
+            _rewrite(self._validation, [*kept, json.dumps({"step": step, "set": which, "loss": loss}) + "\n"])
         self._print(f"{which} after step {step}: loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.4g}")
 
     def _report(self, iteration: int, loss: float, grad_norm: float | None, lr: float | None) -> None:
@@ -246,9 +247,7 @@ class Reporter:
             kept = [line for line in _complete_lines(recorded) if json.loads(line)["step"] < iteration]
             if kept and recorded == self._metrics:
                 self._began -= json.loads(kept[-1])["elapsed_s"]
-            rewritten = recorded.with_suffix(".jsonl.new")
-            rewritten.write_text("".join(kept))
-            rewritten.replace(recorded)
+            _rewrite(recorded, kept)
 
     def _line(self, step: Step) -> str:
         if self._mean_seconds is None or step.step % 10 == 1:  # the first steps are slower: don't let them linger
@@ -306,6 +305,12 @@ def _to_trackers(step: Step, ranks: int) -> None:
 def _complete_lines(path: Path) -> list[str]:
     """The lines of a file, without a last one that an interrupted write left unfinished."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _rewrite(path: Path, lines: Iterable[str]) -> None:
+    rewritten = path.with_suffix(".jsonl.new")
+    rewritten.write_text("".join(lines))
+    rewritten.replace(path)
 
 
 def reported(args: Namespace, console: TextIO) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
@@ -99,3 +100,17 @@ def alone(rank: int, layout: Layout) -> str:
 def test_a_first_call_that_waits_in_vain_names_the_ranks(pool: RankPool, layout: Layout, ranks: str) -> None:
     said = pool.run(alone, 2, layout, timeout=60)[0]
     assert said.startswith(f"layer 7: comparing arguments of ranks {ranks} failed on rank 0: ")
+
+
+def groups_of_rings_and_a_grid(rank: int) -> float:
+    """A mesh's groups, of which some ranks alone have used one for a ring before all lay a grid on both."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("q", "kv"))
+    grid, (q, k, v) = Grid.from_mesh(mesh), shards()
+    ring_attention(q, k, v, mesh.get_group("kv"))
+    if rank in (0, 2):
+        ring_attention(q, k, v, mesh.get_group("q"))
+    return attention2d(q, k, v, grid).mean().item()
+
+
+def test_groups_that_some_ranks_have_used_before(pool: RankPool) -> None:
+    assert pool.run(groups_of_rings_and_a_grid, 4, timeout=60) == pytest.approx([1.0] * 4)

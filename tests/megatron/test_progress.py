@@ -64,6 +64,17 @@ def test_a_run_that_begins_anew_lays_the_records_of_an_earlier_one_aside(tmp_pat
     assert "validation after step 1: loss 2.0000  perplexity 7.389\n" in console.getvalue()
 
 
+def test_a_validation_that_is_repeated_without_a_step_replaces_the_first(tmp_path: Path) -> None:
+    """As by --skip-train on a run that has ended, also where a record was cut off."""
+    reporter(tmp_path)._report_validation(4, "validation", 2.5)
+    with (tmp_path / "validation.jsonl").open("a") as file:
+        file.write('{"step": 4, "se')
+    reporter(tmp_path)._report_validation(4, "validation", 2.0)
+    reporter(tmp_path)._report_validation(4, "test", 3.0)
+    found = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [(one["set"], one["loss"]) for one in found] == [("validation", 2.0), ("test", 3.0)]
+
+
 def test_a_resumed_run_forgets_what_it_repeats(tmp_path: Path) -> None:
     one = reporter(tmp_path)
     for step in (1, 2, 3):
