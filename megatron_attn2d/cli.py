@@ -4,8 +4,8 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_attn2d import checkpoints, environment, evaluate, memory, run_lock
@@ -98,9 +98,7 @@ def _described(run: RunConfig, arguments: list[str]) -> str:
 def _train_as_rank(run: RunConfig, arguments: list[str]) -> int:
     environment.check_devices(run.environment.device, environment.local_rank() + 1)
     first = int(os.environ["RANK"]) == 0
-    check_files(run)
-    with run_lock.held(Path(run.directory)) if first else nullcontext():
-        _prepare(run, write_config=first)
+    with _prepared(run, first):
         if _is_finished(run, says=first):
             return 0
         from megatron_attn2d import pretrain_gpt
@@ -111,9 +109,7 @@ def _train_as_rank(run: RunConfig, arguments: list[str]) -> int:
 
 def _train_alone(run: RunConfig, arguments: list[str]) -> int:
     environment.check_devices(run.environment.device, run.world_size)
-    check_files(run)
-    with run_lock.held(Path(run.directory)):
-        _prepare(run, write_config=True)
+    with _prepared(run, first=True):
         if _is_finished(run, says=True):
             return 0
         from megatron_attn2d import launch, pretrain_gpt
@@ -121,25 +117,28 @@ def _train_alone(run: RunConfig, arguments: list[str]) -> int:
         return launch.run_local(run.world_size, pretrain_gpt.main, arguments, device=run.environment.device)
 
 
-def _prepare(run: RunConfig, write_config: bool) -> None:
-    """The run's directory with its resolved configuration, and its data."""
+@contextmanager
+def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
+    """The run's data and, by its first rank or its launcher, its directory: locked, with its resolved configuration."""
     from megatron_attn2d import data
 
+    check_files(run)
     directory = Path(run.directory)
-    if write_config:
-        with tempfile.NamedTemporaryFile("w", dir=directory, prefix=".config-", delete=False) as scratch:
-            scratch.write(resolved_yaml(run))
-        Path(scratch.name).replace(directory / "config.yaml")
-        checkpoints.repair_tracker(directory / "checkpoints")
-    if not (run.data.paths or run.data.mock):
-        data.build_default(run.data.dir)
+    with run_lock.held(directory) if first else nullcontext():
+        if first:
+            with tempfile.NamedTemporaryFile("w", dir=directory, prefix=".config-", delete=False) as scratch:
+                scratch.write(resolved_yaml(run))
+            Path(scratch.name).replace(directory / "config.yaml")
+            checkpoints.repair_tracker(directory / "checkpoints")
+        if not (run.data.paths or run.data.mock):
+            data.build_default(run.data.dir)
+        yield
 
 
 def _is_finished(run: RunConfig, says: bool) -> bool:
     """Whether the last step is in a checkpoint, so that Megatron would start, train nothing and end without a word."""
     step, steps = checkpoints.last_complete(Path(run.directory) / "checkpoints"), run.training.train_iters
-    given = {name for name, value in run.megatron_args.items() if value}
-    if step is None or step < steps or given & _NOT_BY_STEP:
+    if step is None or step < steps or any(map(run.megatron_args.get, _NOT_BY_STEP)):
         return False
     if says:
         print(f"step {step} of {steps} is saved: nothing to do")

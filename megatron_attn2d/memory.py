@@ -10,6 +10,7 @@ Activations follow Korthikanti et al. (arXiv 2205.05198, table 2) without the sc
 from dataclasses import dataclass
 from math import ceil
 
+from megatron_attn2d.config.checks import UNEVEN
 from megatron_attn2d.config.schema import Model, RunConfig
 from megatron_attn2d.planner.cost import Candidate, transient_bytes
 from megatron_attn2d.planner.run import workload
@@ -25,11 +26,7 @@ NOT_ESTIMATED = (
     "use_megatron_fsdp",
     "use_torch_fsdp2",
     "optimizer_cpu_offload",
-    "decoder_first_pipeline_num_layers",
-    "decoder_last_pipeline_num_layers",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-    "pipeline_model_parallel_layout",
+    *UNEVEN,
 )
 """Arguments of Megatron under which this arithmetic does not hold."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.exchange import named
+from megatron_attn2d.attention.groups import over_nccl
 from megatron_attn2d.attention.layout import Mask
 
 _met: WeakSet[dist.ProcessGroup] = WeakSet()
@@ -74,7 +75,7 @@ def check_agreement(
     differing: list[str] = []
     elsewhere = 0
     for group in axes:
-        on = device if "nccl" in dist.get_backend_config(group) else torch.device("cpu")
+        on = device if over_nccl(group) else torch.device("cpu")
         mine = torch.tensor([*map(_number, facts.values()), elsewhere], device=on)
         theirs = [torch.empty_like(mine) for _ in range(group.size())]
         ranks = dist.get_process_group_ranks(group)

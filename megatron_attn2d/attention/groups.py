@@ -19,10 +19,10 @@ def subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> 
     """
     if len(ranks) == 1:
         return None
-    backend, by_device = dist.get_backend(parent), dist.get_backend_config(parent)
+    backend, nccl = dist.get_backend(parent), over_nccl(parent)
     if backend == "undefined":  # init_process_group was left to choose one for each device
-        backend = by_device
-    nccl, timeout, options = "nccl" in by_device, _option(parent, "_timeout"), None
+        backend = dist.get_backend_config(parent)
+    timeout, options = _option(parent, "_timeout"), None
     reuse |= not nccl or bool(_option(parent, "is_high_priority_stream"))
     if len(ranks) == parent.size() and reuse:
         return parent
@@ -70,8 +70,13 @@ def meet(*groups: dist.ProcessGroup | None) -> None:
     """
     for group in groups:
         if group is not None and group.size() > 1:
-            device = "cuda" if "nccl" in dist.get_backend_config(group) else "cpu"
+            device = "cuda" if over_nccl(group) else "cpu"
             dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+
+def over_nccl(group: dist.ProcessGroup) -> bool:
+    """Whether NCCL serves the group's CUDA tensors, alone or beside another backend for those of the CPU."""
+    return "nccl" in dist.get_backend_config(group)
 
 
 def _option(group: dist.ProcessGroup, name: str) -> Any:

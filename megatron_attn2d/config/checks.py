@@ -9,7 +9,7 @@ from megatron_attn2d.config.errors import ConfigError, ConfigErrors
 from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.planner import factorisations
 
-_UNEVEN = (
+UNEVEN = (
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
     "account_for_embedding_in_pipeline_split",
@@ -106,7 +106,7 @@ def _check_parallelism(run: RunConfig) -> Iterator[Refusal]:
     key, chunks = (
         ("parallelism.pipeline", stages) if virtual is None else ("parallelism.virtual_pipeline", stages * virtual)
     )
-    if model.num_layers % chunks and not any(map(run.megatron_args.get, _UNEVEN)):
+    if model.num_layers % chunks and not any(map(run.megatron_args.get, UNEVEN)):
         yield (
             key,
             f"{chunks} stages do not share model.num_layers = {model.num_layers} evenly",

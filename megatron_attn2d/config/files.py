@@ -10,6 +10,7 @@ from megatron_attn2d.config.errors import ConfigError, ConfigErrors, show
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.run import build_run
 from megatron_attn2d.config.schema import Model, RunConfig
+from megatron_attn2d.planner.run import LATENT_DIMS
 
 _PLANNED = (
     *(f"optimizer.{key}" for key in ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters")),
@@ -24,13 +25,28 @@ _SHAPES = (
 )
 """What decides which weights and states there are, and what they mean. Megatron takes most over without a word."""
 ALSO_SHAPES: dict[str, object] = {
-    **dict.fromkeys(("window_size", "window_attn_skip_freq", "mtp_num_layers", "num_experts", "moe_ffn_hidden_size")),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "q_lora_rank", "hybrid_layer_pattern")),
-    **dict.fromkeys(("hybrid_override_pattern", "mtp_hybrid_override_pattern")),
-    **dict.fromkeys(("multi_latent_attention", "use_rope_scaling", "rotary_interleaved", "squared_relu"), False),
-    **dict.fromkeys(("quick_geglu", "qk_l2_norm"), False),
-    **{"softmax_type": "vanilla", "rope_scaling_factor": 8.0, "moe_router_topk": 2, "moe_layer_freq": 1},
-    **{"kv_lora_rank": 32, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128},
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "softmax_type": "vanilla",
+    "qk_l2_norm": False,
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "rotary_interleaved": False,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "num_experts": None,
+    "moe_router_topk": 2,
+    "moe_layer_freq": 1,
+    "moe_ffn_hidden_size": None,
+    "moe_shared_expert_intermediate_size": None,
+    "multi_latent_attention": False,
+    "q_lora_rank": None,
+    "kv_lora_rank": 32,
+    **LATENT_DIMS,
+    "mtp_num_layers": None,
+    "hybrid_layer_pattern": None,
+    "hybrid_override_pattern": None,
+    "mtp_hybrid_override_pattern": None,
 }
 """The same among Megatron's own arguments, and what they are where they are left out."""
 
@@ -74,8 +90,8 @@ def _continued(run: RunConfig) -> Iterator[ConfigError]:
         begun = build_run(read_run(path))
     except ConfigError:  # of another version of this package
         return
-    given = {name for name, value in run.megatron_args.items() if value}
-    planned_anew = bool(given & {"override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"})
+    overriding = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+    planned_anew = any(map(run.megatron_args.get, overriding))
     anew = "another run.dir, or megatron_args.override_opt_param_scheduler=true to plan the learning rate anew"
     for keys, instead in (
         (() if planned_anew else _PLANNED, anew),

@@ -7,7 +7,6 @@ that goes to RUN_DIR/logs/rank-N.log instead.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -182,13 +181,22 @@ class Reporter:
 
     def _told(self, evaluate_and_print_results: Any) -> Any:
         @functools.wraps(evaluate_and_print_results)
-        def told(prefix: str, *args: Any, **kwargs: Any) -> Any:
+        def told(
+            prefix: str,
+            forward_step_func: Any,
+            data_iterator: Any,
+            model: Any,
+            iteration: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
             self._validated = {}
-            result = evaluate_and_print_results(prefix, *args, **kwargs)
+            result = evaluate_and_print_results(
+                prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs
+            )
             if self._reports and "lm loss" in self._validated:
-                iteration = inspect.signature(evaluate_and_print_results).bind(prefix, *args, **kwargs)
                 which = "test" if "test set" in prefix else "validation"
-                self._report_validation(iteration.arguments["iteration"], which, float(self._validated["lm loss"]))
+                self._report_validation(iteration, which, float(self._validated["lm loss"]))
             return result
 
         return told

@@ -31,8 +31,8 @@ _RATES = (
     "nic_latency_us",
 )
 
-_LATENT = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
-"""Megatron's head dims of multi-latent attention."""
+LATENT_DIMS = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
+"""Head dims of multi-latent attention where Megatron's arguments leave them out."""
 
 _MESSAGE_S = 2e-6
 """What NCCL's proxy spends on a message, whichever the cluster: an order of magnitude."""
@@ -44,8 +44,8 @@ def workload(run: RunConfig) -> Workload:
     kv_heads, head_dim = model.num_query_groups, model.kv_channels or model.hidden_size // model.num_attention_heads
     if run.megatron_args.get("multi_latent_attention"):
         # All heads have keys. Their head dim and that of values differ; each is half of what is sent and computed.
-        given = {name: run.megatron_args.get(name) for name in _LATENT}
-        dims = [value if isinstance(value, int) else _LATENT[name] for name, value in given.items()]
+        given = {name: run.megatron_args.get(name) for name in LATENT_DIMS}
+        dims = [value if isinstance(value, int) else LATENT_DIMS[name] for name, value in given.items()]
         kv_heads, head_dim = None, sum(dims) // 2
     return Workload(
         seq=run.training.seq_length,

@@ -96,10 +96,10 @@ def alone(rank: int, layout: Layout) -> str:
     return message
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [((1, 2, 1), "[0, 1]"), (None, "[0, 1]")], ids=str)
-def test_a_first_call_that_waits_in_vain_names_the_ranks(pool: RankPool, layout: Layout, ranks: str) -> None:
+@pytest.mark.parametrize("layout", [(1, 2, 1), None], ids=str)
+def test_a_first_call_that_waits_in_vain_names_the_ranks(pool: RankPool, layout: Layout) -> None:
     said = pool.run(alone, 2, layout, timeout=60)[0]
-    assert said.startswith(f"layer 7: comparing arguments of ranks {ranks} failed on rank 0: ")
+    assert said.startswith("layer 7: comparing arguments of ranks [0, 1] failed on rank 0: ")
 
 
 def groups_of_rings_and_a_grid(rank: int) -> float:
