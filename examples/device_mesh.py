@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from megatron_attn2d import Grid, attention2d
+from megatron_attn2d import Grid, attention2d, zigzag
 
 VOCABULARY, LENGTH, BACK = 32, 128, 8
 
@@ -59,12 +59,6 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def zigzag(length: int, ranks: int, rank: int) -> Tensor:
-    """Positions that a context-parallel rank holds: chunk `rank` and chunk `2 * ranks - 1 - rank` of 2 * ranks."""
-    chunks = torch.arange(length).chunk(2 * ranks)
-    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
-
-
 def train(rows: int, cols: int, steps: int, batch: int = 16) -> list[float]:
     """Train on the world's ranks, rows x cols of them a sequence; returns the loss of each step."""
     device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= dist.get_world_size() else "cpu"
@@ -79,7 +73,7 @@ def train(rows: int, cols: int, steps: int, batch: int = 16) -> list[float]:
         fully_shard(block, mesh=everyone)
     fully_shard(model, mesh=everyone)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    positions = zigzag(LENGTH, context, grid.context_rank)
+    positions = zigzag.positions(LENGTH, grid)
     losses = []
     for step in range(steps):
         sequences = torch.randint(VOCABULARY, (LENGTH, batch), generator=torch.Generator().manual_seed(step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -49,10 +50,31 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
     for name, x in (("q", q), ("k", k)):
         if x.size(0) == 0 or x.size(0) % 2:
             nearest = [str(n) for n in (x.size(0) // 2 * 2, x.size(0) // 2 * 2 + 2) if n]
+            batch_first = f"; {list(x.shape)} are read as [s/cp, b, heads, head dim]" if x.size(1) > x.size(0) else ""
             raise ValueError(
                 f"a shard of {x.size(0)} tokens is no pair of zigzag chunks ({name}): the sequence length must be a "
-                f"multiple of 2 * cp; the nearest shards have {' and '.join(nearest)} tokens"
+                f"multiple of 2 * cp; the nearest shards have {' and '.join(nearest)} tokens{batch_first}"
             )
+
+
+_LARGE, _TIMES = 128, 4
+"""A batch or a number of heads is doubted from `_LARGE` on, where it is `_TIMES` the tokens of the whole sequence."""
+
+
+def _doubt_order(q: Tensor, ranks: int) -> None:
+    """Warn where dims of q [s/cp, b, h, d] can only be meant in another order: [b, s, h, d] or [b, h, s, d].
+
+    Nobody spreads a sequence over ranks that has fewer tokens than the batch has sequences, or a token heads. Python
+    shows a warning once for each place that calls.
+    """
+    tokens, (batch, heads) = q.size(0) * ranks, q.shape[1:3]
+    if max(batch, heads) >= max(_LARGE, _TIMES * tokens):
+        warnings.warn(
+            f"q {list(q.shape)} is read as [s/cp, b, heads, head dim]: {batch} sequences of {tokens} tokens on {ranks} "
+            f"ranks, {heads} heads. Are its dims in another order? transpose(0, 1) of [b, s/cp, heads, head dim] is "
+            "wanted",
+            stacklevel=4,
+        )
 
 
 def band_of(causal: bool, window: tuple[int | None, int | None] | None, tokens: int) -> Band:
@@ -122,7 +144,9 @@ def mask_of(
     longest = max(q.size(0), k.size(0)) * places * heads if packing is None else max(packing.places)
     band = band_of(causal, window, longest)
     check_shards(q, k, v, across=band == FULL and packing is None)
-    if packing is not None:
+    if packing is None:
+        _doubt_order(q, places * heads)
+    else:
         return Mask(band, places, packing.chunks(places), packing.lengths)
     chunk, key_chunk = (x.size(0) * heads // 2 for x in (q, k))
     return Mask(band, places, (chunk,), key_chunks=None if key_chunk == chunk else (key_chunk,))
