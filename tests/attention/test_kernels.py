@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,10 +19,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel
+from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.merge import stand_in
+from megatron_attn2d.attention.segments import Segments
 from tests.attention.dense import dense_attention, inputs
 from tests.pool import RankPool
 
@@ -112,6 +117,49 @@ def test_bands_end_at_the_bottom_right(band: Band, sizes: tuple[int, int]) -> No
         found = kernel.backward(dout, q, k, v, None, lse, delta, band=band, scale=0.3)
         for a, b in zip(found, gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("on_the_host", [True, False])
+@pytest.mark.parametrize(
+    ("band", "segments"),
+    [
+        (FULL, [(0, 3, 1, 5), (3, 0, 6, 0), (5, 4, 6, 2)]),
+        (CAUSAL, [(1, 3, 0, 3), (6, 2, 4, 2)]),
+        (Band(0, None), [(0, 5, 0, 3), (6, 2, 4, 4)]),
+        (FULL, []),
+    ],
+    ids=str,
+)
+def test_a_table_is_its_segments_one_by_one(
+    band: Band, segments: list[tuple[int, int, int, int]], on_the_host: bool
+) -> None:
+    q, k, v, dout = inputs(9, 1, (4, 2), dims=(8, 6))
+    kernel: Any = ReferenceKernel()
+    how = {"scale": 0.3, "dropout": None}
+    table = Segments.of(np.array(segments).reshape(-1, 4), band, 9, 9, q.device)
+    table = table if on_the_host else replace(table, host=None)
+    out, lse, dq, dk, dv = (
+        dout.new_zeros(9, 4, 6),
+        q.new_full((4, 9), 9.0),
+        *(torch.zeros_like(x[:, 0]) for x in (q, k, v)),
+    )
+    kernel.forward_segments(q[:, 0], k[:, 0], v[:, 0], table, out=out, lse=lse, **how)
+    statistics = torch.rand(2, 4, 9, dtype=q.dtype)
+    rows = dout[:, 0], q[:, 0], k[:, 0], v[:, 0]
+    kernel.backward_segments(*rows, None, *statistics, table, dq=dq, dk=dk, dv=dv, **how)
+    for q_start, q_length, k_start, k_length in segments:
+        rows, keys = slice(q_start, q_start + q_length), slice(k_start, k_start + k_length)
+        if q_length:
+            expected = kernel.forward(q[rows], k[keys], v[keys], band=band, **how)
+            for found, one in zip((out[rows, None], lse[None, :, rows]), expected, strict=True):
+                assert torch.equal(found, one)
+            expected = kernel.backward(
+                dout[rows], q[rows], k[keys], v[keys], None, *statistics[:, None, :, rows], band=band, **how
+            )
+            for found, one in zip((dq[rows], dk[keys], dv[keys]), expected, strict=True):
+                assert torch.equal(found[:, None], one)
+        out[rows], lse[:, rows], dq[rows], dk[keys], dv[keys] = 0, 9, 0, 0, 0
+    assert not any(x.any() for x in (out, lse - 9, dq, dk, dv)), "other rows are left alone"
 
 
 def test_stand_in_has_the_delta_of_the_output() -> None:

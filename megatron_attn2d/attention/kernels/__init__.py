@@ -1,8 +1,8 @@
 """The kernel seam: the only place that knows which attention kernels exist and what they can do.
 
-A kernel attends a rectangle without a mask or a square under the causal mask; some attend any band of a rectangle, and
-some drop probabilities. It returns the log-sum-exp of the scores beside the output, and its backward pass takes the
-log-sum-exp and delta over *all* keys, of which it sees some.
+A kernel attends a rectangle without a mask or a square under the causal mask; some attend any band of a rectangle,
+some drop probabilities, and some take a table of many such pieces in one call. It returns the log-sum-exp of the scores
+beside the output, and its backward pass takes the log-sum-exp and delta over *all* keys, of which it sees some.
 
 `choose_kernel` picks one for a request, once, and logs it; a request that a kernel can't meet is refused with the
 kernels that can.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKerne
 from megatron_attn2d.attention.kernels.transformer_engine import TransformerEngineKernel
 from megatron_attn2d.attention.kernels.triton import TritonKernel
 from megatron_attn2d.attention.layout import Band
+from megatron_attn2d.attention.segments import Segments
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,52 @@ class Kernel(Protocol):
         """
         ...
 
+    def forward_segments(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Attend the segments of a table, for kernels that serve requests with `segments`.
+
+        Args:
+            q, k, v: [rows, h, d], [keys, g, d] and [keys, g, dv], the last dim contiguous.
+            table: who attends whom; its band is FULL, CAUSAL on squares, or for requests with `windows` any.
+            scale, dropout: as in `forward`; a mask of one sequence, the rows and keys being all of the two buffers.
+            out: [rows, h, dv]; receives the output of the table's query rows, and keeps all others.
+            lse: [h, rows], fp32 (fp64 for fp64 inputs), the last dim contiguous; likewise.
+        """
+        ...
+
+    def backward_segments(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor | None,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """Gradients of a table's segments; arguments as in `forward_segments` and `backward`, lse and delta [h, rows].
+
+        `dq`, `dk` and `dv`, like q, k and v, receive those of the table's query rows and key rows and keep all others.
+        """
+        ...
+
 
 # In the order in which "auto" prefers them, but for `_preferred`.
 _KERNELS = {
@@ -122,6 +169,8 @@ def _choose(name: str, request: Request) -> Kernel:
             return "needs a CUDA device"
         if request.deterministic and not kernel.deterministic:
             return "has no deterministic backward pass, which torch.use_deterministic_algorithms asks for,"
+        if request.segments and not hasattr(kernel, "forward_segments"):
+            return "takes no tables of segments, of which packed sequences and windows on a grid are made"
         refused: str | None = kernel.refusal(request)
         return refused
 
@@ -141,7 +190,7 @@ def _choose(name: str, request: Request) -> Kernel:
         )
     else:
         logger.info("attention kernel: %s (%s)", chosen, request)
-    return _KERNELS[chosen]()
+    return cast(Kernel, _KERNELS[chosen]())  # one that takes no tables is refused where they are asked for
 
 
 def _preferred(able: list[str], request: Request) -> str:

@@ -5,7 +5,8 @@ Scores are formed in the input's dtype if it is fp32 or fp64, else in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import wraps
 
 import torch
@@ -15,6 +16,7 @@ from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import FULL, Band
 from megatron_attn2d.attention.merge import accumulation_dtype
+from megatron_attn2d.attention.segments import Segments
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -88,6 +90,74 @@ class ReferenceKernel:
         dq = _unfold(ds @ folded_k, q)
         dk = ds.transpose(-1, -2) @ folded_q
         return dq.to(q.dtype), dk.permute(2, 0, 1, 3).to(k.dtype), dv.permute(2, 0, 1, 3).to(v.dtype)
+
+    def forward_segments(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """See `Kernel.forward_segments`; one segment after the other."""
+        for rows, keys in _slices(table):
+            found, found_lse = self.forward(
+                q[rows].unsqueeze(1),
+                k[keys].unsqueeze(1),
+                v[keys].unsqueeze(1),
+                band=table.band,
+                scale=scale,
+                dropout=_of(dropout, rows, keys),
+            )
+            out[rows], lse[:, rows] = found.squeeze(1), found_lse.squeeze(0)
+
+    def backward_segments(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor | None,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """See `Kernel.backward_segments`."""
+        for rows, keys in _slices(table):
+            found = self.backward(
+                dout[rows].unsqueeze(1),
+                q[rows].unsqueeze(1),
+                k[keys].unsqueeze(1),
+                v[keys].unsqueeze(1),
+                None if out is None else out[rows].unsqueeze(1),
+                lse[:, rows].unsqueeze(0),
+                None if delta is None else delta[:, rows].unsqueeze(0),
+                band=table.band,
+                scale=scale,
+                dropout=_of(dropout, rows, keys),
+            )
+            dq[rows], dk[keys], dv[keys] = (x.squeeze(1) for x in found)
+
+
+def _slices(table: Segments) -> Iterator[tuple[slice, slice]]:
+    """Query and key rows of each segment."""
+    for q_start, q_length, k_start, k_length in table:
+        yield slice(q_start, q_start + q_length), slice(k_start, k_start + k_length)
+
+
+def _of(dropout: KeepMask | None, rows: slice, keys: slice) -> KeepMask | None:
+    """The mask of one segment."""
+    return None if dropout is None else replace(dropout, rows=dropout.rows[:, rows], keys=dropout.keys[:, keys])
 
 
 def _scores(q: Tensor, k: Tensor, band: Band, scale: float) -> Tensor:

@@ -20,6 +20,7 @@ class Request:
             not negative, on rectangles too, and leave no row without a key.
         dropout: probabilities are dropped.
         grouped: there are fewer key heads than query heads.
+        segments: calls come as tables of segments, for packed sequences and for windows on a grid.
         deterministic: two backward passes must agree bit for bit.
     """
 
@@ -31,9 +32,12 @@ class Request:
     dropout: bool = False
     deterministic: bool = False
     grouped: bool = False
+    segments: bool = False
 
     def __str__(self) -> str:
-        extras = [name for name in ("windows", "dropout", "deterministic", "grouped") if getattr(self, name)]
+        extras = [
+            name for name in ("windows", "dropout", "deterministic", "grouped", "segments") if getattr(self, name)
+        ]
         return ", ".join(
             (f"device {self.device}", str(self.dtype), f"head dims {self.head_dim} and {self.v_head_dim}", *extras)
         )
