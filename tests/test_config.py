@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from argparse import ArgumentParser
+from operator import attrgetter
 from pathlib import Path
 from unittest import mock
 
@@ -284,6 +285,16 @@ REFUSED = {
     "model.num_layers.x=1": (
         "model.num_layers.x=1: model.num_layers is a value, not a section; write model.num_layers=..."
     ),
+    "data.paths=[a] data.paths.b=1": "data.paths.b=1: data.paths is a value, not a section; write data.paths=...",
+    "data.paths=[a] data.paths+={b: 1}": (
+        "data.paths+ = {'b': 1}: data.paths is a list so far; add the same kind, or replace it: data.paths"
+    ),
+    "model.num_layers+=[4]": "model.num_layers+ = [4]: model.num_layers is 4 so far; add the same kind, or ...",
+    "model.num_layers+=4": (
+        "model.num_layers+ = 4: not a list or a table, which alone can be added to; write model.num_layers"
+    ),
+    "data={paths: [a], paths+: [b]}": "data.paths = ['a']: is given with + and without; keep one",
+    "model+={num_layers: 4}": "model+: unknown key; did you mean model?",
     "run={name:": "override 'run={name:', line 1, column 7: not valid YAML: ...",
     # Megatron's arguments
     "megatron_args.lr=0.1": "megatron_args.lr = 0.1: optimizer.lr decides about --lr; set optimizer.lr",
@@ -375,7 +386,7 @@ REFUSED = {
 
 def split_overrides(text):
     """'a=1 b=[2, 3]' -> ['a=1', 'b=[2, 3]']"""
-    return re.split(r" (?=[a-z_.]+=)", text)
+    return re.split(r" (?=[a-z_.]+\+?=)", text)
 
 
 @pytest.mark.parametrize("overrides", REFUSED)
@@ -466,16 +477,53 @@ def test_unreadable_files_are_named(tmp_path):
 def test_extends_merges_in_order_relative_to_the_file(tmp_path):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "deep.yaml").write_text("model: {num_layers: 2, hidden_size: 64}\n")
-    (tmp_path / "parts" / "a.yaml").write_text("extends: deep.yaml\nmodel: {num_layers: 4}\ndata: {paths: [a, b]}\n")
-    (tmp_path / "parts" / "b.yaml").write_text("model: {num_attention_heads: 8}\ndata: {paths: [c], vocab_size: 512}\n")
+    (tmp_path / "parts" / "a.yaml").write_text("extends: deep.yaml\nmodel: {num_layers: 4}\ndata: {vocab_size: 256}\n")
+    (tmp_path / "parts" / "b.yaml").write_text("model: {num_attention_heads: 8}\ndata: {vocab_size: 512}\n")
     run_yaml = tmp_path / "run.yaml"
     run_yaml.write_text(
         "extends: [parts/a.yaml, parts/b.yaml]\n"
         "optimizer: {lr: 1e-3}\ntraining: {train_iters: 9, seq_length: 8, global_batch_size: 1}\ndata:\n"
     )
-    run = load_run(run_yaml, ["model.hidden_size=128"])
+    run = load_run(run_yaml, ["model.hidden_size=128", "data={paths: [c]}"])
     assert (run.model.num_layers, run.model.hidden_size, run.model.num_attention_heads) == (4, 128, 8)
-    assert run.data.paths == ["c"]  # lists are replaced, an empty heading changes nothing
+    assert (run.data.paths, run.data.vocab_size) == (["c"], 512)  # an empty heading changes nothing
+
+
+SECTIONS_MERGE_VALUES_REPLACE = [
+    # a key, what a file says, what one that extends it or the command line says, what holds
+    ("data.paths", "{paths: {a: 0.7, b: 0.3}}", "{paths: {c: 1.0}}", {"c": 1.0}),
+    ("data.paths", "{paths: {a: 0.7, b: 0.3}}", "{paths+: {c: 1.0, b: 0.5}}", {"a": 0.7, "b": 0.5, "c": 1.0}),
+    ("data.paths", "{paths: {a: 0.7}}", "{paths: [c]}", ["c"]),
+    ("data.paths", "{paths: [a, b]}", "{paths: [c]}", ["c"]),
+    ("data.paths", "{paths: [a, b]}", "{paths+: [c]}", ["a", "b", "c"]),
+    ("data.paths", "{vocab_size: 300}", "{paths+: [c]}", ["c"]),
+    ("data.vocab_size", "{vocab_size: 300, paths: [a]}", "{paths: [c]}", 300),
+    ("environment.variables", "{variables: {A: 1, B: 2}}", "{variables: {C: 3}}", {"C": 3}),
+    ("environment.variables", "{variables: {A: 1, B: 2}}", "{variables+: {B: 3}}", {"A": 1, "B": 3}),
+    ("slurm.sbatch", "{sbatch: {partition: gpu, time: 9}}", "{sbatch: {time: 8}}", {"time": 8}),
+    ("slurm.sbatch", "{sbatch: {partition: gpu}}", "{sbatch: {}}", {}),
+    (
+        "megatron_args",
+        "{log_progress: true, recompute-modules: [mlp]}",
+        "{log-progress: null, recompute_modules+: [moe]}",
+        {"log_progress": None, "recompute_modules": ["mlp", "moe"]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "parent", "child", "holds"), SECTIONS_MERGE_VALUES_REPLACE)
+def test_sections_merge_and_values_replace_in_files_and_on_the_command_line(base, tmp_path, key, parent, child, holds):
+    section = key.partition(".")[0]
+    (tmp_path / "parent.yaml").write_text(f"extends: run.yaml\n{section}: {parent}\n")
+    (tmp_path / "child.yaml").write_text(f"extends: parent.yaml\n{section}: {child}\n")
+    by_key = [f"{section}.{name}={dump(value)}" for name, value in parse(child, "child").items()]
+    for path, overrides in (("child", []), ("parent", [f"{section}={child}"]), ("parent", by_key)):
+        assert attrgetter(key)(load_run(tmp_path / f"{path}.yaml", overrides)) == holds
+
+
+def test_one_entry_of_a_table_is_set_on_the_command_line(base):
+    run = load_run(base, ["data.paths={a: 1}", "data.paths.corpus/v1.5=0.5", "slurm.sbatch.time=60", "model={}"])
+    assert (run.data.paths, run.slurm.sbatch) == ({"a": 1.0, "corpus/v1.5": 0.5}, {"time": 60})
 
 
 def test_a_file_may_be_extended_twice_but_not_in_a_circle(tmp_path):

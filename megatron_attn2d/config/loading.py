@@ -1,10 +1,20 @@
-"""From files and `key.sub=value` overrides to one plain mapping."""
+"""From files and `key.sub=value` overrides to one plain mapping.
+
+One rule says what becomes of a key that stands in several places, the files that are extended in order, then the file
+itself, then the command line: *a section merges, a value replaces*. A section is a heading at the margin (`model:`,
+`data:`, `megatron_args:`); all that stands below one is a value, whole: a number, a list, a blend, a table of options.
+
+    data: {paths: {c: 1.0}}         data.paths={c: 1.0}         the blend is c, whatever stood there before
+    data: {paths+: {c: 1.0}}        data.paths+={c: 1.0}        c is added to the blend, or has this weight from now on
+    data: {paths+: [c]}             data.paths+=[c]             c is added to the list
+                                    slurm.sbatch.time=60        one entry of a table, as slurm.sbatch+={time: 60}
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_attn2d.config.errors import ConfigError
+from megatron_attn2d.config.errors import ConfigError, show
 from megatron_attn2d.config.yaml_io import parse, read_mapping
 
 
@@ -38,37 +48,60 @@ def _read_extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> None:
-    """Lay `update` over `base`: mappings key by key, anything else replaced."""
-    for key, value in update.items():
-        if isinstance(base.get(key), dict) and isinstance(value, dict):
-            _merge(base[key], value)
-        elif isinstance(base.get(key), dict) and value is None:
+    """Lay `update` over `base`: sections key by key, values replaced or, where a key ends with +, added to."""
+    for title, section in update.items():
+        if section is None and isinstance(base.get(title), dict):
             continue  # a heading with nothing below it changes nothing
-        else:
-            base[key] = value
+        if not isinstance(section, dict):
+            base[title] = section
+            continue
+        merged = dict(held) if isinstance(held := base.get(title), dict) else {}
+        for key, value in section.items():
+            name = key.removesuffix("+")
+            if name == key:
+                merged[name] = value
+            elif name in section:
+                raise ConfigError(f"{title}.{name}", section[name], "is given with + and without", "keep one")
+            else:
+                merged[name] = _sum(f"{title}.{key}", merged.get(name), value)
+        base[title] = merged
+
+
+def _sum(key: str, held: Any, more: Any) -> Any:
+    """`held` and `more`, both a list or both a table; `more` where there is nothing yet."""
+    if not isinstance(more, list | dict):
+        raise ConfigError(key, more, "not a list or a table, which alone can be added to", f"write {key[:-1]}")
+    if held is None:
+        return more
+    if isinstance(held, list) and isinstance(more, list):
+        return held + more
+    if isinstance(held, dict) and isinstance(more, dict):
+        return held | more
+    kind = "a list" if isinstance(held, list) else "a table" if isinstance(held, dict) else show(held)
+    raise ConfigError(key, more, f"{key[:-1]} is {kind} so far", f"add the same kind, or replace it: {key[:-1]}")
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    *sections, key = dotted.split(".")
-    if not equals or not all([*sections, key]):
+    path = dotted.split(".")
+    if not equals or not all(path):
         raise ConfigError(override, reason="not an override", choice="write key.sub=value", has_value=False)
     if dotted == "extends":
         raise ConfigError(override, reason="extends belongs in a file", choice="name the file there", has_value=False)
-    target = content
-    for depth, section in enumerate(sections, 1):
-        if target.get(section) is None:
-            target[section] = {}
-        if not isinstance(target[section], dict):
-            name = ".".join(sections[:depth])
-            raise ConfigError(
-                override, reason=f"{name} is a value, not a section", choice=f"write {name}=...", has_value=False
-            )
-        target = target[section]
     value = parse(text, f"override {override!r}")
-    if sections == ["megatron_args"]:
-        key = key.replace("-", "_")
-    target[key] = _with_underscores({key: value})[key] if not sections else value
+    above: Any = content
+    for depth, name in enumerate(path[:-1][:2], 1):
+        above = above.get(name) or {}
+        if not isinstance(above, dict):
+            there = ".".join(path[:depth])
+            raise ConfigError(
+                override, reason=f"{there} is a value, not a section", choice=f"write {there}=...", has_value=False
+            )
+    if len(path) > 2:  # an entry of a table, a blend's say, whose name may hold dots
+        path, value = [path[0], f"{path[1]}+"], {".".join(path[2:]): value}
+    for name in reversed(path):
+        value = {name: value}
+    _merge(content, _with_underscores(value))
 
 
 def _with_underscores(content: dict[str, Any]) -> dict[str, Any]:

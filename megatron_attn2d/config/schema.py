@@ -246,7 +246,7 @@ class Environment(Section):
     distributed_timeout_minutes: Positive = 10
     """How long a collective may wait for a rank before the job ends."""
     variables: Annotated[dict[Name, Variable | int], NO_FLAG] = {}
-    """Environment variables for every rank."""
+    """Environment variables for every rank. `variables+:` adds to those of an extended file, which this replaces."""
 
 
 class Cluster(Section):
@@ -280,7 +280,8 @@ class Slurm(Section):
     """How `submit` asks Slurm for nodes."""
 
     sbatch: Annotated[dict[Option, str | int | bool | None], NO_FLAG] = {}
-    """Options of sbatch by their long names: {partition: gpu, time: "24:00:00"}. true: no value; null: leave it out."""
+    """Options of sbatch by their long names: {partition: gpu, time: "24:00:00"}. true: no value; null: leave it out.
+    `sbatch+:` adds to those of an extended file, which this replaces."""
     grace_s: Annotated[Positive, NO_FLAG] = 300
     """Seconds before the time limit at which the ranks are told to save and exit."""
     max_failures: Annotated[Positive, NO_FLAG] = 3
