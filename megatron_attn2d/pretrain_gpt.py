@@ -278,12 +278,14 @@ def _loss(
 
 def _reset_megatron(owns_process_group: bool) -> None:
     """Forgets the global state of the run that ends."""
+    from megatron.core import parallel_state
     from megatron.training import global_vars
     from megatron.training.training import destroy_global_state
 
     if global_vars._GLOBAL_SIGNAL_HANDLER is not None:
         global_vars._GLOBAL_SIGNAL_HANDLER.release()
     destroy_global_state()
+    parallel_state._HIERARCHICAL_CONTEXT_PARALLEL_GROUPS = None  # which upstream forgets to forget
     if owns_process_group and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,8 +1,8 @@
 """The attention module that Megatron-Core builds in each layer, in place of its DotProductAttention.
 
     cp_comm_type        what it runs
-    attention2d         ATTENTION2D on the grid of the hierarchical context-parallel sizes: [R, C] or [U, R, C];
-                        [r, c, R/r, C/c] or [U, r, c, R/r, C/c] fill it tile by tile of r x c
+    attention2d         ATTENTION2D on the grid with the fewest bytes, or that of the hierarchical sizes
+    attention2d:4x4     ATTENTION2D on that grid; for all forms see `layer_grid`
     p2p                 ring attention
     all_gather          ATTENTION2D with one column: all keys and values are gathered
     a2a                 ATTENTION2D with the head axis alone: Ulysses
@@ -13,12 +13,10 @@ It holds no parameters but learnable sinks, under upstream's name: checkpoints i
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -32,11 +30,8 @@ from torch import Tensor
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.ulysses import check_heads
+from megatron_attn2d.megatron.layer_grid import announce_ring, layer_grid, split_mode
 
-DECENTRALIZED = (
-    "cp_comm_type attention2d needs hierarchical context-parallel groups, which decentralised process groups don't "
-    "have: set use_decentralized_pg=False (Megatron-Bridge's dist.use_decentralized_pg)"
-)
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 _CAUSAL_PACKED = {**_CAUSAL, AttnMaskType.padding_causal: True, AttnMaskType.padding: False}
 
@@ -66,7 +61,7 @@ class ContextParallelAttention(MegatronModule):
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp", "hcp", "tp"])
         _refuse_unsupported(config, attention_type)
         self.layer_number = layer_number
-        self.mode = cp_comm_type
+        self.mode, asked = split_mode(cp_comm_type)
         self.head_dims = k_channels or config.kv_channels, v_channels or config.kv_channels
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
@@ -80,22 +75,26 @@ class ContextParallelAttention(MegatronModule):
         self.grid = Grid.single()
         if config.context_parallel_size == 1:
             return
-        if cp_comm_type == "p2p":
+        tensor = config.tensor_model_parallel_size
+        heads, kv_heads = config.num_attention_heads // tensor, max(1, config.num_query_groups // tensor)
+        if self.mode == "p2p":
             self.ring = pg_collection.cp
-        elif cp_comm_type == "all_gather":
+            announce_ring()
+        elif self.mode == "all_gather":
             # `reuse`: another communicator for each layer would cost more than streams of high priority gain.
             self.grid = Grid.from_group(pg_collection.cp, rows=pg_collection.cp.size(), cols=1, reuse=True)
-        elif cp_comm_type == "a2a":
+        elif self.mode == "a2a":
             self.grid = Grid.from_group(pg_collection.cp, rows=1, cols=1, heads=pg_collection.cp.size(), reuse=True)
-        elif cp_comm_type == "attention2d":
-            self.grid = _hierarchical_grid(pg_collection, config.hierarchical_context_parallel_sizes)
+        elif self.mode == "attention2d":
+            shared = 1 if config.multi_latent_attention else heads // kv_heads  # latent attention expands its keys
+            sizes = config.hierarchical_context_parallel_sizes
+            self.grid = layer_grid(pg_collection, asked, sizes, shared)
         else:
             raise ValueError(
                 f"cp_comm_type {cp_comm_type!r} (context_parallel.mode) is not served without Transformer Engine: "
                 "choose attention2d, p2p (ring), all_gather or a2a (ulysses)"
             )
-        tensor = config.tensor_model_parallel_size
-        check_heads(config.num_attention_heads // tensor, max(1, config.num_query_groups // tensor), self.grid.heads)
+        check_heads(heads, kv_heads, self.grid.heads)
 
     def forward(
         self,
@@ -213,40 +212,6 @@ def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:
     return totals
 
 
-def _hierarchical_grid(groups: ProcessGroupCollection, sizes: list[int] | None) -> Grid:
-    levels = getattr(groups, "hcp", None) or []
-    if not levels and not parallel_state.model_parallel_is_initialized():
-        raise ValueError(DECENTRALIZED)
-    if not levels and sizes:
-        raise ValueError(
-            f"hierarchical_context_parallel_sizes {list(sizes)} are in the model's configuration, but its process "
-            "groups were made without them: on a Megatron-Bridge provider call initialize_model_parallel(seed=..., "
-            f"hierarchical_context_parallel_sizes={list(sizes)}) before the model is built"
-        )
-    if len(levels) not in (2, 3, 4, 5):
-        raise ValueError(
-            "cp_comm_type attention2d needs its grid: pass --hierarchical-context-parallel-sizes R C or U R C "
-            f"(context_parallel.grid), whose product is {groups.cp.size()}, the context-parallel size"
-        )
-    if len(levels) > 3:
-        return _tiled_grid(groups.cp, tuple(level.size() for level in levels))
-    # Sizes [R, C] make a contiguous group of R, a column of the grid, and a strided group of C, a row.
-    kv_group, q_group = levels[-2:]
-    return Grid.from_groups(kv_group=kv_group, q_group=q_group, head_group=levels[0] if len(levels) == 3 else None)
-
-
-@lru_cache(maxsize=8)  # one grid for all layers: each makes communicators
-def _tiled_grid(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> Grid:
-    heads, tile_rows, tile_cols, tiles_down, tiles_across = sizes if len(sizes) == 5 else (1, *sizes)
-    return Grid.from_group(
-        group,
-        rows=tile_rows * tiles_down,
-        cols=tile_cols * tiles_across,
-        heads=heads,
-        tile=(tile_rows, tile_cols),
-    )
-
-
 def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
     modules = config.cuda_graph_modules or []
     captured = config.cuda_graph_impl != "none" and (not modules or CudaGraphModule.attn in modules)
@@ -254,7 +219,8 @@ def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
         (config.qk_clip or config.log_max_attention_logit, "qk_clip / log_max_attention_logit", "leave both off"),
         (config.fp8_dot_product_attention, "fp8_dot_product_attention", "bf16 attention; FP8 in linear layers is fine"),
         (
-            isinstance(config.cp_comm_type, list) and {"attention2d", "a2a+p2p"} <= set(config.cp_comm_type),
+            isinstance(config.cp_comm_type, list)
+            and {"attention2d", "a2a+p2p"} <= {split_mode(mode)[0] for mode in config.cp_comm_type},
             "cp_comm_type a2a+p2p on one layer and attention2d on another",
             "one of the two, as both would take --hierarchical-context-parallel-sizes for theirs",
         ),

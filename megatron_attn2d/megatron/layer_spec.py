@@ -13,7 +13,6 @@ import functools
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
@@ -28,7 +27,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_attn2d.megatron.core_attention import DECENTRALIZED, ContextParallelAttention
+from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+from megatron_attn2d.megatron.layer_grid import ATTENTION2D, announce_ring, split_mode
 
 ATTENDS_IN_CONTEXT = "attends_in_context"
 """Marks the function that builds the layers of multi-token prediction once they get our attention; see compat.py."""
@@ -47,7 +47,9 @@ class CoreAttention:
         mode = cp_comm_type or config.cp_comm_type  # the layer's own is not handed over by latent attention
         if isinstance(mode, list):
             mode = mode[layer_number - 1]
-        if HAVE_TE and mode != "attention2d":
+        if HAVE_TE and split_mode(mode)[0] != ATTENTION2D:
+            if config.context_parallel_size > 1 and mode == "p2p":
+                announce_ring()
             return TEDotProductAttention(config=config, layer_number=layer_number, cp_comm_type=cp_comm_type, **kwargs)
         return ContextParallelAttention(config=config, layer_number=layer_number, cp_comm_type=mode, **kwargs)
 
@@ -126,9 +128,6 @@ def attention2d_layer_spec(
             "mtp_num_layers: Megatron builds multi-token prediction with an attention of its own choice; train with "
             "megatron-attn2d train or megatron_attn2d.pretrain_gpt, which replace that one too"
         )
-    modes = transformer.cp_comm_type if isinstance(transformer.cp_comm_type, list) else [transformer.cp_comm_type]
-    if "attention2d" in modes and not parallel_state.model_parallel_is_initialized():
-        raise ValueError(DECENTRALIZED)
     transformer.attention2d_head_groups = head_groups  # where the module finds it: builders pass the config alone
     spec = default_layer_spec(model, vp_stage)
     if isinstance(spec, ModuleSpec):  # a layer: as a block, so that the final norm is part of it

@@ -214,10 +214,12 @@ def from_hugging_face(rank: int, path: Path, checkpoint: Path) -> None:
 
 
 def decentralised(rank: int, path: Path, grid: list[int] | None) -> str:
-    """What is said to a model on decentralised groups."""
+    """The grid of a model on decentralised groups, or what is said to it."""
     from megatron.bridge.training.config import DistributedInitConfig, RNGConfig
     from megatron.bridge.training.initialize import torch_dist_init
     from megatron.core.parallel_state import destroy_global_memory_buffer
+
+    from megatron_attn2d.megatron.self_check import attentions
 
     start(rank)
     _, provider = provider_of(path, "attention2d", grid)
@@ -234,9 +236,10 @@ def decentralised(rank: int, path: Path, grid: list[int] | None) -> str:
         skip_mpu_initialization=False,
     )
     try:
-        provider.provide_distributed_model(wrap_with_ddp=False, pg_collection=initialize())
-    except (NotImplementedError, ValueError) as refusal:
+        [model] = provider.provide_distributed_model(wrap_with_ddp=False, pg_collection=initialize())
+    except NotImplementedError as refusal:
         return str(refusal)
     finally:
         destroy_global_memory_buffer()
-    return "nothing"
+    grids = {attention.grid for attention in attentions([model])}
+    return " ".join(f"{grid.rows}x{grid.cols}" for grid in grids)

@@ -67,6 +67,12 @@ def errors(rank: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None
         (8, 8, "attention2d", [2, 2, 2, 1]),
         (4, 4, "attention2d", [1, 2, 2, 1]),
         (8, 8, "attention2d", [2, 1, 2, 2, 1]),
+        (4, 4, "attention2d", None),  # the grid with the fewest bytes
+        (8, 4, "attention2d:1x4", None),  # on each replica's own group
+        (8, 8, "attention2d:2x2x2", None),
+        (8, 8, "attention2d:4x2/2x1", None),
+        (4, 4, "attention2d:2x2", [2, 2]),
+        (8, 8, "attention2d:2x4/2x2", [2, 2, 1, 2]),
     ],
 )
 def test_against_dense(pool: RankPool, ranks: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None) -> None:
@@ -201,15 +207,13 @@ REFUSALS = [
         "cp_comm_type 'a2a+p2p' (context_parallel.mode) is not served without Transformer Engine: choose",
     ),
     (None, None, {}, {}, "cp_comm_type None"),
-    ("attention2d", None, {}, {}, "needs its grid: pass --hierarchical-context-parallel-sizes R C"),
-    ("attention2d", [2, 1, 1, 1, 1, 1], {}, {}, "needs its grid"),
-    (
-        "attention2d",
-        None,
-        {"hierarchical_context_parallel_sizes": [2, 1]},
-        {},
-        "initialize_model_parallel(seed=..., hierarchical_context_parallel_sizes=[2, 1])",
-    ),
+    ("attention2d", [2, 1, 1, 1, 1, 1], {}, {}, "are no grid: choose R C or U R C"),
+    ("attention2d:2x1", [1, 2], {}, {}, "sizes [1, 2] (a grid of 1x2) differ: leave one of them out"),
+    ("attention2d:2x2", None, {}, {}, "a grid of 2x2 covers 4 ranks and the context-parallel group has 2"),
+    ("attention2d", None, {"hierarchical_context_parallel_sizes": [4, 2]}, {}, "a grid of 4x2 covers 8 ranks"),
+    ("attention2d:2", None, {}, {}, "cp_comm_type 'attention2d:2' is no mode: choose attention2d, attention2d:RxC"),
+    ("attention2d:0x2", None, {}, {}, "is no mode"),
+    ("p2p:2x1", None, {}, {}, "cp_comm_type 'p2p:2x1' is no mode"),
     (
         "a2a",
         None,
@@ -287,8 +291,9 @@ def test_refusals(
         assert message in found
 
 
-def without_hierarchical_groups(rank: int, mode: str) -> str:
-    """What an attention says to process groups that were made without Megatron's global state."""
+def decentralised(rank: int, mode: str) -> tuple[float, bool]:
+    """An attention on process groups that were made without Megatron's global state: its error, and whether two layers
+    share a grid."""
     import torch.distributed as dist
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.enums import AttnMaskType
@@ -297,18 +302,22 @@ def without_hierarchical_groups(rank: int, mode: str) -> str:
     from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 
     config = TransformerConfig(
-        num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.0, context_parallel_size=2
+        num_layers=2, hidden_size=32, num_attention_heads=4, attention_dropout=0.0, context_parallel_size=2
     )
-    groups = ProcessGroupCollection(cp=dist.group.WORLD, hcp=None)
-    try:
-        ContextParallelAttention(config, 1, AttnMaskType.causal, "self", cp_comm_type=mode, pg_collection=groups)
-    except ValueError as error:
-        return str(error)
-    return ""
+    groups = ProcessGroupCollection(cp=dist.group.WORLD, hcp=None, tp=dist.new_group([rank]))
+    first, second = (
+        ContextParallelAttention(config, layer, AttnMaskType.causal, "self", cp_comm_type=mode, pg_collection=groups)
+        for layer in (1, 2)
+    )
+    whole = inputs(12, 2, (4, 4), dims=(8, 8))
+    mine = zigzag(12, 2, rank)
+    out = first(*(x[mine] for x in whole[:3]), None).unflatten(2, (4, 8))
+    expected = dense_gradients(*whole, True)[0][mine]
+    return (out - expected).abs().max().item(), first.grid is second.grid
 
 
-def test_decentralised_groups_serve_the_modes_without_a_grid(pool: RankPool) -> None:
-    message = "which decentralised process groups don't have: set use_decentralized_pg=False (Megatron-Bridge's"
-    assert all(message in found for found in pool.run(without_hierarchical_groups, 2, "attention2d"))
-    for mode in ("p2p", "all_gather", "a2a"):
-        assert pool.run(without_hierarchical_groups, 2, mode) == [""] * 2
+def test_decentralised_groups(pool: RankPool) -> None:
+    for mode in ("attention2d", "attention2d:1x2", "p2p", "all_gather", "a2a"):
+        for error, shared in pool.run(decentralised, 2, mode):
+            assert error <= 1e-12
+            assert shared or not mode.startswith("attention2d")

@@ -87,8 +87,6 @@ def test_the_spec_of_multi_latent_attention_is_replaced_too() -> None:
     [
         ({"attention_backend": "local"}, "attention_backend local"),
         ({"mtp_num_layers": 1}, "mtp_num_layers"),
-        ({"cp_comm_type": "attention2d"}, "set use_decentralized_pg=False"),  # none of Megatron's own groups is there
-        ({"cp_comm_type": ["p2p", "attention2d"] * 2}, "set use_decentralized_pg=False"),
         ({"use_transformer_engine_full_layer_spec": True}, "use_transformer_engine_full_layer_spec"),
     ],
     ids=str,
@@ -158,6 +156,7 @@ def test_an_unknown_core_attention_is_refused() -> None:
         (True, None, "attention2d", "ours"),
         (True, None, None, "theirs"),
         (True, None, ["p2p", "attention2d"], "ours"),
+        (True, None, ["p2p", "attention2d:4x2"], "ours"),
         (True, None, ["attention2d", "p2p"], "theirs"),
     ],
 )
@@ -172,7 +171,7 @@ def test_transformer_engine_keeps_its_own_modes(
         mock.patch.object(layer_spec, "TEDotProductAttention", return_value="theirs"),
     ):
         built: Any = layer_spec.CoreAttention(
-            config=SimpleNamespace(cp_comm_type=configured), layer_number=2, cp_comm_type=given
+            config=SimpleNamespace(cp_comm_type=configured, context_parallel_size=2), layer_number=2, cp_comm_type=given
         )
     assert built == chosen
 

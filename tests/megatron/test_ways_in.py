@@ -92,12 +92,20 @@ STOCK = {
 }
 
 
-@pytest.mark.parametrize("grid", [(1, 2), (2, 1)])
-def test_a_stock_launch_of_megatron_lm(grid: tuple[int, int], pool: RankPool) -> None:
+@pytest.mark.parametrize(
+    "grid",
+    [
+        context_parallel("attention2d", 1, 2),
+        {"context_parallel_size": 2, "cp_comm_type": "attention2d"},
+        {"context_parallel_size": 2, "cp_comm_type": ["attention2d:2x1", "attention2d:1x2"]},
+    ],
+    ids=["hierarchical sizes", "no sizes", "a grid per layer"],
+)
+def test_a_stock_launch_of_megatron_lm(grid: dict[str, Any], pool: RankPool) -> None:
     without = {**STOCK, "no_create_attention_mask_in_dataloader": None}  # upstream's own attention reads the mask
     [(expected, kinds)] = pool.run(_stock, 1, arguments(**without))
     assert kinds == ["DotProductAttention"] * 2
-    for losses, kinds in pool.run(_stock, 2, arguments(**STOCK, spec=SPEC, **context_parallel("attention2d", *grid))):
+    for losses, kinds in pool.run(_stock, 2, arguments(**STOCK, spec=SPEC, **grid)):
         assert kinds == ["ContextParallelAttention"] * 2
         assert losses == pytest.approx(expected, abs=1e-5)
     assert len(expected) == 4
