@@ -49,7 +49,10 @@ def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]
         console = stack.enter_context(progress.quiet(run_dir, rank))
         stack.enter_context(compat.applied_fixes())
         stack.enter_context(cpu.seam())
+        from megatron_attn2d.megatron import cuda_graphs  # imports Megatron, whose greeting is for the log
+
         stack.callback(_reset_megatron, owns_process_group=not torch.distributed.is_initialized())
+        stack.callback(cuda_graphs.delete)  # also after an error: groups can't be destroyed before their graphs
         derive.set_environment(megatron_args)
         with refusals():
             arguments = derive.with_derived_arguments(megatron_args)
@@ -59,6 +62,7 @@ def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]
         except SystemExit as end:  # upstream's way to end a run early, after a signal for one
             if end.code:
                 raise
+    cuda_graphs.forget()
     # The model's configuration and its groups refer to each other: left alone they keep Gloo's threads, which spin once
     # the other ranks have gone, until Python happens to look for cycles. Not after an error: the destructor of a
     # checkpoint's half-written file ends the process.

@@ -381,12 +381,68 @@ REFUSED = {
         "megatron_args.ddp_bucket_size = true: --ddp-bucket-size takes a value; "
         "write a number, a string or a list of them"
     ),
+    # CUDA graphs and FP8
+    "training.cuda_graphs=layer": (
+        "training.cuda_graphs = 'layer': environment.device = cpu has no CUDA graphs; choose none"
+    ),
+    "environment.device=cuda megatron_args.cuda_graph_impl=full_iteration": (
+        "training.cuda_graphs = 'none': megatron_args.cuda_graph_impl is full_iteration; choose iteration"
+    ),
+    "megatron_args.external_cuda_graph=true": (
+        "megatron_args.external_cuda_graph = true: training.cuda_graphs decides about --external-cuda-graph; ..."
+    ),
+    "environment.device=cuda training.cuda_graphs=layer environment.variables="
+    "{NCCL_GRAPH_REGISTER: 1, PYTORCH_CUDA_ALLOC_CONF: 'expandable_segments:True'}": (
+        "environment.variables = {'NCCL_GRAPH_REGISTER': 1, 'PYTORCH_CUDA_ALLOC_CONF': 'expandable_segments:Tr...: "
+        "NCCL_GRAPH_REGISTER='1': NCCL would register the buffers of messages in CUDA graphs, which "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True does not allow; choose NCCL_GRAPH_REGISTER=0, or leave "
+        "expandable_segments:True out of PYTORCH_CUDA_ALLOC_CONF"
+    ),
+    "environment.device=cuda training.cuda_graphs=layer logging.attention_communication=true": (
+        "logging.attention_communication = true: it measures by the CPU's calls, of which ..."
+    ),
+    "environment.device=cuda training.cuda_graphs=attention training.check_finite=true": (
+        "training.check_finite = true: it waits for the GPU in each layer, which training.cuda_graphs = attention ..."
+    ),
+    "environment.device=cuda training.cuda_graphs=iteration training.precision=fp16": (
+        "training.precision = 'fp16': the scale of the loss would stay as training.cuda_graphs = iteration has ..."
+    ),
+    "environment.device=cuda training.cuda_graphs=iteration logging.timing_log_level=1": (
+        "logging.timing_log_level = 1: timers wait for the GPU, which training.cuda_graphs = iteration cannot; ..."
+    ),
+    "environment.device=cuda training.cuda_graphs=layer training.recompute_granularity=full "
+    "training.recompute_method=uniform training.recompute_num_layers=1": (
+        "training.recompute_granularity = 'full': a layer's graph (training.cuda_graphs = layer) can't be ..."
+    ),
+    "environment.device=cuda training.cuda_graphs=attention training.recompute_granularity=selective "
+    "model.attention_dropout=0.1": (
+        "training.recompute_granularity = 'selective': attention with dropout can't be recomputed in a graph ..."
+    ),
+    "environment.device=cuda training.cuda_graphs=layer megatron_args.num_experts=4": (
+        "training.cuda_graphs = 'layer': how many tokens an expert gets is known to the CPU alone; choose attention"
+    ),
+    "environment.device=cuda training.cuda_graphs=layer training.eval_iters=1 data.mock=true data.paths=[] "
+    "model.hidden_dropout=0.1": (
+        "training.eval_iters = 1: validation would replay graphs that drop as in training ..."
+    ),
+    "training.fp8=delayed training.precision=bf16": (
+        "training.fp8 = 'delayed': needs Transformer Engine and a GPU, environment.device is cpu; choose none"
+    ),
+    "environment.device=cuda training.fp8=delayed training.precision=fp32": (
+        "training.fp8 = 'delayed': all but linear layers is bf16, training.precision is fp32; choose none"
+    ),
+    "environment.device=cuda megatron_args.fp8_format=hybrid": (
+        "training.fp8 = 'none': megatron_args.fp8_format is given; choose delayed, tensorwise or blockwise"
+    ),
+    "environment.device=cuda training.fp8=tensorwise training.precision=bf16 model.ffn_hidden_size=100": (
+        "model.ffn_hidden_size = 100: training.fp8 wants multiples of 16 * parallelism.tensor = 16; training.fp8=none"
+    ),
 }
 
 
 def split_overrides(text):
     """'a=1 b=[2, 3]' -> ['a=1', 'b=[2, 3]']"""
-    return re.split(r" (?=[a-z_.]+\+?=)", text)
+    return re.split(r" (?=[a-z0-9_.]+\+?=)", text)
 
 
 @pytest.mark.parametrize("overrides", REFUSED)
@@ -647,6 +703,28 @@ def test_compiles_to_megatrons_arguments(base):
         ("model.num_query_groups=1", "--hierarchical-context-parallel-sizes 4 1 "),
         ("model.num_query_groups=2", "--group-query-attention --num-query-groups 2 "),
         ("training.precision=bf16", "--bf16 "),
+        ("environment.device=cuda training.cuda_graphs=layer", "--cuda-graph-impl local "),
+        (
+            "environment.device=cuda training.cuda_graphs=attention",
+            "--cuda-graph-impl transformer_engine --cuda-graph-modules attn ",
+        ),
+        ("environment.device=cuda training.cuda_graphs=iteration", "--cuda-graph-impl full_iteration "),
+        (
+            "environment.device=cuda training.cuda_graphs=layer megatron_args.cuda_graph_impl=transformer_engine",
+            "--cuda-graph-impl transformer_engine ",
+        ),
+        (
+            "environment.device=cuda training.precision=bf16 training.fp8=delayed",
+            "--fp8-recipe delayed --fp8-format hybrid ",
+        ),
+        (
+            "environment.device=cuda training.precision=bf16 training.fp8=blockwise",
+            "--fp8-recipe blockwise --fp8-format e4m3 ",
+        ),
+        (
+            "environment.device=cuda training.precision=bf16 training.fp8=delayed megatron_args.fp8_format=e4m3",
+            "--fp8-format e4m3 ",
+        ),
         ("model.add_bias_linear=false", "--disable-bias-linear "),
         ("data.paths=[a, b]", "--data-path a b "),
         ("data.paths={a: 0.3, b: 0.7}", "--data-path 0.3 a 0.7 b "),

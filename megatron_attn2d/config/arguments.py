@@ -25,6 +25,10 @@ _DECIDED_BY = {
     "train-data-path": "data.paths",
     "fp16": "training.precision",
     "bf16": "training.precision",
+    "fp8-recipe": "training.fp8",
+    "enable-cuda-graph": "training.cuda_graphs",
+    "external-cuda-graph": "training.cuda_graphs",
+    "cuda-graph-scope": "training.cuda_graphs",
     "eval-interval": "training.eval_interval",
     "save": "checkpoint.save",
     "save-interval": "checkpoint.save_interval",
@@ -75,7 +79,7 @@ def megatron_arguments(run: RunConfig) -> list[str]:
     """
     sections = [getattr(run, name) for name in type(run).model_fields if name != "megatron_args"]
     arguments = [token for section in sections for token in _section_arguments(section)]
-    for build in (_attention, _precision, _data, _evaluation, _checkpoint, _logging):
+    for build in (_attention, _precision, _graphs, _data, _evaluation, _checkpoint, _logging):
         arguments += build(run)
     return [*arguments, "--run-dir", run.directory, *_passed_through(run.megatron_args)]
 
@@ -119,7 +123,22 @@ def _attention(run: RunConfig) -> list[str]:
 
 
 def _precision(run: RunConfig) -> list[str]:
-    return [] if run.training.precision == "fp32" else _flag(run.training.precision)
+    arguments = [] if run.training.precision == "fp32" else _flag(run.training.precision)
+    if (recipe := run.training.fp8) != "none":
+        arguments += _flag("fp8-recipe", recipe)
+        if run.megatron_args.get("fp8_format") is None:
+            # Scales of a whole tensor want the wider range for gradients; a block's need the digits.
+            arguments += _flag("fp8-format", "e4m3" if recipe == "blockwise" else "hybrid")
+    return arguments
+
+
+def _graphs(run: RunConfig) -> list[str]:
+    given, arguments = run.megatron_args, []
+    if run.training.cuda_graphs != "none" and given.get("cuda_graph_impl") is None:
+        arguments += _flag("cuda-graph-impl", run.graph_implementation)
+    if run.training.cuda_graphs == "attention" and given.get("cuda_graph_modules") is None:
+        arguments += _flag("cuda-graph-modules", "attn")
+    return arguments
 
 
 def _data(run: RunConfig) -> list[str]:

@@ -6,7 +6,8 @@ from math import prod
 from operator import attrgetter
 
 from megatron_attn2d.config.errors import ConfigError, ConfigErrors
-from megatron_attn2d.config.schema import RunConfig
+from megatron_attn2d.config.schema import GRAPH_IMPLEMENTATIONS, RunConfig
+from megatron_attn2d.graph_environment import graph_fault
 from megatron_attn2d.planner import factorisations
 
 UNEVEN = (
@@ -25,7 +26,10 @@ Refusal = tuple[str, str, str]
 
 def check(run: RunConfig) -> None:
     """Raise ConfigError, naming each key with its value, the reason and a valid choice, if `run` cannot work."""
-    errors = _errors(run, _check_model, _check_parallelism, _check_world, _check_batch, _check_data, _check_rest)
+    parts = (_check_model, _check_parallelism, _check_world, _check_batch, _check_fp8, _check_data, _check_rest)
+    errors = _errors(run, *parts)
+    if run.graph_implementation != "none":
+        errors += _errors(run, _check_graphs)
     if not {error.key for error in errors} & {"model.num_query_groups", "parallelism.tensor"}:
         errors += _errors(run, _check_context, _check_layer_modes)  # which ask the planner, who needs heads that divide
     if errors:
@@ -240,6 +244,69 @@ def _check_batch(run: RunConfig) -> Iterator[Refusal]:
     if (training.recompute_num_layers is not None) != (method is not None):
         choice = "choose null" if method is None else "choose 1, or more for fewer, larger pieces"
         yield "training.recompute_num_layers", f"training.recompute_method is {method or 'null'}", choice
+
+
+def _check_fp8(run: RunConfig) -> Iterator[Refusal]:
+    model, training, tensor = run.model, run.training, run.parallelism.tensor
+    if training.fp8 == "none":
+        if run.megatron_args.get("fp8_format"):
+            yield "training.fp8", "megatron_args.fp8_format is given", "choose delayed, tensorwise or blockwise"
+        return
+    if run.environment.device == "cpu":
+        yield "training.fp8", "needs Transformer Engine and a GPU, environment.device is cpu", "choose none"
+    if training.precision != "bf16":
+        yield (
+            "training.fp8",
+            f"all but linear layers is bf16, training.precision is {training.precision}",
+            "choose none",
+        )
+    ffn = model.ffn_hidden_size or 4 * model.hidden_size
+    for key, width in (("model.hidden_size", model.hidden_size), ("model.ffn_hidden_size", ffn)):
+        if width % (16 * tensor):
+            yield key, f"training.fp8 wants multiples of 16 * parallelism.tensor = {16 * tensor}", "training.fp8=none"
+
+
+def _check_graphs(run: RunConfig) -> Iterator[Refusal]:
+    model, training, given = run.model, run.training, run.megatron_args
+    graphs, implementation = training.cuda_graphs, run.graph_implementation
+    if graphs == "none":
+        chosen = {one: name for name, one in GRAPH_IMPLEMENTATIONS.items()}.get(implementation, "layer")
+        yield "training.cuda_graphs", f"megatron_args.cuda_graph_impl is {implementation}", f"choose {chosen}"
+    if run.environment.device == "cpu":
+        yield "training.cuda_graphs", "environment.device = cpu has no CUDA graphs", "choose none"
+    if fault := graph_fault({"NCCL_GRAPH_REGISTER": "0", **{k: str(v) for k, v in run.environment.variables.items()}}):
+        yield "environment.variables", *fault
+    if run.logging.attention_communication:
+        reason = f"it measures by the CPU's calls, of which training.cuda_graphs = {graphs} makes none"
+        yield "logging.attention_communication", reason, "choose false, or training.cuda_graphs=none"
+    if training.check_finite:
+        reason = f"it waits for the GPU in each layer, which training.cuda_graphs = {graphs} cannot"
+        yield "training.check_finite", reason, "choose false, or training.cuda_graphs=none"
+    if implementation == "full_iteration":
+        if training.precision == "fp16":
+            reason = f"the scale of the loss would stay as training.cuda_graphs = {graphs} has captured it"
+            yield "training.precision", reason, "choose bf16, or training.cuda_graphs=layer"
+        if run.logging.timing_log_level:
+            reason = f"timers wait for the GPU, which training.cuda_graphs = {graphs} cannot"
+            yield "logging.timing_log_level", reason, "choose 0, or training.cuda_graphs=layer"
+        return
+    if training.recompute_granularity == "full":
+        reason = f"a layer's graph (training.cuda_graphs = {graphs}) can't be recomputed as a whole"
+        yield "training.recompute_granularity", reason, "choose selective, or training.cuda_graphs=iteration"
+    if training.recompute_granularity == "selective" and model.attention_dropout:
+        yield (
+            "training.recompute_granularity",
+            f"attention with dropout can't be recomputed in a graph (training.cuda_graphs = {graphs})",
+            "choose null, or model.attention_dropout=0.0",
+        )
+    if graphs == "layer" and given.get("num_experts") and not given.get("moe_pad_expert_input_to_capacity"):
+        yield "training.cuda_graphs", "how many tokens an expert gets is known to the CPU alone", "choose attention"
+    if implementation == "local" and training.eval_iters and (model.attention_dropout or model.hidden_dropout):
+        yield (
+            "training.eval_iters",
+            f"validation would replay graphs that drop as in training (training.cuda_graphs = {graphs})",
+            "choose 0, or megatron_args.cuda_graph_impl=transformer_engine",
+        )
 
 
 def _check_data(run: RunConfig) -> Iterator[Refusal]:

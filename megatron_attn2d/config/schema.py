@@ -22,6 +22,8 @@ class Flag(NamedTuple):
 
 
 NO_FLAG = Flag("")
+GRAPH_IMPLEMENTATIONS = {"attention": "transformer_engine", "layer": "local", "iteration": "full_iteration"}
+"""Megatron's cuda_graph_impl for each of our training.cuda_graphs."""
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[int, Field(gt=0, lt=2**53)]
@@ -186,6 +188,15 @@ class Training(Section):
     seq_length: Positive
     seed: Count = 1234
     precision: Annotated[Literal["fp32", "bf16", "fp16"], NO_FLAG] = "bf16"
+    fp8: Annotated[Literal["none", "delayed", "tensorwise", "blockwise"], NO_FLAG] = "none"
+    """Recipe by which linear layers compute in FP8, with Transformer Engine; attention stays in bf16. delayed: scales
+    from past steps; tensorwise: one for each tensor; blockwise: one for each block of 128. The format is hybrid, for
+    blockwise e4m3, or megatron_args.fp8_format."""
+    cuda_graphs: Annotated[Literal["none", "attention", "layer", "iteration"], NO_FLAG] = "none"
+    """What runs as one CUDA graph, which the CPU starts at once: worth it where a GPU has few tokens, and waits for the
+    CPU. layer: one pass of each layer (Megatron's cuda_graph_impl local). attention: one pass of each layer's attention
+    (transformer_engine, cuda_graph_modules attn), for layers with experts. iteration: all passes of a step
+    (full_iteration). megatron_args.cuda_graph_impl and cuda_graph_modules choose otherwise."""
     eval_iters: Count = 0
     """Batches an evaluation; 0 for none."""
     eval_interval: Annotated[Positive | None, NO_FLAG] = None
@@ -344,6 +355,12 @@ class RunConfig(Section):
     def head_groups(self) -> int | None:
         """In how many groups of heads attention2d overlaps messages and kernels; None: attention decides."""
         return chosen_grid(self).head_groups
+
+    @property
+    def graph_implementation(self) -> str:
+        """Megatron's implementation of CUDA graphs, `none` without."""
+        given = self.megatron_args.get("cuda_graph_impl")
+        return str(given or GRAPH_IMPLEMENTATIONS.get(self.training.cuda_graphs, "none"))
 
     @property
     def directory(self) -> str:

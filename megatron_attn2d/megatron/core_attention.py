@@ -20,8 +20,12 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType, CudaGraphModule
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    get_data_parallel_rng_tracker_name,
+    is_graph_safe_cuda_rng_tracker,
+)
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
@@ -30,6 +34,7 @@ from torch import Tensor
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.ulysses import check_heads
+from megatron_attn2d.megatron import cuda_graphs
 from megatron_attn2d.megatron.layer_grid import announce_ring, layer_grid, split_mode
 
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
@@ -60,6 +65,9 @@ class ContextParallelAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp", "hcp", "tp"])
         _refuse_unsupported(config, attention_type)
+        self.captured = cuda_graphs.hold_attention(config)
+        if self.captured:
+            cuda_graphs.prepare(config)
         self.layer_number = layer_number
         self.mode, asked = split_mode(cp_comm_type)
         self.head_dims = k_channels or config.kv_channels, v_channels or config.kv_channels
@@ -173,11 +181,21 @@ class ContextParallelAttention(MegatronModule):
         """Dropout under a new seed, while training.
 
         It comes from the random numbers that all ranks of a replica have in common. Activation recomputation restores
-        them, and so draws the same.
+        them, and so draws the same. A CUDA graph draws another seed in each replay, as Megatron registers a generator
+        of each tracked state with the graph.
+
+        Raises:
+            ValueError: the seed would be the same in each replay.
         """
         if not self.training or self.dropout == 0:
             return None
-        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+        tracker = get_cuda_rng_tracker()
+        if self.captured and not is_graph_safe_cuda_rng_tracker(tracker):
+            raise ValueError(
+                f"attention_dropout {self.dropout} under cuda_graph_impl {self.config.cuda_graph_impl!r}: each replay "
+                "would drop the same probabilities; set use_te_rng_tracker (--te-rng-tracker)"
+            )
+        with tracker.fork(get_data_parallel_rng_tracker_name()):
             seed = torch.randint(2**62, (1,), device=query.device)
         return Dropout(self.dropout, seed, first_head=self.tp_group.rank() * query.size(-2))
 
@@ -213,11 +231,19 @@ def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:
 
 
 def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
-    modules = config.cuda_graph_modules or []
-    captured = config.cuda_graph_impl != "none" and (not modules or CudaGraphModule.attn in modules)
     refused = [
         (config.qk_clip or config.log_max_attention_logit, "qk_clip / log_max_attention_logit", "leave both off"),
-        (config.fp8_dot_product_attention, "fp8_dot_product_attention", "bf16 attention; FP8 in linear layers is fine"),
+        (
+            config.fp8_dot_product_attention or config.fp8_multi_head_attention,
+            "fp8_dot_product_attention / fp8_multi_head_attention",
+            "bf16 attention; FP8 in linear layers is fine",
+        ),
+        (config.batch_invariant_mode, "batch_invariant_mode", "deterministic_mode"),
+        (
+            config.deterministic_mode and not torch.are_deterministic_algorithms_enabled(),
+            "deterministic_mode without torch.use_deterministic_algorithms(True), by which kernels are chosen,",
+            "--deterministic-mode, or call that function before the model is built",
+        ),
         (
             isinstance(config.cp_comm_type, list)
             and {"attention2d", "a2a+p2p"} <= {split_mode(mode)[0] for mode in config.cp_comm_type},
@@ -235,11 +261,6 @@ def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
             "auto, flash, fused or unfused",
         ),
         (attention_type != "self", f"attention_type {attention_type!r}", "self attention"),
-        (
-            captured,
-            f"cuda_graph_impl {config.cuda_graph_impl!r} around attention, whose messages are not captured,",
-            "cuda_graph_modules without attn (moe_router, say), or cuda_graph_impl none",
-        ),
     ]
     for condition, what, instead in refused:
         if condition:

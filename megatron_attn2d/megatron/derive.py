@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.graph_environment import graph_fault
+
 logger = logging.getLogger(__name__)
 
 _TOKENS_ALONE = "its attention isn't over whole sequences under one causal mask, which is what is supported so far"
@@ -22,6 +25,14 @@ REFUSED = {
     "--yaml-cfg": "Megatron would discard every other argument",
 }
 """Flags that would be ignored silently or lead to attention over other tokens than asked for, and why."""
+_OLD_NAMES = {"--enable-cuda-graph": "local", "--external-cuda-graph": "transformer_engine"}
+"""Flags that Megatron still takes for a --cuda-graph-impl."""
+_NOT_IN_GRAPHS = {
+    "--log-attention-communication": "measures by the CPU's calls, of which a replayed graph makes none,",
+    "--check-finite-attention": "waits for the GPU in each layer, which a graph cannot,",
+}
+_KEYS = {"--fp8-format": " (training.fp8: none)", "--cuda-graph-impl": " (training.cuda_graphs: none)"}
+"""How to leave out a flag that a run's YAML has given."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +96,12 @@ def derived_arguments(arguments: Sequence[str], installed: Installed) -> list[De
             "--attention-backend local is not supported: Megatron would silently replace context-parallel attention by "
             "its own, which sees the tokens of one rank only; choose auto, flash, fused or unfused"
         )
-    if not installed.transformer_engine:
-        for flag in ("--fp8-format", "--fp4-format"):
-            if flag in given:
-                raise ValueError(f"{flag} needs Transformer Engine, which is not installed; leave it out")
+    for flag in ("--fp8-format", "--fp4-format"):
+        if flag in given and not installed.transformer_engine:
+            raise ValueError(
+                f"{flag} needs Transformer Engine, which is not installed; leave it out{_KEYS.get(flag, '')}"
+            )
+    _refuse_impossible_graphs(given, installed)
     derived = []
     for one in _consequences(given, installed):
         if one.flag not in given:
@@ -96,6 +109,29 @@ def derived_arguments(arguments: Sequence[str], installed: Installed) -> list[De
         elif one.required and one.value is not None and given[one.flag] != one.value:
             raise ValueError(f"{one.flag} {given[one.flag]} can't work: {one.reason}; choose {one.value}")
     return derived
+
+
+def _refuse_impossible_graphs(given: dict[str, str], installed: Installed) -> None:
+    implementation = _graphs(given)
+    if implementation == "none":
+        return
+    what = f"--cuda-graph-impl {implementation}"
+    leave_out = f"leave it out{_KEYS['--cuda-graph-impl']}"
+    if not installed.cuda:
+        raise ValueError(f"{what} needs a GPU, and there is no CUDA device; {leave_out}")
+    if implementation == "transformer_engine" and not installed.transformer_engine:
+        raise ValueError(f"{what} needs Transformer Engine, which is not installed; choose local")
+    for flag, why in _NOT_IN_GRAPHS.items():
+        if flag in given:
+            raise ValueError(f"{flag} {why} under {what}: leave out one of the two")
+    if implementation == "full_iteration" and given.get("--timing-log-level", "0") != "0":
+        raise ValueError(f"--timing-log-level {given['--timing-log-level']} waits for the GPU under {what}; choose 0")
+
+
+def _graphs(given: dict[str, str]) -> str:
+    """Megatron's implementation of CUDA graphs that is asked for."""
+    old = next((implementation for flag, implementation in _OLD_NAMES.items() if flag in given), "none")
+    return given.get("--cuda-graph-impl", old)
 
 
 def _consequences(given: dict[str, str], installed: Installed) -> Iterator[Derived]:
@@ -124,6 +160,12 @@ def _consequences(given: dict[str, str], installed: Installed) -> Iterator[Deriv
     if not installed.softmax_kernels:
         yield Derived("--no-masked-softmax-fusion", "the extension scaled_masked_softmax_cuda is not installed")
 
+    if _graphs(given) != "none":
+        if installed.transformer_engine:
+            yield Derived("--te-rng-tracker", "each replay of a CUDA graph must draw dropout anew")
+        if _graphs(given) == "full_iteration":
+            yield Derived("--no-check-for-nan-in-loss-and-grad", "it waits for the GPU, which a CUDA graph cannot")
+
     if installed.cuda and "--hierarchical-context-parallel-sizes" in given:
         yield Derived(
             "--high-priority-stream-groups",
@@ -139,12 +181,22 @@ def _consequences(given: dict[str, str], installed: Installed) -> Iterator[Deriv
 
 
 def set_environment(arguments: Sequence[str], installed: Installed | None = None) -> None:
-    """Sets CUDA_DEVICE_MAX_CONNECTIONS=1, unless it is set, where Megatron asks for it; call it before CUDA starts."""
+    """Sets what Megatron, or NCCL in CUDA graphs, asks for and the shell leaves open; call it before CUDA starts.
+
+    Raises:
+        UsageError: the shell's variables contradict the arguments; names the variable.
+    """
     installed = installed or Installed.here()
+    if not installed.cuda:
+        return
     given = _with_values(arguments)
     split = any(given.get(f"--{kind}-parallel-size", "1") != "1" for kind in ("tensor-model", "context"))
-    if installed.cuda and split and not {"--use-torch-fsdp2", "--use-megatron-fsdp"} & set(given):
+    if split and not {"--use-torch-fsdp2", "--use-megatron-fsdp"} & set(given):
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if _graphs(given) != "none" and graph_fault(os.environ):
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+        if fault := graph_fault(os.environ):
+            raise UsageError("; ".join(fault))
 
 
 def _with_values(arguments: Sequence[str]) -> dict[str, str]:

@@ -224,14 +224,6 @@ REFUSALS = [
     (
         "attention2d",
         [2, 1],
-        {"cuda_graph_impl": "local", "cuda_graph_modules": ["attn"]},
-        {},
-        "cuda_graph_impl 'local' around attention, whose messages are not captured, is not supported",
-    ),
-    ("attention2d", [2, 1], {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []}, {}, "cuda_graph_impl"),
-    (
-        "attention2d",
-        [2, 1],
         {"log_max_attention_logit": True},
         {},
         "qk_clip / log_max_attention_logit is not supported",
@@ -289,6 +281,47 @@ def test_refusals(
 ) -> None:
     for found in pool.run(refusal, 2, cp_comm_type, sizes, changes, call):
         assert message in found
+
+
+def captured(rank: int, shell: dict[str, str], **changes: Any) -> str:
+    """What an attention in CUDA graphs says to these environment variables, and in training."""
+    import os
+    from unittest import mock
+
+    clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name and "NCCL" not in name}
+    with mock.patch.dict(os.environ, clean | shell, clear=True):
+        try:
+            with built(1, None, None, cuda_graph_impl="local", cuda_graph_modules=[], **changes) as module:
+                x = torch.zeros(4, 1, 4, 8)
+                module(x, x, x, None)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("shell", "changes", "message"),
+    [
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "0"}, {}, ""),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+            {},
+            "cuda_graph_impl 'local' around attention: NCCL_GRAPH_REGISTER=(not set): NCCL would register",
+        ),
+        (
+            {},
+            {"attention_dropout": 0.1},
+            "attention_dropout 0.1 under cuda_graph_impl 'local': each replay would drop the same probabilities; set "
+            "use_te_rng_tracker",
+        ),
+    ],
+)
+def test_cuda_graphs_where_they_would_hang_or_repeat_themselves(
+    pool: RankPool, shell: dict[str, str], changes: dict[str, Any], message: str
+) -> None:
+    [found] = pool.run(captured, 1, shell, **changes)
+    assert found.startswith(message)
+    assert bool(found) == bool(message)
 
 
 def decentralised(rank: int, mode: str) -> tuple[float, bool]:

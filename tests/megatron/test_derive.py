@@ -4,10 +4,12 @@ import dataclasses
 import logging
 import os
 import re
+from unittest import mock
 
 import pytest
 
 from megatron_attn2d.config import ConfigError, load_run, megatron_arguments
+from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.megatron.derive import (
     REFUSED,
     Installed,
@@ -33,6 +35,18 @@ FULL = Installed(
 ALWAYS = ["--no-create-attention-mask-in-dataloader", "--calculate-per-token-loss"]
 
 CASES = {
+    "CUDA graphs": (FULL, ["--cuda-graph-impl", "local"], ["--te-rng-tracker"]),
+    "CUDA graphs without Transformer Engine": (
+        dataclasses.replace(FULL, transformer_engine=False),
+        ["--cuda-graph-impl", "local", "--transformer-impl", "local"],
+        [],
+    ),
+    "one CUDA graph": (
+        FULL,
+        ["--cuda-graph-impl", "full_iteration"],
+        ["--te-rng-tracker", "--no-check-for-nan-in-loss-and-grad"],
+    ),
+    "CUDA graphs by their older name": (FULL, ["--enable-cuda-graph"], ["--te-rng-tracker"]),
     "everything there": (FULL, [], []),
     "no Transformer Engine": (
         dataclasses.replace(FULL, transformer_engine=False),
@@ -118,12 +132,36 @@ def test_deriving_twice_adds_nothing() -> None:
             "--attention-backend local is not supported: Megatron would silently replace context-parallel attention",
         ),
         (["--fp8-format", "hybrid"], "--fp8-format needs Transformer Engine, which is not installed; leave it out"),
+        (
+            ["--cuda-graph-impl", "local"],
+            "--cuda-graph-impl local needs a GPU, and there is no CUDA device; leave it out",
+        ),
         *(([flag], f"{flag} is not supported: {why}; leave it out") for flag, why in REFUSED.items()),
     ],
 )
 def test_a_contradiction_is_refused_by_name(given: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         derived_arguments(given, BARE)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--cuda-graph-impl", "transformer_engine"],
+            "--cuda-graph-impl transformer_engine needs Transformer Engine, which is not installed; choose local",
+        ),
+        (["--cuda-graph-impl", "local", "--check-finite-attention"], "--check-finite-attention waits for the GPU"),
+        (["--enable-cuda-graph", "--log-attention-communication"], "--log-attention-communication measures by the CPU"),
+        (
+            ["--cuda-graph-impl", "full_iteration", "--timing-log-level", "1"],
+            "--timing-log-level 1 waits for the GPU under --cuda-graph-impl full_iteration; choose 0",
+        ),
+    ],
+)
+def test_what_no_cuda_graph_holds_is_refused(given: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        derived_arguments(given, dataclasses.replace(FULL, transformer_engine=False))
 
 
 def test_what_ranks_refuse_the_configuration_refuses_before() -> None:
@@ -160,3 +198,33 @@ def test_the_number_of_connections_is_set_where_megatron_asks_for_it(
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     set_environment(given, installed)
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == value
+
+
+@pytest.mark.parametrize(
+    ("given", "shell", "value"),
+    [
+        (["--cuda-graph-impl", "local"], {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "0"),
+        (["--cuda-graph-impl", "local"], {"PYTORCH_ALLOC_CONF": "a:1,expandable_segments:True"}, "0"),
+        (["--cuda-graph-impl", "none"], {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, None),
+        (["--cuda-graph-impl", "local"], {"NCCL_GRAPH_REGISTER": "1"}, "1"),
+        (
+            ["--cuda-graph-impl", "local"],
+            {"NCCL_GRAPH_REGISTER": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+            "NCCL_GRAPH_REGISTER='1': NCCL would register the buffers of messages in CUDA graphs, which "
+            "PYTORCH_ALLOC_CONF=expandable_segments:True does not allow; choose NCCL_GRAPH_REGISTER=0, or leave "
+            "expandable_segments:True out of PYTORCH_ALLOC_CONF",
+        ),
+    ],
+)
+def test_nccl_registers_no_buffers_of_graphs_in_expandable_segments(
+    given: list[str], shell: dict[str, str], value: str | None
+) -> None:
+    with mock.patch.dict(os.environ, shell):
+        for name in {"NCCL_GRAPH_REGISTER", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} - set(shell):
+            os.environ.pop(name, None)
+        if value is not None and len(value) > 1:
+            with pytest.raises(UsageError, match=re.escape(value)):
+                set_environment(given, FULL)
+        else:
+            set_environment(given, FULL)
+            assert os.environ.get("NCCL_GRAPH_REGISTER") == value

@@ -1,0 +1,88 @@
+"""What a CUDA graph can't hold: an attention that waits for numbers on their way from the GPU to the CPU."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention.dropout import Dropout
+from tests.pool import RankPool
+
+WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
+"""Methods of tensors that wait for the GPU."""
+_aten = torch.ops.aten
+_WAITS = {
+    _aten._local_scalar_dense.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten.is_nonzero.default,
+}
+
+
+class Refuses(TorchDispatchMode):
+    """Operations that wait for the GPU fail, those below autograd too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in _WAITS, f"{func} waits for the GPU"
+        return func(*args, **(kwargs or {}))
+
+
+def waits_nowhere(rank: int, layout: tuple[int, ...] | None, **how: Any) -> bool:
+    """A second call, forward and backward; in the first one ranks meet, and compare what they ask for."""
+    group = dist.group.WORLD
+    assert group is not None
+    if layout is not None:
+        heads, rows, cols, *tile = layout
+        tiles = {"tile": (tile[0], tile[1])} if tile else {}
+        grid = Grid.from_group(group, heads=heads, rows=rows, cols=cols, **tiles)
+    q, k, v = (torch.randn(16, 2, heads, 8).requires_grad_() for heads in (4, 2, 2))
+    dout, sink, seed = torch.randn(16, 2, 4, 8), torch.randn(4).requires_grad_(), torch.tensor([3])
+
+    def call() -> tuple[Tensor, ...]:
+        asked = {**how, "dropout": Dropout(how["dropout"], seed)} if "dropout" in how else dict(how)
+        if asked.pop("sinks", False):
+            asked["sink"] = sink
+        attend = ring_attention(q, k, v, group, **asked) if layout is None else attention2d(q, k, v, grid, **asked)
+        return torch.autograd.grad(attend, (q, k, v), dout)
+
+    call()
+    with ExitStack() as stack:
+        for name in WAITS:
+            fails = mock.Mock(side_effect=AssertionError(f"Tensor.{name} waits for the GPU"))
+            stack.enter_context(mock.patch.object(Tensor, name, fails))
+        stack.enter_context(Refuses())
+        return len(call()) == 3
+
+
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [
+        ((1, 2, 2), {}),
+        ((1, 2, 2), {"causal": False}),
+        ((1, 4, 1), {"head_groups": 2}),
+        ((1, 1, 4), {"dropout": 0.1}),
+        ((2, 2, 1), {"dropout": 0.1, "sinks": True}),
+        ((2, 1, 2), {"window": (5, 0)}),
+        ((4, 1, 1), {}),
+        ((1, 2, 2, 1, 2), {}),
+        (None, {"dropout": 0.1}),
+        (None, {"window": (5, 0), "sinks": True}),
+    ],
+    ids=str,
+)
+def test_nothing_waits_for_the_gpu(pool: RankPool, layout: tuple[int, ...] | None, how: dict[str, Any]) -> None:
+    assert all(pool.run(waits_nowhere, 4, layout, **how))
+
+
+def test_what_waits_is_noticed() -> None:
+    for wait in (Tensor.item, Tensor.nonzero, lambda x: x.masked_select(x > 0)):
+        with pytest.raises(AssertionError, match="waits for the GPU"), Refuses():
+            wait(torch.ones(1))
