@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 from contextlib import AbstractContextManager
@@ -103,6 +104,33 @@ def _attending_in_context(mtp_block_spec: Any) -> Any:
     return describe
 
 
+def _within_padded_sequences(roll_packed: Any) -> Any:
+    """`_roll_tensor_packed_seq` that finds each sequence where it lies: by the totals that count its padding."""
+    from megatron_attn2d.megatron.core_attention import ROLLS_WITHIN_PADDING
+
+    @functools.wraps(roll_packed)
+    def roll(tensor: Any, shifts: int, dims: int, packed_seq_params: Any, cp_group: Any = None) -> Any:
+        padded = packed_seq_params.cu_seqlens_q_padded
+        if padded is not None:
+            packed_seq_params = copy.copy(packed_seq_params)
+            packed_seq_params.cu_seqlens_q = padded
+        return roll_packed(tensor, shifts, dims, packed_seq_params, cp_group)
+
+    setattr(roll, ROLLS_WITHIN_PADDING, True)
+    return roll
+
+
+def _divisible_by_ranks(set_cache: Any) -> Any:
+    """`YarnRotaryEmbedding._set_cos_sin_cache` of as many positions more as the chunks of all context ranks take."""
+
+    @functools.wraps(set_cache)
+    def fill(self: Any, seq_len: int, *args: Any, **kwargs: Any) -> None:
+        chunks = 1 if self.cp_group is None else 2 * self.cp_group.size()
+        set_cache(self, -(-seq_len // chunks) * chunks, *args, **kwargs)
+
+    return fill
+
+
 def _norm_of_torch(norm: Any) -> Any:
     """Torch's norm where Transformer Engine's is not there to be built."""
     layer_spec = importlib.import_module("megatron_attn2d.megatron.layer_spec")
@@ -141,6 +169,16 @@ FIXES = (
         "megatron.training.models.gpt:mtp_block_spec",
         _attending_in_context,
         "it describes the layers of multi-token prediction anew, whatever the spec of the other layers says",
+    ),
+    Patch(
+        "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq",
+        _within_padded_sequences,
+        "it looks for packed sequences at the totals without their padding, and so mixes neighbours",
+    ),
+    Patch(
+        "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache",
+        _divisible_by_ranks,
+        "its first table has the positions of the original model, 4096 of them, which 3 context ranks can't share",
     ),
     Patch(
         "megatron.core.models.hybrid.hybrid_block:TENorm",

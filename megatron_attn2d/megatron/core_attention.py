@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.random import (
     get_data_parallel_rng_tracker_name,
     is_graph_safe_cuda_rng_tracker,
 )
+from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -37,6 +38,8 @@ from megatron_attn2d.attention.ulysses import check_heads
 from megatron_attn2d.megatron import cuda_graphs
 from megatron_attn2d.megatron.layer_grid import announce_ring, layer_grid, split_mode
 
+ROLLS_WITHIN_PADDING = "rolls_within_padding"
+"""Marks the function that shifts packed tokens for multi-token prediction once it minds padding; see compat.py."""
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 _CAUSAL_PACKED = {**_CAUSAL, AttnMaskType.padding_causal: True, AttnMaskType.padding: False}
 
@@ -137,7 +140,7 @@ class ContextParallelAttention(MegatronModule):
             dropout=self._draw_dropout(query),
             softmax_scale=self.softmax_scale,
             label=f"layer {self.layer_number}",
-            **({} if packed_seq_params is None else _totals(packed_seq_params)),
+            **({} if packed_seq_params is None else self._packed(packed_seq_params)),
         )
         return out.flatten(-2)
 
@@ -177,6 +180,17 @@ class ContextParallelAttention(MegatronModule):
             raise ValueError(f"attention mask {mask_type.name} is not supported: choose causal or no_mask")
         return served[mask_type]
 
+    def _packed(self, packing: PackedSeqParams) -> dict[str, list[int] | None]:
+        totals = _totals(packing)
+        padded = totals["cu_seqlens_padded"] not in (None, totals["cu_seqlens"])
+        if self.config.mtp_num_layers and padded and not _rolls_within_padding():
+            raise ValueError(
+                "packed sequences with padding are not supported with mtp_num_layers: multi-token prediction "
+                "would predict a neighbour's tokens; train inside megatron_attn2d.megatron.compat.applied_fixes(), "
+                "which mends it, or pack without padding"
+            )
+        return totals
+
     def _draw_dropout(self, query: Tensor) -> Dropout | None:
         """Dropout under a new seed, while training.
 
@@ -198,6 +212,10 @@ class ContextParallelAttention(MegatronModule):
         with tracker.fork(get_data_parallel_rng_tracker_name()):
             seed = torch.randint(2**62, (1,), device=query.device)
         return Dropout(self.dropout, seed, first_head=self.tp_group.rank() * query.size(-2))
+
+
+def _rolls_within_padding() -> bool:
+    return getattr(multi_token_prediction._roll_tensor_packed_seq, ROLLS_WITHIN_PADDING, False)
 
 
 def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:

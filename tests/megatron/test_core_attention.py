@@ -243,6 +243,13 @@ REFUSALS = [
     (
         "p2p",
         None,
+        {"mtp_num_layers": 1},
+        {"packing": {"cu_seqlens_q_padded": [0, 16], "cu_seqlens_kv_padded": [0, 16]}},
+        "packed sequences with padding are not supported with mtp_num_layers: multi-token prediction would",
+    ),
+    (
+        "p2p",
+        None,
         {},
         {"packing": {"cu_seqlens_q": [0, 6, 8], "cu_seqlens_kv": [0, 6, 8]}},
         "packed sequence 0 takes 6 tokens, no multiple of 2 * cp = 4: pad it to 8 (cu_seqlens_padded) or cut it to 4",

@@ -4,6 +4,8 @@ import importlib.util
 import inspect
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +13,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_attn2d.megatron import compat, cpu
 from megatron_attn2d.megatron.patching import Patch, UpstreamChangedError, applied
+from tests.attention.dense import packed_zigzag
 from tests.megatron.runs import Tensors, arguments, train_states
 from tests.pool import RankPool
 
@@ -45,6 +49,8 @@ TESTED_BELOW = {
     "megatron.core.datasets.utils:compile_helpers",
     "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
     "megatron.training.models.gpt:mtp_block_spec",
+    "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq",
+    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache",
     "megatron.core.models.hybrid.hybrid_block:TENorm",
 }
 
@@ -263,6 +269,56 @@ def test_upstream_gives_multi_token_prediction_an_attention_of_its_own() -> None
             ours = layer_spec.attention2d_layer_spec(model)
             assert attention_of(ours) is layer_spec.CoreAttention
         assert attention_of(ours) is not layer_spec.CoreAttention
+
+
+def shifted_packed_tokens(rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """By the lengths of the sequences: packed tokens shifted by upstream without and with the patch, and rightly."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+    group = torch.distributed.group.WORLD
+    places = [8, 8, 32]
+    padded = torch.tensor([0, 8, 16, 48])
+    at = packed_zigzag(places, torch.distributed.get_world_size(), rank)
+    tokens = torch.arange(1, 49)[None]
+    right = tokens.roll(-1)
+    right[0, padded[1:] - 1] = 0
+    found = []
+    for lengths in (places, [7, 5, 29]):
+        totals = torch.tensor(list(accumulate(lengths, initial=0)))
+        packing = PackedSeqParams("thd", totals, totals, padded, padded)
+        shifted = []
+        for fixes in (nullcontext(), compat.applied_fixes()):
+            with fixes:
+                shifted.append(roll_tensor(tokens[:, at], cp_group=group, packed_seq_params=packing)[0])
+        assert packing.cu_seqlens_q is totals
+        found.append((*shifted, right[:, at]))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_upstream_shifts_packed_tokens_past_their_padding(ranks: int, pool: RankPool) -> None:
+    unpadded, padded = ([one[i] for one in pool.run(shifted_packed_tokens, ranks)] for i in (0, 1))
+    for _, ours, right in (*unpadded, *padded):
+        assert torch.equal(ours, right)
+    assert all(torch.equal(theirs, right) for theirs, _, right in unpadded)
+    assert not all(torch.equal(theirs, right) for theirs, _, right in padded)  # else the patch can go
+
+
+def test_upstream_shares_a_table_of_4096_positions_out_over_any_number_of_ranks() -> None:
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+    group = SimpleNamespace(size=lambda: 3, rank=lambda: 1)
+
+    def angles() -> Tensor:
+        table: Any = YarnRotaryEmbedding(8, original_max_position_embeddings=4096, cp_group=group)  # type: ignore[arg-type]
+        return table.forward(12)[0]
+
+    with cpu.seam():
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            angles()
+        with compat.applied_fixes():
+            assert angles().shape[0] == 4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="for hosts without it")

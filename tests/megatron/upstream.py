@@ -31,6 +31,12 @@ WRAPPED = {
         *("self", "model_param", "tensors"),
     ],
     "megatron.training.models.gpt:mtp_block_spec": ["config", "transformer_layer_spec", "vp_stage"],
+    "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq": [
+        *("tensor", "shifts", "dims", "packed_seq_params", "cp_group"),
+    ],
+    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache": [
+        *("self", "seq_len"),
+    ],
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": ["new_state", "device", "graph_safe"],
 }
 """The parameters with which upstream's functions begin that are replaced or wrapped by ones of the same parameters."""
