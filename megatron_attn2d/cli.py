@@ -121,8 +121,10 @@ def _train_alone(run: RunConfig, arguments: list[str]) -> int:
 def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
     """The run's data and, by its first rank or its launcher, its directory: locked, with its resolved configuration."""
     from megatron_attn2d import data
+    from megatron_attn2d.corpus.matching import check_data
 
     check_files(run)
+    check_data(run)
     directory = Path(run.directory)
     with run_lock.held(directory) if first else nullcontext():
         if first:

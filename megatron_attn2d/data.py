@@ -35,6 +35,13 @@ def standard_library_sources() -> list[Path]:
     return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
 
 
+def prefix_fault(prefix: str) -> tuple[str, str] | None:
+    """Why `prefix` can't be that of PREFIX.bin and PREFIX.idx, and what to write instead; None where it can."""
+    if prefix.rpartition("/")[2].strip("."):
+        return None
+    return "a folder, whose files need a name to begin with", f"write {prefix.rstrip('/')}/NAME"
+
+
 def is_complete(prefix: Path) -> bool:
     """Whether both files of the data set `prefix` exist."""
     return all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".bin", ".idx"))

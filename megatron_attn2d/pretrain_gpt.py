@@ -165,10 +165,14 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
     from megatron.training import get_args, get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+    from megatron_attn2d.corpus.matching import largest_id
+
     args = get_args()
     prefixes = [Path(prefix) for prefix in args.data_path or []]  # and weights, which are no data sets
     for prefix in prefixes:
         data.verify_index(prefix)
+        if args.rank == 0 and data.is_complete(prefix):
+            _check_vocabulary(largest_id(prefix), str(prefix))
     caches = (
         [Path(args.data_cache_path)] if args.data_cache_path else [p / "cache/GPTDataset_indices" for p in prefixes]
     )
@@ -198,6 +202,17 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
         ).build()
 
 
+def _check_vocabulary(largest: int, where: str) -> None:
+    """Raise UsageError if a token is outside the tokenizer's vocabulary: tensor ranks would embed it as zeros."""
+    from megatron.training import get_args, get_tokenizer
+
+    if largest >= (size := get_tokenizer().vocab_size):
+        raise UsageError(
+            f"{where} holds token {largest}, and the vocabulary of {get_args().tokenizer_type} has {size}, from 0: "
+            "train with the tokenizer that the data was made with (data.tokenizer_type, data.vocab_size)"
+        )
+
+
 def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
     """This rank's part of the next batch, [b, s/cp] each: its zigzag chunks, and only what its pipeline stage uses."""
     from megatron.core import parallel_state as mpu
@@ -215,6 +230,8 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None
         held = next(iterator)
+        ids = [int(t.max()) for key in ("tokens", "labels") if (t := held.get(key)) is not None]
+        _check_vocabulary(max(ids), "a batch")  # on the CPU: microseconds
         batch = {key: t.cuda(non_blocking=True) if (t := held.get(key)) is not None else None for key in keys}
     batch = get_batch_on_this_tp_rank(
         batch,

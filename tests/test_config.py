@@ -243,6 +243,8 @@ REFUSED = {
         "data.paths = []: the embedded data set is bytes, the tokenizer is not; name .bin/.idx prefixes, "
         "or set data.mock=true, or extend models/gpt_tiny_bytes.yaml"
     ),
+    "data.paths=[.]": "data.paths = ['.']: a folder, whose files need a name to begin with; write ./NAME",
+    "data.paths={slash/: 1}": "data.paths = {'slash/': 1.0}: a folder, whose files need a name ...",
     "data.paths={a: 1, b: 0}": (
         "data.paths = {'a': 1.0, 'b': 0.0}: a weight of a blend is not positive; leave out what has weight 0"
     ),

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from megatron_attn2d.config.errors import ConfigError, ConfigErrors
 from megatron_attn2d.config.schema import GRAPH_IMPLEMENTATIONS, RunConfig
+from megatron_attn2d.data import prefix_fault
 from megatron_attn2d.graph_environment import graph_fault
 from megatron_attn2d.planner import factorisations
 
@@ -334,6 +335,8 @@ def _check_data(run: RunConfig) -> Iterator[Refusal]:
             "the embedded data set is bytes, the tokenizer is not",
             "name .bin/.idx prefixes, or set data.mock=true, or extend models/gpt_tiny_bytes.yaml",
         )
+    for fault in filter(None, map(prefix_fault, data.paths)):
+        yield "data.paths", *fault
     if isinstance(data.paths, dict) and any(weight <= 0 for weight in data.paths.values()):
         yield "data.paths", "a weight of a blend is not positive", "leave out what has weight 0"
     if data.tokenizer_type == "NullTokenizer":

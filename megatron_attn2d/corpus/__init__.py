@@ -4,6 +4,7 @@ readers.py     text, JSONL and Parquet files -> raw documents, each with its pla
 tokenizers.py  text -> token ids: bytes, or one of Megatron's own tokenizers
 build.py       raw documents -> PREFIX.bin, PREFIX.idx and PREFIX.json, whole or not at all
 inspect.py     what such a data set holds
+matching.py    whether it was written with the tokenizer of the run that reads it
 
 The embedded byte-level data set of the quick start is in `megatron_attn2d.data`.
 """

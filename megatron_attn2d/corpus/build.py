@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -49,7 +49,10 @@ class Built:
 
     documents: int
     tokens: int
-    skipped: int
+    skipped: dict[str, int]
+    """How many documents for which reason."""
+    largest: int
+    """The largest token id."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,22 @@ def build(
         raise UsageError(f"{processes} processes: choose 1 or more")
     files = find_files(paths)
     if not overwrite and any(_part(prefix, suffix).exists() for suffix in SUFFIXES):
-        raise UsageError(f"{prefix}: a data set of that name is there; ask to overwrite it, or choose another prefix")
+        raise UsageError(
+            f"{prefix}: a data set of that name is there; --overwrite replaces it, or choose another prefix"
+        )
     tokenizer = tokenizers.load(choice)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(prefix) as scratch, _executor(processes, tokenizer, key) as executor:
         batches = _ordered(executor, _batches(files, key), ahead=2 * processes)
-        built, reasons = _write(batches, scratch / "data", tokenizer.vocab_size, on_bad, files, console)
+        built = _write(batches, scratch / "data", tokenizer.vocab_size, on_bad, files, console)
         description = {
             "tokenizer": tokenizers.to_json(choice),
             "documents": built.documents,
             "tokens": built.tokens,
-            "skipped": reasons,
+            "skipped": built.skipped,
+            "largest_id": built.largest,
+            "end_of_document": tokenizer.eod,
+            "tokenizer_sha256": tokenizers.digest(choice),
             "key": key,
             "files": [str(file) for file in files],
         }
@@ -228,13 +236,13 @@ def _write(
     on_bad: str,
     files: Sequence[Path],
     console: IO[str] | None,
-) -> tuple[Built, dict[str, int]]:
-    """Writes target.bin and target.idx; returns what was written, and how many documents were left out for what."""
+) -> Built:
+    """Writes target.bin and target.idx."""
     from tqdm import tqdm
 
     upstream = indexed_dataset()
     builder = upstream.IndexedDatasetBuilder(f"{target}.bin", dtype=upstream.DType.optimal_dtype(vocab_size))
-    tokens = 0
+    tokens = largest = 0
     reasons: Counter[str] = Counter()
     total = sum(file.stat().st_size for file in files)
     hidden = None if console else True  # None: unless the console is a terminal
@@ -247,15 +255,23 @@ def _write(
                 reasons[reason.partition(" (")[0].partition(";")[0]] += 1
                 if console is not None and reasons.total() <= _NAMED:
                     bar.write(f"left out {where}: {reason}", file=console)
+                elif console is not None and reasons.total() == _NAMED + 1:
+                    bar.write(f"left out more than {_NAMED}: the others are only counted", file=console)
             if batch.lengths:
                 _add(builder, batch)
                 tokens += batch.ids.size
+                largest = max(largest, int(batch.ids.max()))
             bar.update(batch.read)
             bar.set_postfix_str(f"{len(builder.sequence_lengths):,} documents, {tokens:,} tokens", refresh=False)
     if not tokens:
         raise UsageError(f"no document to build the data set from: {reasons.total()} were left out, and none remained")
     builder.finalize(f"{target}.idx")
-    return Built(len(builder.sequence_lengths), tokens, reasons.total()), dict(reasons)
+    return Built(len(builder.sequence_lengths), tokens, dict(reasons), largest)
+
+
+def counted(skipped: Mapping[str, int]) -> str:
+    """`Built.skipped` in words."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
 
 
 def _add(builder: Any, batch: _Tokens) -> None:

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.data import prefix_fault
+
 TOKENIZERS = ("bytes", "huggingface", "sentencepiece", "tiktoken")
 
 
@@ -49,16 +52,27 @@ def _choice(args: argparse.Namespace) -> Any:
     return TokenizerChoice(args.tokenizer, args.tokenizer_model, args.vocab_size)
 
 
+def named_prefix(text: str) -> Path:
+    """The prefix of a data set that a user gave.
+
+    Raises:
+        UsageError: it has no name.
+    """
+    if fault := prefix_fault(text):
+        raise UsageError(f"{text}: {'; '.join(fault)}")
+    return Path(text)
+
+
 def _build(args: argparse.Namespace) -> int:
     """Tokenize files into a data set that a run's data.paths names."""
     from megatron_attn2d.config.yaml_io import dump
     from megatron_attn2d.corpus import tokenizers
-    from megatron_attn2d.corpus.build import build
+    from megatron_attn2d.corpus.build import build, counted
 
     choice = _choice(args)
     built = build(
         [Path(file) for file in args.files],
-        Path(args.output),
+        named_prefix(args.output),
         choice,
         key=args.key,
         processes=args.processes,
@@ -66,8 +80,10 @@ def _build(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         console=sys.stderr,
     )
-    left_out = f", {built.skipped:,} left out" if built.skipped else ""
-    print(f"{args.output}: {built.documents:,} documents{left_out}, {built.tokens:,} tokens\nIn a run's YAML:")
+    print(f"{args.output}: {built.documents:,} documents, {built.tokens:,} tokens")
+    if built.skipped:
+        print(f"left out: {counted(built.skipped)}")
+    print("In a run's YAML:")
     print(dump({"data": {"paths": [args.output], **tokenizers.yaml_section(choice)}}), end="")
     return 0
 
@@ -76,6 +92,9 @@ def _inspect(args: argparse.Namespace) -> int:
     """Print the numbers of a data set and the beginning of one of its documents, decoded."""
     from megatron_attn2d.corpus.inspect import report
 
-    for line in report(Path(args.prefix), _choice(args) if args.tokenizer else None, args.document, args.tokens):
+    if args.tokenizer is None and (args.tokenizer_model or args.vocab_size):
+        raise UsageError("--tokenizer-model and --vocab-size describe a --tokenizer, which is not given; name it too")
+    choice = _choice(args) if args.tokenizer else None
+    for line in report(named_prefix(args.prefix), choice, args.document, args.tokens):
         print(line)
     return 0

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.corpus import tokenizers
+from megatron_attn2d.corpus.build import counted
 from megatron_attn2d.corpus.tokenizers import TokenizerChoice
 from megatron_attn2d.corpus.upstream import hushed, indexed_dataset
 from megatron_attn2d.data import is_complete
@@ -54,6 +55,8 @@ def report(prefix: Path, choice: TokenizerChoice | None = None, document: int = 
 
     `choice` is the tokenizer where PREFIX.json doesn't name one.
     """
+    if tokens < 1:
+        raise UsageError(f"{tokens} tokens to show: choose 1 or more")
     indexed, known = open_indexed(prefix), description(prefix)
     documents = len(indexed.document_indices) - 1
     lengths = np.add.reduceat(indexed.sequence_lengths, indexed.document_indices[:-1]) if documents else np.zeros(1)
@@ -61,8 +64,7 @@ def report(prefix: Path, choice: TokenizerChoice | None = None, document: int = 
     shortest, median, longest = (int(f(lengths)) for f in (np.min, np.median, np.max))
     yield f"tokens a document: {shortest:,} to {longest:,}, median {median:,}"
     if known.get("skipped"):
-        left_out = ", ".join(f"{count:,} {reason}" for reason, count in known["skipped"].items())
-        yield f"left out when it was built: {left_out}"
+        yield f"left out when it was built: {counted(known['skipped'])}"
     if choice is None and "tokenizer" in known:
         choice = TokenizerChoice(**known["tokenizer"])
     if choice is None:

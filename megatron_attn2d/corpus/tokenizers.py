@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -89,6 +91,12 @@ def load(choice: TokenizerChoice) -> Tokenizer:
     Raises:
         UsageError: its file or its library isn't there, or it can't end a document.
     """
+    if choice.vocab_size is not None and choice.kind != "tiktoken":
+        raise UsageError(
+            f"vocabulary of {choice.vocab_size} ids: {choice.kind} has its own size; leave it out, or choose tiktoken"
+        )
+    if choice.vocab_size is not None and choice.vocab_size <= 1000:
+        raise UsageError(f"vocabulary of {choice.vocab_size} ids: 1000 of tiktoken's are special ones; choose more")
     if choice.kind == "bytes":
         if choice.model:
             raise UsageError(
@@ -104,6 +112,39 @@ def load(choice: TokenizerChoice) -> Tokenizer:
             f"tokenizer model {choice.model}: Megatron reads tiktoken's vocabulary from a .json file, "
             "a list of {rank, token_bytes, token_str}"
         )
+    return _Megatron(_of_megatron(choice), choice.model)
+
+
+def vocabulary(data: Data) -> int | None:
+    """Ids of a run's tokenizer, by its `data:` section; None where its files aren't on this machine.
+
+    Raises:
+        UsageError: its files can't be read, or its library isn't installed.
+    """
+    if data.tokenizer_type == "NullTokenizer":
+        return data.vocab_size
+    if data.tokenizer_model is None or not Path(data.tokenizer_model).exists():
+        return None
+    return int(_of_megatron(from_yaml_section(data)).vocab_size)
+
+
+def digest(choice: TokenizerChoice) -> str | None:
+    """A checksum of the files that decide about ids, the same wherever they lie; None for bytes, or without them."""
+    if choice.model is None:
+        return None
+    path = Path(choice.model)
+    names = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+    files = [path] if path.is_file() else sorted(file for name in (*names, "*.model") for file in path.glob(name))
+    contents = hashlib.sha256()
+    for file in files:
+        contents.update(hashlib.sha256(file.read_bytes()).digest())
+    return contents.hexdigest() if files else None
+
+
+@cache
+def _of_megatron(choice: TokenizerChoice) -> Any:
+    """Megatron's own tokenizer; its library takes seconds to import."""
+    assert choice.model is not None
     library(_LIBRARY[choice.kind], f"tokenizer {choice.kind}")
     # Files come from local disk alone, and several processes tokenize: threads below them would only be in the way.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -112,13 +153,12 @@ def load(choice: TokenizerChoice) -> Tokenizer:
 
         options: dict[str, Any] = {"vocab_size": choice.vocab_size} if choice.vocab_size else {}
         try:
-            tokenizer = MegatronTokenizer.from_pretrained(
+            return MegatronTokenizer.from_pretrained(
                 tokenizer_path=choice.model, metadata_path={"library": choice.kind}, **options
             )
         except Exception as error:  # each library raises its own kinds
             reason = str(error) or "its contents are not as Megatron wants them"
             raise UsageError(f"tokenizer model {choice.model}: can't be read as {choice.kind} ({reason})") from error
-        return _Megatron(tokenizer, choice.model)
 
 
 def yaml_section(choice: TokenizerChoice) -> dict[str, Any]:
@@ -137,7 +177,8 @@ def from_yaml_section(data: Data) -> TokenizerChoice:
     """
     if data.tokenizer_type != "NullTokenizer":
         kind = next(kind for kind, type_ in _TYPE.items() if type_ == data.tokenizer_type)
-        return TokenizerChoice(cast(Kind, kind), data.tokenizer_model, data.vocab_size)
+        # Whose vocabulary has a size of its own may still extend a model that gives one for other data.
+        return TokenizerChoice(cast(Kind, kind), data.tokenizer_model, data.vocab_size if kind == "tiktoken" else None)
     if (data.vocab_size, data.null_tokenizer_eod_id) != (512, END_OF_DOCUMENT):
         raise UsageError(
             f"data.tokenizer_type = NullTokenizer of {data.vocab_size} ids: not bytes, so text can't be tokenized; "

@@ -86,7 +86,7 @@ def _bucket_sums(request: Request, args: Any, model: list[torch.nn.Module]) -> t
 
     for chunk in model:
         chunk.eval()
-    iterators = [windows(Path(request.prefix), args.seq_length, args.padded_vocab_size) for _ in model]
+    iterators = [windows(Path(request.prefix), args.seq_length) for _ in model]
     with torch.no_grad():
         for _ in range(request.samples):
             get_forward_backward_func()(
@@ -109,19 +109,13 @@ def _forward_step(collect: Any, iterator: Any, model: torch.nn.Module) -> tuple[
     return output, collect
 
 
-def windows(prefix: Path, context: int, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Windows of the data set's tokens, in order and without overlap, as batches [1, context] of Megatron's keys.
-
-    Raises:
-        ValueError: a token isn't in the model's vocabulary.
-    """
+def windows(prefix: Path, context: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Windows of the data set's tokens, in order and without overlap, as batches [1, context] of Megatron's keys."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     stream = np.memmap(f"{prefix}.bin", dtype=IndexedDataset(str(prefix)).index.dtype, mode="r")
     for begin in range(0, stream.size - context, context):
         tokens = torch.from_numpy(stream[begin : begin + context + 1].astype(np.int64))
-        if int(tokens.max()) >= vocab_size:
-            raise ValueError(f"{prefix}: token {int(tokens.max())} is not in the model's vocabulary of {vocab_size}")
         yield {
             "tokens": tokens[None, :-1],
             "labels": tokens[None, 1:].contiguous(),

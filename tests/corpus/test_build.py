@@ -41,7 +41,7 @@ def test_documents_keep_their_order(choice: TokenizerChoice, tmp_path: Path) -> 
     found = documents(tmp_path / "out" / "set")
     assert [tokenizer.decode(ids[:-1]) for ids in found] == texts
     assert all(ids[-1] == tokenizer.eod for ids in found)
-    assert (built.documents, built.tokens, built.skipped) == (1500, sum(map(len, found)), 0)
+    assert (built.documents, built.tokens, built.skipped) == (1500, sum(map(len, found)), {})
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["set.bin", "set.idx", "set.idx.sha256", "set.json"]
 
@@ -62,10 +62,18 @@ def test_bad_documents_are_left_out_and_counted_as_asked(tmp_path: Path) -> None
     console = io.StringIO()
     built = build([tmp_path / "a.jsonl"], tmp_path / "set", BYTES, on_bad="skip", console=console)
     assert [bytes(ids[:-1].tolist()) for ids in documents(tmp_path / "set")] == [b"one", b"five"]
-    assert built.skipped == 5
     reasons = {"broken JSON": 1, "blank line": 1, "empty document": 1, "no key 'text'": 2}
-    assert json.loads((tmp_path / "set.json").read_text())["skipped"] == reasons
+    assert built.skipped == json.loads((tmp_path / "set.json").read_text())["skipped"] == reasons
     assert f"left out {tmp_path / 'a.jsonl'}, line 2: broken JSON (" in console.getvalue()
+
+
+def test_after_twenty_bad_documents_the_rest_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + "\n" * 23)
+    console = io.StringIO()
+    built = build([tmp_path / "a.jsonl"], tmp_path / "set", BYTES, on_bad="skip", console=console)
+    assert built.skipped == {"blank line": 23}
+    assert console.getvalue().count("blank line") == 20
+    assert console.getvalue().endswith("left out more than 20: the others are only counted\n")
 
 
 def test_a_bad_document_is_fatal_otherwise_and_leaves_nothing(tmp_path: Path) -> None:
@@ -85,7 +93,7 @@ def test_a_set_is_only_replaced_when_asked(tmp_path: Path) -> None:
     for text in ("old", "new"):
         write_lines(tmp_path / f"{text}.jsonl", [text])
     build([tmp_path / "old.jsonl"], tmp_path / "set", BYTES)
-    with pytest.raises(UsageError, match="a data set of that name is there"):
+    with pytest.raises(UsageError, match="a data set of that name is there; --overwrite replaces it"):
         build([tmp_path / "new.jsonl"], tmp_path / "set", BYTES)
     assert bytes(documents(tmp_path / "set")[0][:-1].tolist()) == b"old"
     build([tmp_path / "new.jsonl"], tmp_path / "set", BYTES, overwrite=True)

@@ -1,6 +1,8 @@
 """The entry point: what it refuses, and that it can be called again and again."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +30,18 @@ def test_what_it_refuses_it_names(options: dict[str, object], message: str, pool
         pool.run(_run, 1, [arguments(run_dir=tmp_path, mock_data=True, **options)])
 
 
+@pytest.mark.parametrize(("scanned", "where"), [(True, "text"), (False, "a batch")])
+def test_ids_outside_the_vocabulary_are_refused(scanned: bool, where: str, text: Path, pool: RankPool, tmp_path: Path):
+    """Of a set without a description, before the first step; and in each batch, as only parts of a large one are read.
+
+    Two tensor ranks would embed them as zeros: each takes the other to hold them.
+    """
+    options = {"data_path": text, "vocab_size": 100, "null_tokenizer_eod_id": None, "tensor_model_parallel_size": 2}
+    message = rf"UsageError: \S*{where} holds token \d+, and the vocabulary of NullTokenizer has 100, from 0"
+    with pytest.raises(RankFailed, match=message):
+        pool.run(_run_scanned, 2, scanned, arguments(run_dir=tmp_path, **options))
+
+
 def test_frequencies_of_rope_are_scaled_by_the_factor_given(pool: RankPool, tmp_path: Path) -> None:
     norms = set()
     for factor in (1.0, 8.0, 64.0):
@@ -46,6 +60,11 @@ def test_it_can_be_called_again_after_success_and_failure(pool: RankPool, tmp_pa
 def test_it_ends_the_process_group_that_it_made_and_no_other(init_group: bool, pool: RankPool, tmp_path: Path) -> None:
     args = arguments(run_dir=tmp_path, mock_data=True, num_layers=1, train_iters=1)
     assert pool.run(_has_group_after, 2, args, init_group=init_group) == [init_group] * 2
+
+
+def _run_scanned(rank: int, scanned: bool, args: list[str]) -> None:
+    with nullcontext() if scanned else mock.patch("megatron_attn2d.corpus.matching.largest_id", return_value=0):
+        _run(rank, [args])
 
 
 def _run(rank: int, runs: list[list[str]]) -> list[str]:
