@@ -11,13 +11,14 @@ from pathlib import Path
 from megatron_attn2d import checkpoints, environment, evaluate, memory, run_lock
 from megatron_attn2d import report as run_report
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments, resolved_yaml
+from megatron_attn2d.config.arguments import left_out
 from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.config.files import check_files
 from megatron_attn2d.corpus import command as corpus
 from megatron_attn2d.slurm import submit
 from megatron_attn2d.topology import picture
 
-_NOT_BY_STEP = {"ckpt_convert_format", "ckpt_step", "finetune", "skip_train"}
+_NOT_BY_STEP = {"ckpt_convert_format", "skip_train"}
 """Arguments of Megatron's under which it has something to do after the last step too."""
 
 
@@ -128,6 +129,8 @@ def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
     directory = Path(run.directory)
     with run_lock.held(directory) if first else nullcontext():
         if first:
+            for line in _continuation(run):
+                print(line)
             with tempfile.NamedTemporaryFile("w", dir=directory, prefix=".config-", delete=False) as scratch:
                 scratch.write(resolved_yaml(run))
             Path(scratch.name).replace(directory / "config.yaml")
@@ -135,6 +138,13 @@ def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
         if not (run.data.paths or run.data.mock):
             data.build_default(run.data.dir)
         yield
+
+
+def _continuation(run: RunConfig) -> Iterator[str]:
+    """What a user should know about how the run goes on from its checkpoint."""
+    if outdated := left_out(run):
+        step = checkpoints.last_complete(Path(run.directory) / "checkpoints")
+        yield f"left out, as the run goes on from its own step {step}, not from its first start: {', '.join(outdated)}"
 
 
 def _is_finished(run: RunConfig, says: bool) -> bool:

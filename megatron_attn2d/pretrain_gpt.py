@@ -23,6 +23,7 @@ import torch
 from megatron_attn2d import data
 from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.megatron import agreement, compat, cpu, derive, progress
+from megatron_attn2d.megatron.fitting import fitting
 from megatron_attn2d.megatron.integrity import verified
 from megatron_attn2d.megatron.retention import retained
 
@@ -125,6 +126,7 @@ def _pretrain(console: TextIO) -> None:
     with ExitStack() as stack:
         stack.enter_context(progress.reported(args, console))
         stack.enter_context(retained(args))
+        stack.enter_context(fitting())
         stack.enter_context(verified())
         stack.enter_context(checked_for_finiteness(args))
         stack.enter_context(agreement.agreed(sys.argv[1:]))

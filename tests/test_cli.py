@@ -241,11 +241,22 @@ def test_a_finished_run_says_so_and_starts_nothing(started, saved, capsys):
     assert "rank" not in [call[0] for call in started]
 
 
+def test_options_of_the_first_start_are_left_out_once_there_is_a_checkpoint(started, saved, capsys):
+    more = ["checkpoint.load=theirs", "megatron_args.ckpt_step=3", "megatron_args.no_load_optim=true"]
+    assert cli.main(["train", QUICKSTART, *more]) == 0
+    assert capsys.readouterr().out == (
+        "left out, as the run goes on from its own step 60, not from its first start: checkpoint.load, "
+        "megatron_args.ckpt_step, megatron_args.no_load_optim\nstep 60 of 60 is saved: nothing to do\n"
+    )
+    assert cli.main(["train", QUICKSTART, *more, "megatron_args.skip_train=true"]) == 3
+    arguments = started[-1][3]
+    assert not {"--ckpt-step", "--no-load-optim", "theirs"} & set(arguments)
+
+
 @pytest.mark.parametrize(
     "more",
     [
-        ["training.train_iters=61", "megatron_args.override_opt_param_scheduler=true"],
-        ["megatron_args.ckpt_step=40"],
+        ["training.train_iters=61"],
         ["megatron_args.skip_train=true"],
     ],
 )

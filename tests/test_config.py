@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_attn2d import config
-from megatron_attn2d.config import ConfigError, load_run, megatron_arguments, resolved_yaml, upstream
-from megatron_attn2d.config.arguments import embedded_data
-from megatron_attn2d.config.files import ALSO_SHAPES, check_files
+from megatron_attn2d.config import ConfigError, keys, load_run, megatron_arguments, resolved_yaml, upstream
+from megatron_attn2d.config.arguments import embedded_data, left_out
+from megatron_attn2d.config.continued import check_continued
+from megatron_attn2d.config.files import check_files
 from megatron_attn2d.config.yaml_io import dump, parse
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -276,6 +277,42 @@ REFUSED = {
         "checkpoint.keep_last = 2: checkpoint.save is false; leave it out"
     ),
     "checkpoint.keep_last=0": "checkpoint.keep_last = 0: must be greater than 0",
+    "checkpoint.load=a checkpoint.start_from=b": (
+        "checkpoint.start_from = 'b': checkpoint.load is given too; start_from takes the weights alone; keep one"
+    ),
+    "checkpoint.load=a megatron_args.finetune=true": (
+        "megatron_args.finetune = true: checkpoint.start_from decides about --finetune; set checkpoint.start_from"
+    ),
+    "megatron_args.pretrained_checkpoint=a": (
+        "megatron_args.pretrained_checkpoint = 'a': checkpoint.start_from decides about --pretrained-checkpoint; ..."
+    ),
+    "megatron_args.no_load_optim=true": (
+        "megatron_args.no_load_optim = true: is about a start from checkpoint.load or checkpoint.start_from, which are "
+        "null; leave it out"
+    ),
+    "checkpoint.start_from=a megatron_args.no_load_rng=true": (
+        "megatron_args.no_load_rng = true: checkpoint.start_from takes the weights alone; leave it out"
+    ),
+    "megatron_args.ckpt_step=4": (
+        "megatron_args.ckpt_step = 4: is about a start from checkpoint.load or checkpoint.start_from, which are null; "
+        "leave it out, and to go back in a run write the step into its "
+        "checkpoints/latest_checkpointed_iteration.txt"
+    ),
+    "megatron_args.override_opt_param_scheduler=true": (
+        "megatron_args.override_opt_param_scheduler = true: checkpoint.may_change decides about ..."
+    ),
+    "megatron_args.use_checkpoint_args=true": (
+        "megatron_args.use_checkpoint_args = true: --use-checkpoint-args takes the model from the checkpoint, ..."
+    ),
+    "megatron_args.exit_on_missing_checkpoint=true": "megatron_args.exit_on_missing_checkpoint = true: ...",
+    "megatron_args.ckpt_format=torch": (
+        "checkpoint.verify_integrity = true: only checkpoints of the format torch_dist carry checksums, not torch; "
+        "choose false, or leave megatron_args.ckpt_format out"
+    ),
+    "checkpoint.may_change=[data.path]": "checkpoint.may_change = ['data.path']: data.path is no key; ...",
+    "checkpoint.may_change=[model.num_layers]": (
+        "checkpoint.may_change = ['model.num_layers']: weights or states depend on model.num_layers; leave it out"
+    ),
     "megatron_args.async_save=true": (
         "megatron_args.async_save = true: checkpoint.async_save decides about --async-save; set checkpoint.async_save"
     ),
@@ -825,10 +862,6 @@ def test_the_table_of_upstreams_arguments_is_that_of_its_parser(monkeypatch):
     upstream.options.cache_clear()
 
 
-def test_what_a_run_is_begun_with_where_nothing_is_said_is_upstreams_default():
-    assert {name: upstream.parser().get_default(name) for name in ALSO_SHAPES} == ALSO_SHAPES
-
-
 @pytest.mark.parametrize(("begun", "now"), [("[7, 0]", "'7,0'"), ("'7,0'", "[7, 0]")])
 def test_a_run_is_continued_with_the_same_in_other_words(base, begun, now, tmp_path):
     directory = [f"run.dir={tmp_path / 'run'}", "data.mock=true"]
@@ -926,18 +959,49 @@ def test_public_names():
 
 
 CONTINUED = {
-    "run.name=x logging.tensorboard=true context_parallel.mode=ring training.seed=3": "",
+    "run.name=x logging.tensorboard=true context_parallel.mode=ring training.micro_batch_size=2": "",
+    "megatron_args.log_progress=true megatron_args.recompute_modules=[mlp] megatron_args.ddp_bucket_size=9": "",
+    # the learning rate's course
     "training.train_iters=80": (
-        "training.train_iters = 80: the run in {run} was begun with 60; choose 60, or another run.dir, or "
-        "megatron_args.override_opt_param_scheduler=true to plan the learning rate anew"
+        "training.train_iters = 80: the run in {run} was begun with 60; choose 60, or another run.dir, or name it in "
+        "checkpoint.may_change"
     ),
-    "training.train_iters=80 megatron_args.override_opt_param_scheduler=true": "",
+    "training.train_iters=80 checkpoint.may_change=[training.train_iters]": "",
     "optimizer.lr=1e-4": "optimizer.lr = 0.0001: the run in {run} was begun with 0.001; choose 0.001, or another ...",
-    "model.num_layers=2": ("model.num_layers = 2: the run in {run} was begun with 4; choose 4, or another run.dir"),
+    "optimizer.lr=1e-4 checkpoint.may_change=[training.seed]": "optimizer.lr = 0.0001: the run in {run} was begun ...",
+    "optimizer.lr_decay_iters=100": "optimizer.lr_decay_iters = 100: the run in {run} was begun with null; choose ...",
+    "megatron_args.lr_warmup_init=1e-5": "megatron_args.lr_warmup_init = 1e-05: the run in {run} was begun ...",
+    # the order of the data
+    "training.seed=3": "training.seed = 3: the run in {run} was begun with 1234; choose 1234, or another ...",
+    "training.seq_length=128": "model.max_position_embeddings = 128: the run in {run} was begun with 256; choose ...",
+    "training.seq_length=128 model.max_position_embeddings=256": (
+        "training.seq_length = 128: the run in {run} was begun with 256; choose 256, or another run.dir, or name it ..."
+    ),
+    "training.seq_length=512 training.seed=3 checkpoint.may_change=[training.seed,training.seq_length]": (
+        # learned positions
+        "model.max_position_embeddings = 512: the run in {run} was begun with 256; choose 256, or another run.dir"
+    ),
+    "data.split='98,1,1'": "data.split = '98,1,1': the run in {run} was begun with '1,0,0'; choose '1,0,0', or ...",
+    "data.mock=false": "data.mock = false: the run in {run} was begun with true; choose true, or another ...",
+    "megatron_args.dataloader_type=cyclic": "megatron_args.dataloader_type = 'cyclic': the run in {run} was begun ...",
+    # the loss
+    "model.hidden_dropout=0.1": "model.hidden_dropout = 0.1: the run in {run} was begun with 0.0; choose 0.0, or ...",
+    "megatron_args.eod_mask_loss=true": "megatron_args.eod_mask_loss = true: the run in {run} was begun with null; ...",
+    "megatron_args.eod_mask_loss=true checkpoint.may_change=[megatron_args.eod_mask_loss]": "",
+    "megatron_args.rotary_seq_len_interpolation_factor=2": "megatron_args.rotary_seq_len_interpolation_factor = 2: ...",
+    "megatron_args.no_rope_freq=4": "megatron_args.no_rope_freq = 4: the run in {run} was begun with null; ...",
+    "megatron_args.rope_type=yarn": "megatron_args.rope_type = 'yarn': the run in {run} was begun with null; ...",
+    "megatron_args.rotary_scaling_factor=8": "megatron_args.rotary_scaling_factor = 8: the run in {run} was begun ...",
+    "megatron_args.mscale_all_dim=1": "megatron_args.mscale_all_dim = 1: the run in {run} was begun with null; ...",
+    "megatron_args.moe_z_loss_coeff=0.1": "megatron_args.moe_z_loss_coeff = 0.1: the run in {run} was begun ...",
+    # weights and states
+    "model.num_layers=2": "model.num_layers = 2: the run in {run} was begun with 4; choose 4, or another run.dir",
     "model.swiglu=true": "model.swiglu = true: the run in {run} was begun with false; choose false, or another run.dir",
     "model.rotary_base=100": "model.rotary_base = 100: the run in {run} was begun with null; choose null, or ...",
     "model.norm_epsilon=0.1": "model.norm_epsilon = 0.1: the run in {run} was begun with null; choose null, or ...",
+    "model.max_position_embeddings=256": "",
     "training.precision=bf16": "training.precision = 'bf16': the run in {run} was begun with 'fp32'; choose ...",
+    "optimizer.adam_beta1=0.8": "optimizer.adam_beta1 = 0.8: the run in {run} was begun with 0.9; choose 0.9, or ...",
     "optimizer.use_distributed_optimizer=true": (
         "optimizer.use_distributed_optimizer = true: the run in {run} was begun with false; choose false, or another "
         "run.dir"
@@ -950,8 +1014,6 @@ CONTINUED = {
     "megatron_args.squared_relu=false megatron_args.log_progress=true": "",
     "megatron_args.softmax_type=vanilla megatron_args.v_head_dim='128' megatron_args.rope_scaling_factor=8": "",
     "data.vocab_size=1024": "data.vocab_size = 1024: the run in {run} was begun with 512; choose 512, or another ...",
-    "optimizer.lr_decay_iters=100": "optimizer.lr_decay_iters = 100: the run in {run} was begun with null; choose ...",
-    "model.hidden_dropout=0.1 model.max_position_embeddings=4096": "",
 }
 
 
@@ -959,18 +1021,98 @@ CONTINUED = {
 def test_a_run_is_continued_as_it_was_begun(base, tmp_path, overrides):
     given = [f"run.dir={tmp_path}/mine", "data.mock=true"]
     changed = load_run(base, [*given, *split_overrides(overrides)])
-    check_files(changed)
+    (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").write_text(resolved_yaml(load_run(base, given)))
-    check_files(changed)  # nothing has been saved yet
-    begun = tmp_path / "mine" / "checkpoints" / "iter_0000004"
-    begun.mkdir(parents=True)
-    for name in (".metadata", "metadata.json"):
-        (begun / name).touch()
-    if not CONTINUED[overrides]:
-        check_files(changed)
-        return
-    with pytest.raises(ConfigError) as caught:
-        check_files(changed)
+    assert not [*check_continued(changed)]  # nothing has been saved yet
+    write_checkpoint(tmp_path / "mine", 4)
+    messages = [str(error) for error in check_continued(changed)]
     expected = CONTINUED[overrides].format(run=tmp_path / "mine")
-    message = str(caught.value)
-    assert message.startswith(expected.removesuffix("...")) if expected.endswith("...") else message == expected
+    if expected.endswith("..."):
+        assert messages[0].startswith(expected.removesuffix("..."))
+    else:
+        assert messages == ([expected] if expected else [])
+
+
+def write_checkpoint(run_dir, step):
+    """What a complete checkpoint leaves in a run's directory, but for its content."""
+    folder = run_dir / "checkpoints" / f"iter_{step:07d}"
+    folder.mkdir(parents=True)
+    for name in (".metadata", "metadata.json"):
+        (folder / name).touch()
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+def test_lists_of_keys_name_keys():
+    named = {*keys.SCHEDULE, *keys.ORDER, *keys._FREE, *keys._FIXED, *(f"megatron_args.{n}" for n in keys.FIRST_START)}
+    assert not [key for key in named if not keys.is_key(key)]
+    groups = {option.group for option in upstream.options().values()}
+    assert keys._FREE_GROUPS | {keys._SCHEDULE_GROUP} <= groups
+
+
+def test_an_argument_that_nobody_has_classified_is_compared():
+    """By far the most of Megatron's arguments about model, data and loss."""
+    compared = {
+        flag
+        for flag, option in upstream.options().items()
+        if option.group in {"network size", "regularization", "data and dataloader", "mla", "moe", "mixed precision"}
+        and not keys._is_free(flag.removeprefix("--").replace("-", "_"))
+    }
+    assert len(compared) > 100
+
+
+def test_a_start_from_others_weights_is_made_once(base, tmp_path):
+    given = [f"run.dir={tmp_path}/mine", "data.mock=true"]
+    theirs = f"{tmp_path}/theirs/checkpoints"
+    write_checkpoint(tmp_path / "theirs", 4)
+    begin = [*given, f"checkpoint.start_from={theirs}", "megatron_args.ckpt_step=4"]
+    assert f"--load {tmp_path}/mine/checkpoints --pretrained-checkpoint {theirs} " in arguments(base, *begin)
+    assert "--ckpt-step 4" in arguments(base, *begin)
+    unsaved = arguments(base, *begin, "checkpoint.save=false")
+    assert f"--pretrained-checkpoint {theirs} " in unsaved
+    assert "--load" not in unsaved
+    onward = [*given, f"checkpoint.load={theirs}", "megatron_args={no_load_optim: true, no_load_rng: true}"]
+    assert f"--load {theirs} " in arguments(base, *onward)
+    assert "--no-load-optim --no-load-rng" in arguments(base, *onward)
+    assert not left_out(load_run(base, onward))
+    write_checkpoint(tmp_path / "mine", 3)
+    for overrides in (begin, onward):
+        continued = arguments(base, *overrides)
+        assert continued == arguments(base, *given)
+    assert left_out(load_run(base, onward)) == [
+        *("checkpoint.load", "megatron_args.no_load_optim", "megatron_args.no_load_rng"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("", ""),
+        ("megatron_args.ckpt_step=4", ""),
+        (
+            "megatron_args.ckpt_step=5",
+            "megatron_args.ckpt_step = 5: there is no checkpoint of that step in {theirs}; complete ones: 4",
+        ),
+        (
+            "training.train_iters=80",
+            "training.train_iters = 80: the run in {run} was begun with 60; choose 60, or another checkpoint.load, or "
+            "name it in checkpoint.may_change, or take the weights alone by checkpoint.start_from",
+        ),
+        (
+            "model.num_layers=2",
+            "model.num_layers = 2: the run in {run} was begun with 4; choose 4, or another checkpoint.load",
+        ),
+    ],
+)
+def test_what_a_start_reads_of_another_run_must_fit(base, tmp_path, overrides, expected):
+    theirs = tmp_path / "theirs"
+    write_checkpoint(theirs, 4)
+    (theirs / "config.yaml").write_text(resolved_yaml(load_run(base, ["data.mock=true"])))
+    given = [f"run.dir={tmp_path}/mine", "data.mock=true", f"checkpoint.load={theirs}/checkpoints"]
+    run = load_run(base, [*given, *split_overrides(overrides)] if overrides else given)
+    message = expected.format(run=theirs, theirs=theirs / "checkpoints")
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$") if expected else contextlib.nullcontext():
+        check_files(run)
+    if "ckpt_step" not in overrides:
+        (theirs / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("9")
+        with pytest.raises(ConfigError, match="names it, but there is no checkpoint of that step in "):
+            check_files(run)

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from megatron_attn2d.checkpoints import last_complete
 from megatron_attn2d.config import upstream
 from megatron_attn2d.config.errors import ConfigError, nearest
+from megatron_attn2d.config.keys import FIRST_START, is_schedule
 from megatron_attn2d.config.schema import NO_FLAG, Flag, RunConfig
 
 CP_COMM_TYPES = {"attention2d": "attention2d", "ring": "p2p", "all_gather": "all_gather", "ulysses": "a2a"}
@@ -33,6 +34,9 @@ _DECIDED_BY = {
     "save": "checkpoint.save",
     "save-interval": "checkpoint.save_interval",
     "load": "checkpoint.load",
+    "finetune": "checkpoint.start_from",
+    "pretrained-checkpoint": "checkpoint.start_from",
+    "override-opt-param-scheduler": "checkpoint.may_change",
     "async-save": "checkpoint.async_save",
     "use-persistent-ckpt-worker": "checkpoint.async_save",
     "save-retain-interval": "checkpoint.keep_last",
@@ -55,6 +59,10 @@ _REFUSED = {
     "qk-clip": "needs the largest score, which our attention does not report yet",
     "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
     "local-rank": "is the launcher's business",
+    "use-checkpoint-opt-param-scheduler": "takes the learning rate's course from the checkpoint, whatever is said here",
+    "use-checkpoint-args": "takes the model from the checkpoint, whatever is said here",
+    "use-mp-args-from-checkpoint-args": "takes the parallelism from the checkpoint, whatever is said here",
+    "exit-on-missing-checkpoint": "ends each first start; that the named checkpoints exist is looked at in any case",
     "check-for-spiky-loss": _IGNORED,
     "dataloader-defer-npy-index-mmap": _IGNORED,
     "dataloader-fast-cache-load": _IGNORED,
@@ -81,7 +89,9 @@ def megatron_arguments(run: RunConfig) -> list[str]:
     arguments = [token for section in sections for token in _section_arguments(section)]
     for build in (_attention, _precision, _graphs, _data, _evaluation, _checkpoint, _logging):
         arguments += build(run)
-    return [*arguments, "--run-dir", run.directory, *_passed_through(run.megatron_args)]
+    outdated = {key.removeprefix("megatron_args.") for key in left_out(run)}
+    passed = {name: None if name in outdated else value for name, value in run.megatron_args.items()}
+    return [*arguments, "--run-dir", run.directory, *_passed_through(passed)]
 
 
 def _flag(name: str, *values: object) -> list[str]:
@@ -159,12 +169,29 @@ def _evaluation(run: RunConfig) -> list[str]:
     return _flag("eval-interval", run.training.eval_interval or run.training.train_iters)
 
 
+def has_begun(run: RunConfig) -> bool:
+    """Whether `run` has a checkpoint of its own, from which it goes on."""
+    return last_complete(Path(run.directory) / "checkpoints") is not None
+
+
+def left_out(run: RunConfig) -> list[str]:
+    """The keys of `run` that are about its first start, and that a run with a checkpoint of its own leaves out."""
+    named = [f"checkpoint.{name}" for name in ("load", "start_from") if getattr(run.checkpoint, name)]
+    named += [f"megatron_args.{name}" for name in FIRST_START if run.megatron_args.get(name) not in (None, False)]
+    return named if has_begun(run) else []
+
+
 def _checkpoint(run: RunConfig) -> list[str]:
-    checkpoint, own = run.checkpoint, Path(run.directory) / "checkpoints"
-    begun = last_complete(own) is not None
-    arguments = _flag("load", own if begun or not checkpoint.load else checkpoint.load)
+    checkpoint, own, begun = run.checkpoint, Path(run.directory) / "checkpoints", has_begun(run)
+    arguments = []
+    if begun or checkpoint.load or checkpoint.save:
+        arguments += _flag("load", own if begun or not checkpoint.load else checkpoint.load)
+    if checkpoint.start_from and not begun:
+        arguments += _flag("pretrained-checkpoint", checkpoint.start_from)
+    if any(map(is_schedule, checkpoint.may_change)):
+        arguments += ["--override-opt-param-scheduler"]
     if not checkpoint.save:
-        return arguments if begun or checkpoint.load else []
+        return arguments
     return [
         *arguments,
         *_flag("save", own),

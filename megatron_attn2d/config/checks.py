@@ -3,8 +3,9 @@
 import importlib.util
 from collections.abc import Callable, Iterator
 from math import prod
-from operator import attrgetter
 
+from megatron_attn2d import checkpoints
+from megatron_attn2d.config import keys
 from megatron_attn2d.config.errors import ConfigError, ConfigErrors
 from megatron_attn2d.config.schema import GRAPH_IMPLEMENTATIONS, RunConfig
 from megatron_attn2d.data import prefix_fault
@@ -39,7 +40,7 @@ def check(run: RunConfig) -> None:
 
 def _errors(run: RunConfig, *parts: Callable[[RunConfig], Iterator[Refusal]]) -> list[ConfigError]:
     return [
-        ConfigError(key, attrgetter(key)(run), reason, choice) for part in parts for key, reason, choice in part(run)
+        ConfigError(key, keys.given(run, key), reason, choice) for part in parts for key, reason, choice in part(run)
     ]
 
 
@@ -386,6 +387,7 @@ def _check_rest(run: RunConfig) -> Iterator[Refusal]:
     ):
         if wanted and not run.checkpoint.save:
             yield key, "checkpoint.save is false", "leave it out"
+    yield from _check_start(run)
     if run.checkpoint.async_save and importlib.util.find_spec("nvidia_resiliency_ext") is None:
         yield (
             "checkpoint.async_save",
@@ -394,3 +396,30 @@ def _check_rest(run: RunConfig) -> Iterator[Refusal]:
         )
     if run.logging.wandb_project and importlib.util.find_spec("wandb") is None:
         yield "logging.wandb_project", "wandb is not installed", "pip install 'megatron-attn2d[wandb]', or choose null"
+
+
+def _check_start(run: RunConfig) -> Iterator[Refusal]:
+    checkpoint, arguments = run.checkpoint, run.megatron_args
+    if checkpoint.load and checkpoint.start_from:
+        yield "checkpoint.start_from", "checkpoint.load is given too", "start_from takes the weights alone; keep one"
+    for name in (name for name in keys.FIRST_START if arguments.get(name) not in (None, False)):
+        key = f"megatron_args.{name}"
+        if not (checkpoint.load or checkpoint.start_from):
+            way = "leave it out"
+            if name == "ckpt_step":
+                way += f", and to go back in a run write the step into its checkpoints/{checkpoints.TRACKER}"
+            yield key, "is about a start from checkpoint.load or checkpoint.start_from, which are null", way
+        elif checkpoint.start_from and name in {"no_load_optim", "no_load_rng", "override_ckpt_iteration"}:
+            yield key, "checkpoint.start_from takes the weights alone", "leave it out"
+    for key in checkpoint.may_change:
+        if not keys.is_key(key):
+            yield "checkpoint.may_change", f"{key} is no key", "write section.key"
+        elif keys.is_fixed(key):
+            yield "checkpoint.may_change", f"weights or states depend on {key}", "leave it out"
+    torch_dist = arguments.get("ckpt_format") in (None, "torch_dist")
+    if checkpoint.save and checkpoint.verify_integrity and not torch_dist:
+        yield (
+            "checkpoint.verify_integrity",
+            f"only checkpoints of the format torch_dist carry checksums, not {arguments['ckpt_format']}",
+            "choose false, or leave megatron_args.ckpt_format out",
+        )

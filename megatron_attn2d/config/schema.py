@@ -219,7 +219,13 @@ class Checkpoint(Section):
     save_interval: Annotated[Positive | None, NO_FLAG] = None
     """Steps between checkpoints. None: only at the end, and on SIGTERM."""
     load: Annotated[Path | None, NO_FLAG] = None
-    """Checkpoints of another run to begin from, when this one has none yet."""
+    """Checkpoints of another run to go on from, at its step, with its optimizer and its place in the data, when this
+    one has none yet."""
+    start_from: Annotated[Path | None, NO_FLAG] = None
+    """Checkpoints to take the weights from, when this run has none yet: step 1, a new optimizer, data from the first
+    token. megatron_args.ckpt_step: which of them."""
+    may_change: Annotated[list[Name], NO_FLAG] = []
+    """Keys, such as data.paths or optimizer.lr, in which this run may go on otherwise than it was begun."""
     keep_last: Positive | None = None
     """Checkpoints to keep, the newest complete ones. None: all."""
     verify_integrity: bool = True

@@ -26,13 +26,16 @@ _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 class Option:
     """An argument: where it is stored, how many values it takes, of which type, out of which choices.
 
-    `nargs` and `type` are argparse's; a type that is a function of Megatron's is "megatron".
+    `nargs`, `type` and `default` are argparse's; a type that is a function of Megatron's is "megatron", and a default
+    that is no plain value is its text. `group` is the title under which Megatron's help shows the argument.
     """
 
     dest: str
     nargs: int | str | None = None
     type: str | None = None
     choices: list[Any] | None = None
+    default: Any = None
+    group: str | None = None
 
 
 @cache
@@ -47,6 +50,7 @@ def options() -> dict[str, Option]:
 def described() -> dict[str, Option]:
     """Megatron's arguments, read from its parser."""
     found = {}
+    titles = {id(action): group.title for group in parser()._action_groups for action in group._group_actions}
     for flag, action in parser()._option_string_actions.items():
         kind = getattr(action.type, "__name__", None)
         choices = None if action.choices is None else list(action.choices)
@@ -55,7 +59,10 @@ def described() -> dict[str, Option]:
             kind, choices = "megatron", None
         if isinstance(action, BooleanOptionalAction):
             kind = None
-        found[flag] = Option(action.dest, action.nargs, kind, choices)
+        default = action.default if isinstance(action.default, bool | int | float | str | list | None) else None
+        if default is not action.default:
+            default = str(action.default)
+        found[flag] = Option(action.dest, action.nargs, kind, choices, default, titles.get(id(action)))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from argparse import Namespace
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,8 @@ def verified() -> AbstractContextManager[None]:
             from megatron.training import get_args
 
             args = get_args()
-            if directory := getattr(args, load_arg):
-                step = checkpoints.tracked(Path(directory)) if args.ckpt_step is None else args.ckpt_step
-                if step is not None:
-                    verify(checkpoints.folder(Path(directory), step))
+            if (checkpoint := checkpoint_to_load(args, load_arg)) is not None:
+                verify(checkpoint)
             with mock.patch.object(args, "verify_integrity", False):
                 return load_checkpoint(ddp_model, optimizer, scheduler, load_arg, *rest, **kwargs)
 
@@ -45,6 +44,17 @@ def verified() -> AbstractContextManager[None]:
 
     reason = "upstream compares checksums only after it has read what may be corrupt"
     return applied([Patch("megatron.training.training:load_checkpoint", verify_first, reason)])
+
+
+def checkpoint_to_load(args: Namespace, load_arg: str = "load") -> Path | None:
+    """The folder that upstream's load_checkpoint reads by its arguments; None: there is nothing to load."""
+    for directory in (getattr(args, load_arg), args.pretrained_checkpoint):
+        if directory and (tracker := Path(directory, checkpoints.TRACKER)).is_file():
+            if args.ckpt_step is None and tracker.read_text().strip() == "release":
+                return Path(directory, "release")
+            step = checkpoints.tracked(Path(directory)) if args.ckpt_step is None else args.ckpt_step
+            return None if step is None else checkpoints.folder(Path(directory), step)
+    return None
 
 
 def verify(checkpoint: Path) -> None:
@@ -65,6 +75,7 @@ def verify(checkpoint: Path) -> None:
     try:
         verify_integrity_manifest(str(checkpoint))
     except CheckpointingException as error:
-        raise CorruptCheckpointError(f"{error}\nLoad another step of {checkpoint.parent} (--ckpt-step)") from error
+        tracker = checkpoint.parent / checkpoints.TRACKER
+        raise CorruptCheckpointError(f"{error}\nTo go on from another step, write it into {tracker}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"{checksums} can't be read ({error})") from error

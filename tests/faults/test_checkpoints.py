@@ -70,11 +70,12 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_refused_with_the_files_na
 
 def resume(rank: int, args: list[str]) -> str:
     from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.config.errors import UsageError
     from megatron_attn2d.megatron.integrity import CorruptCheckpointError
 
     try:
         pretrain_gpt.main(args)
-    except CorruptCheckpointError as error:
+    except (CorruptCheckpointError, UsageError) as error:
         return str(error)
     return ""
 
@@ -88,8 +89,50 @@ def test_training_refuses_a_corrupt_checkpoint_and_continues_from_the_one_before
     options = {"load": directory, **OPTIONS}
     for message in pool.run(resume, 2, arguments(run_dir=tmp_path / "run", **options)):
         assert f"{corrupt.name}: hash mismatch" in message
-        assert "--ckpt-step" in message
-    assert [step["step"] for step in train(pool, 2, tmp_path / "run", ckpt_step=1, **options)] == [2, 3]
+        assert f"To go on from another step, write it into {directory / checkpoints.TRACKER}" in message
+    (directory / checkpoints.TRACKER).write_text("1")
+    assert [step["step"] for step in train(pool, 2, tmp_path / "run", **options)] == [2, 3]
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "steps": ({"load": True, "train_iters": 5}, "total number of iterations is 12 in this checkpoint and 20 here; "),
+    "layers, width, vocabulary": (
+        {"pretrained_checkpoint": True, "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 128, "vocab_size": 600},
+        "model.num_layers is 1 in this checkpoint and 2 here; choose 1, or another checkpoint\n"
+        "{folder}: model.hidden_size is 64 in this checkpoint and 32 here; choose 64, or another checkpoint\n"
+        "{folder}: model.ffn_hidden_size is 256 in this checkpoint and 128 here; choose 256, or another checkpoint\n"
+        "{folder}: model.kv_channels is 16 in this checkpoint and 8 here; choose 16, or another checkpoint\n"
+        "{folder}: data.vocab_size is 512 in this checkpoint and 600 here; choose 512, or another checkpoint",
+    ),
+    "a tensor's shape": (
+        {"load": True, "mtp_num_layers": 1},
+        "{folder}: it does not fit this run: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_checkpoint_of_another_model_is_refused_in_words(
+    case: str, pool: RankPool, saved: Path, tmp_path: Path
+) -> None:
+    changes, expected = OTHERS[case]
+    options = OPTIONS | {name: saved if value is True else value for name, value in changes.items()}
+    for message in pool.run(resume, 2, arguments(run_dir=tmp_path / "run", **options)):
+        assert message.startswith(f"{checkpoints.folder(saved, 2)}: ")
+        assert expected.format(folder=checkpoints.folder(saved, 2)) in message
+
+
+def test_weights_alone_are_started_from_once(pool: RankPool, saved: Path, tmp_path: Path) -> None:
+    """As checkpoint.start_from compiles to: another plan, a batch less, and the same command after a stop."""
+    own = tmp_path / "checkpoints"
+    options = {**OPTIONS, "train_iters": 4, "pretrained_checkpoint": saved, "load": own, "save": own}
+    whole = train(pool, 2, tmp_path / "undisturbed", **{**options, "load": None, "save": None})
+    assert [step["step"] for step in whole] == [1, 2, 3, 4]
+    fresh = metrics(saved.parent / "run")
+    assert whole[0]["loss"] < fresh[0]["loss"], "the weights are not the checkpoint's"
+    train(pool, 2, tmp_path / "run", exit_interval=2, **options)
+    steps = train(pool, 2, tmp_path / "run", **options)
+    assert [(step["step"], step["loss"]) for step in steps] == [(step["step"], step["loss"]) for step in whole]
 
 
 def fill_the_disk(rank: int, args: list[str], step: int) -> str:

@@ -1,0 +1,46 @@
+"""Whether a run goes on as it was begun: its configuration against the one that its checkpoint was trained with."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_attn2d import checkpoints
+from megatron_attn2d.config.errors import ConfigError, show
+from megatron_attn2d.config.keys import changed, is_fixed, value
+from megatron_attn2d.config.loading import read_run
+from megatron_attn2d.config.run import build_run
+from megatron_attn2d.config.schema import RunConfig
+
+
+def begun_in(run: RunConfig) -> Path | None:
+    """The directory of the run whose checkpoint `run` continues: its own or that of checkpoint.load; None: none."""
+    if checkpoints.last_complete(Path(run.directory) / "checkpoints") is not None:
+        return Path(run.directory)
+    return Path(run.checkpoint.load).parent if run.checkpoint.load else None
+
+
+def begun(run: RunConfig) -> RunConfig | None:
+    """How the run that `run` continues was configured last; None where nothing says so."""
+    directory = begun_in(run)
+    if directory is None or not (directory / "config.yaml").is_file():
+        return None
+    try:
+        return build_run(read_run(directory / "config.yaml"))
+    except ConfigError:  # of another version of this package
+        return None
+
+
+def check_continued(run: RunConfig) -> Iterator[ConfigError]:
+    """What another configuration than the one that a run was begun with has changed, and must not."""
+    before, directory = begun(run), begun_in(run)
+    if before is None:
+        return
+    is_own = directory == Path(run.directory)
+    for key in changed(before, run):
+        if key in run.checkpoint.may_change and not is_fixed(key):
+            continue
+        old, new = value(before, key), value(run, key)
+        ways = [f"choose {show(old)}", "another run.dir" if is_own else "another checkpoint.load"]
+        if not is_fixed(key):
+            ways += ["name it in checkpoint.may_change"]
+            ways += [] if is_own else ["take the weights alone by checkpoint.start_from"]
+        yield ConfigError(key, new, f"the run in {directory} was begun with {show(old)}", ", or ".join(ways))
