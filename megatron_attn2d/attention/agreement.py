@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import Dropout
-from megatron_attn2d.attention.exchange import named
 from megatron_attn2d.attention.groups import over_nccl
 from megatron_attn2d.attention.layout import Mask
+from megatron_attn2d.attention.messages import named
 
 _met: WeakSet[dist.ProcessGroup] = WeakSet()
 

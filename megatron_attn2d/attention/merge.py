@@ -30,11 +30,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def merge_partials(
     outs: Sequence[Sequence[Tensor]], lses: Sequence[Sequence[Tensor]], out: Sequence[Tensor], lse: Sequence[Tensor]
 ) -> None:
-    """Merge the partial attention outputs of one or two chunks.
+    """Merge the partial attention outputs of chunks.
 
     Args:
-        outs: for each chunk its partial outputs [n, b, h, d].
-        lses: their log-sum-exps [b, h, n], fp32 or fp64; -inf where a row saw no key (its output is then ignored).
+        outs: for each chunk its partial outputs, [n, b, h, d] or stacks of such, [ranks, n, b, h, d].
+        lses: their log-sum-exps, [b, h, n] or stacks, fp32 or fp64; -inf where a row saw no key (its output is then
+            ignored).
         out: receives each chunk's merged output [n, b, h, d]; zero for a row that saw no key at all.
         lse: receives the merged log-sum-exp [b, h, n]; -inf for such a row.
     """
@@ -47,7 +48,8 @@ def merge_partials(
 
 
 def _merge_chunk(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, lse: Tensor) -> None:
-    stacked = torch.stack(list(lses))
+    outs = _each(outs, out.dim())
+    stacked = torch.stack(_each(lses, lse.dim()))
     highest = stacked.amax(0)
     # A row without any key keeps -inf: subtracting it from itself would give NaN.
     reference = torch.where(highest == -torch.inf, torch.zeros_like(highest), highest)
@@ -65,16 +67,25 @@ def _merge_chunk(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, ls
 
 
 def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor]) -> None:
-    """Sum gradients [n, b, h, d] of up to six chunks, each into its total of one shape and stride, rounding once."""
+    """Sum partial gradients of chunks, each chunk's into its total [n, b, h, d], rounding once.
+
+    Partial gradients are like the total or stacks of such, [ranks, n, b, h, d]. All totals have one shape and stride.
+    """
     if _on_gpu(totals[0]):
         from megatron_attn2d.attention import triton_kernels
 
         return triton_kernels.sum_partials(partials, totals)
-    for parts, total in zip(partials, totals, strict=True):
-        accumulator = parts[0].to(accumulation_dtype(parts[0].dtype), copy=True)
-        for part in parts[1:]:
+    for chunk, total in zip(partials, totals, strict=True):
+        first, *others = _each(chunk, total.dim())
+        accumulator = first.to(accumulation_dtype(first.dtype), copy=True)
+        for part in others:
             accumulator += part
         total.copy_(accumulator)
+
+
+def _each(partials: Sequence[Tensor], dims: int) -> list[Tensor]:
+    """Partial results of so many dims, those of stacks one by one."""
+    return [each for x in partials for each in (x.unbind() if x.dim() > dims else (x,))]
 
 
 def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.exchange import Axis, Pending, Returned
+from megatron_attn2d.attention.exchange import Axis, Returned
 from megatron_attn2d.attention.layout import LOWER, UPPER, TilePlan
 from megatron_attn2d.attention.merge import (
     accumulation_dtype,
@@ -34,6 +34,7 @@ from megatron_attn2d.attention.merge import (
     stand_in,
     sum_partials,
 )
+from megatron_attn2d.attention.messages import Pending
 from megatron_attn2d.attention.overlap import Heads, own_heads
 from megatron_attn2d.attention.pieces import PartialGradients, Partials, Slots, only, summed
 from megatron_attn2d.attention.tile import Queries, Scores, attend, attend_own, differentiate, differentiate_own
@@ -238,20 +239,26 @@ class _Gathered:
         return row, column
 
 
-def _merged(kinds: list[list[Tensor]]) -> list[Tensor]:
-    """Partial outputs and log-sum-exps of one chunk from several ranks of a node, as one of each."""
+def _merged(kinds: list[list[list[Tensor]]]) -> list[list[Tensor]]:
+    """Partial outputs and log-sum-exps of chunks from several ranks of a node, as one of each."""
     outs, lses = kinds
-    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
-    merge_partials([outs], [lses], [out], [lse])
-    return [out, lse]
+    merged = [_room(outs), _room(lses)]
+    merge_partials(outs, lses, *merged)
+    return merged
 
 
-def _summed(kinds: list[list[Tensor]]) -> list[Tensor]:
-    """Partial gradients of one chunk from several ranks of a node, as one of each kind."""
-    totals = [torch.empty_like(partials[0]) for partials in kinds]
-    for partials, total in zip(kinds, totals, strict=True):
-        sum_partials([partials], [total])
+def _summed(kinds: list[list[list[Tensor]]]) -> list[list[Tensor]]:
+    """Partial gradients of chunks from several ranks of a node, as one of each kind."""
+    totals = [_room(kind) for kind in kinds]
+    for kind, total in zip(kinds, totals, strict=True):
+        sum_partials(kind, total)
     return totals
+
+
+def _room(chunks: list[list[Tensor]]) -> list[Tensor]:
+    """A tensor for each chunk, like its partial results."""
+    like = chunks[0][0]
+    return list(like.new_empty((len(chunks), *like.shape)).unbind())
 
 
 def _merge(

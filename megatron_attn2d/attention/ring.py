@@ -21,7 +21,6 @@ from torch import Tensor
 from megatron_attn2d.attention.agreement import check_agreement, facts_of
 from megatron_attn2d.attention.checks import check_first_derivative, check_sink, mask_of, packed, request_of
 from megatron_attn2d.attention.dropout import Dropout
-from megatron_attn2d.attention.exchange import Pending, launch
 from megatron_attn2d.attention.kernels import choose_kernel
 from megatron_attn2d.attention.layout import LOWER, UPPER, Mask, TilePlan, tile_plan
 from megatron_attn2d.attention.merge import (
@@ -31,6 +30,7 @@ from megatron_attn2d.attention.merge import (
     row_statistics,
     sink_gradient,
 )
+from megatron_attn2d.attention.messages import Pending, send_receive
 from megatron_attn2d.attention.saved import without_neighbours
 from megatron_attn2d.attention.tile import (
     Queries,
@@ -112,8 +112,9 @@ class _Ring:
         next_rank, previous = ranks[(self.rank + 1) % self.size], ranks[self.rank - 1]
         arriving = [torch.empty_like(x) for x in tensors]
         # With two ranks both neighbours are one rank: keys and gradients in flight at once need tags of their own.
-        sends, receives = [(next_rank, x) for x in tensors], [(previous, x) for x in arriving]
-        return arriving, launch(self.group, sends, receives, kind, f"{self.label}, ring of ranks {ranks}: {what}")
+        sends, receives = ([(peer, x) for x in side] for peer, side in ((next_rank, tensors), (previous, arriving)))
+        what = f"{self.label}, ring of ranks {ranks}: {what}"
+        return arriving, send_receive(self.group, sends, receives, kind, what)
 
 
 class _RingAttention(torch.autograd.Function):

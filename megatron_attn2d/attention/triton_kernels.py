@@ -1,14 +1,16 @@
 """The functions of `merge` as one Triton kernel each: every input is read once, every result written once.
 
-Each program takes BLOCK_N rows of one head of one sequence of the batch. The partial results of a chunk come as a tuple
-of tensors, of which each has its own strides, so that nothing is stacked or copied beforehand; the last dim is
-contiguous. Several chunks share a launch (the third axis of its grid): at short sequences launches are what costs.
+Each program takes BLOCK_N rows of one head of one sequence of the batch. Several chunks share a launch (the third axis
+of its grid): at short sequences launches are what costs. Partial results come as stacks, each with strides of its own,
+so that nothing is copied beforehand; the last dim is contiguous. Stacks of the same strides of different chunks stand
+at one *position*, so that a launch has as many arguments, and a kernel as many variants, for many ranks as for few.
 """
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,6 +39,7 @@ def _merge_chunk(
     out_strides,
     lses,
     lse_strides,
+    counts,
     out,
     out_stride,
     lse,
@@ -53,18 +56,25 @@ def _merge_chunk(
 
     highest = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     for i in tl.static_range(len(lses)):
-        part = tl.load(_rows(lses[i], lse_strides[i], batch, head, rows), rows < n, other=-float("inf"))
-        highest = tl.maximum(highest, part)
+        lse_rows = _rows(lses[i], lse_strides[i], batch, head, rows)
+        for _ in range(counts[i]):
+            highest = tl.maximum(highest, tl.load(lse_rows, rows < n, other=-float("inf")))
+            lse_rows += lse_strides[i][2]
     reference = tl.where(highest == -float("inf"), 0.0, highest)
     total = tl.zeros((BLOCK_N,), tl.float32)
     merged = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for i in tl.static_range(len(lses)):
-        part = tl.load(_rows(lses[i], lse_strides[i], batch, head, rows), rows < n, other=-float("inf"))
-        weight = tl.exp(part - reference)
-        total += weight
-        partial = tl.load(_tile(outs[i], out_strides[i], batch, head, rows, columns), inside, other=0.0)
-        # only rows that saw no key are left out: NaN times a weight that underflowed is still NaN
-        merged += tl.where(part[:, None] == -float("inf"), 0.0, partial.to(tl.float32) * weight[:, None])
+        lse_rows = _rows(lses[i], lse_strides[i], batch, head, rows)
+        out_tile = _tile(outs[i], out_strides[i], batch, head, rows, columns)
+        for _ in range(counts[i]):
+            part = tl.load(lse_rows, rows < n, other=-float("inf"))
+            weight = tl.exp(part - reference)
+            total += weight
+            partial = tl.load(out_tile, inside, other=0.0)
+            # only rows that saw no key are left out: NaN times a weight that underflowed is still NaN
+            merged += tl.where(part[:, None] == -float("inf"), 0.0, partial.to(tl.float32) * weight[:, None])
+            lse_rows += lse_strides[i][2]
+            out_tile += out_strides[i][3]
     merged /= tl.where(total == 0, 1.0, total)[:, None]
     tl.store(_tile(out, out_stride, batch, head, rows, columns), merged.to(out.dtype.element_ty), inside)
     tl.store(_rows(lse, lse_stride, batch, head, rows), reference + tl.log(total), rows < n)
@@ -76,6 +86,7 @@ def _merge(
     out_strides,
     lses,
     lse_strides,
+    counts,
     out,
     out_stride,
     lse,
@@ -91,9 +102,10 @@ def _merge(
         if tl.program_id(2) == c:
             _merge_chunk(
                 outs[c],
-                out_strides[c],
+                out_strides,
                 lses[c],
-                lse_strides[c],
+                lse_strides,
+                counts[c],
                 out[c],
                 out_stride,
                 lse[c],
@@ -107,25 +119,36 @@ def _merge(
 
 
 @triton.jit
-def _sum_chunk(partials, strides, total, stride, heads, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def _sum_chunk(partials, strides, counts, total, stride, heads, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     rows, columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     inside = (rows < n)[:, None] & (columns < d)[None, :]
     accumulator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for i in tl.static_range(len(partials)):
-        accumulator += tl.load(_tile(partials[i], strides[i], batch, head, rows, columns), inside, other=0.0).to(
-            tl.float32
-        )
+        tile = _tile(partials[i], strides[i], batch, head, rows, columns)
+        for _ in range(counts[i]):
+            accumulator += tl.load(tile, inside, other=0.0).to(tl.float32)
+            tile += strides[i][3]
     tl.store(_tile(total, stride, batch, head, rows, columns), accumulator.to(total.dtype.element_ty), inside)
 
 
 @triton.jit
 def _sum(
-    partials, strides, totals, stride, heads, n, d, CHUNKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    partials,
+    strides,
+    counts,
+    totals,
+    stride,
+    heads,
+    n,
+    d,
+    CHUNKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     for c in tl.static_range(CHUNKS):
         if tl.program_id(2) == c:
-            _sum_chunk(partials[c], strides[c], totals[c], stride, heads, n, d, BLOCK_N, BLOCK_D)
+            _sum_chunk(partials[c], strides, counts[c], totals[c], stride, heads, n, d, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -179,14 +202,24 @@ def merge_partials(
     outs: Sequence[Sequence[Tensor]], lses: Sequence[Sequence[Tensor]], out: Sequence[Tensor], lse: Sequence[Tensor]
 ) -> None:
     """See `merge.merge_partials`."""
+    for some in _batches(len(out)):
+        _merge_some(outs[some], lses[some], out[some], lse[some])
+
+
+def _merge_some(
+    outs: Sequence[Sequence[Tensor]], lses: Sequence[Sequence[Tensor]], out: Sequence[Tensor], lse: Sequence[Tensor]
+) -> None:
     n, b, h, d = out[0].shape
-    assert all(chunk[0].stride() == chunk[-1].stride() for chunk in (out, lse)), "one stride serves both chunks"
+    assert all(chunk[0].stride() == chunk[-1].stride() for chunk in (out, lse)), "one stride serves all chunks"
     lses = [[x if x.stride(-1) == 1 else x.contiguous() for x in chunk] for chunk in lses]
+    stacks = _Stacks.of([list(zip(*chunk, strict=True)) for chunk in zip(outs, lses, strict=True)], dims=(4, 3))
+    (out_strides, lse_strides), (stacked_outs, stacked_lses) = stacks.strides, stacks.tensors
     _merge[(*_programs(n, b * h), len(out))](
-        tuple(map(tuple, outs)),
-        _strides(outs, 3),
-        tuple(map(tuple, lses)),
-        _strides(lses, 2),
+        stacked_outs,
+        out_strides,
+        stacked_lses,
+        lse_strides,
+        stacks.counts,
         tuple(out),
         out[0].stride()[:3],
         tuple(lse),
@@ -195,17 +228,24 @@ def merge_partials(
         n,
         d,
         CHUNKS=len(out),
-        **_blocks(d, *(x for chunk in (*outs, *lses) for x in chunk), *out, *lse),
+        **_blocks(d, *(x for chunk in outs for x in chunk), *out, *lse),
     )
 
 
 def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor]) -> None:
     """See `merge.sum_partials`."""
+    for some in _batches(len(totals)):
+        _sum_some(partials[some], totals[some])
+
+
+def _sum_some(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor]) -> None:
     n, b, h, d = totals[0].shape
     assert all(total.stride() == totals[0].stride() for total in totals), "one stride serves all totals"
+    stacks = _Stacks.of([[(x,) for x in chunk] for chunk in partials], dims=(4,))
     _sum[(*_programs(n, b * h), len(totals))](
-        tuple(map(tuple, partials)),
-        _strides(partials, 3),
+        *stacks.tensors,
+        *stacks.strides,
+        stacks.counts,
         tuple(totals),
         totals[0].stride()[:3],
         h,
@@ -240,8 +280,63 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     return out
 
 
-def _strides(chunks: Sequence[Sequence[Tensor]], dims: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    return tuple(tuple(x.stride()[:dims] for x in chunk) for chunk in chunks)
+class _Stacks(NamedTuple):
+    """Partial results of several chunks by position.
+
+    Attributes:
+        tensors: of each kind, [chunk][position].
+        strides: of each kind, [position], in the order of the dims but for the last; that of the stack comes last.
+        counts: [chunk][position], how many partial results stand there.
+    """
+
+    tensors: tuple[tuple[tuple[Tensor, ...], ...], ...]
+    strides: tuple[tuple[tuple[int, ...], ...], ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, chunks: Sequence[Sequence[tuple[Tensor, ...]]], dims: tuple[int, ...]) -> _Stacks:
+        """From the partial results of each chunk, a tensor of so many dims of each kind or a stack of such."""
+        positions: list[tuple[object, tuple[Tensor, ...]]] = []  # a layout, and a partial result that has it
+        by_position: list[dict[int, tuple[Tensor, ...]]] = []
+        for chunk in chunks:
+            found: dict[int, tuple[Tensor, ...]] = {}
+            for partial in chunk:
+                layout = [(x.dtype, *_stride(x, dim)) for x, dim in zip(partial, dims, strict=True)]
+                free = (i for i, (known, _) in enumerate(positions) if known == layout and i not in found)
+                at = next(free, len(positions))
+                if at == len(positions):
+                    positions.append((layout, partial))
+                found[at] = partial
+            by_position.append(found)
+        # Where a chunk has nothing another's partial result stands, and counts for none.
+        whole = [[found.get(i, any_other) for i, (_, any_other) in enumerate(positions)] for found in by_position]
+        counts = [
+            tuple(_count(found[i][0], dims[0]) if i in found else 0 for i in range(len(positions)))
+            for found in by_position
+        ]
+        return cls(
+            tuple(tuple(tuple(partial[k] for partial in chunk) for chunk in whole) for k in range(len(dims))),
+            tuple(tuple(_stride(some[k], dim) for _, some in positions) for k, dim in enumerate(dims)),
+            tuple(counts),
+        )
+
+
+def _count(x: Tensor, dims: int) -> int:
+    return x.size(0) if x.dim() > dims else 1
+
+
+def _stride(x: Tensor, dims: int) -> tuple[int, ...]:
+    """The strides of all dims but the last, and that of the stack, 0 where `x` is none."""
+    strides = x.stride()
+    return (*strides[-dims:-1], strides[0] if len(strides) > dims else 0)
+
+
+_MOST_CHUNKS = 6
+"""In a launch: two chunks of dQ, dK and dV each."""
+
+
+def _batches(chunks: int) -> Iterator[slice]:
+    return (slice(i, i + _MOST_CHUNKS) for i in range(0, chunks, _MOST_CHUNKS))
 
 
 def _programs(n: int, heads: int) -> tuple[int, int]:

@@ -16,13 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d.attention.checks import check_first_derivative
-from megatron_attn2d.attention.exchange import launch
 from megatron_attn2d.attention.grid import Grid
-from megatron_attn2d.attention.layout import LOWER, UPPER
+from megatron_attn2d.attention.messages import Lists, launch, nothing
 
 
 def check_heads(heads: int, kv_heads: int, parts: int) -> None:
@@ -79,50 +77,49 @@ class _CollectHeads(torch.autograd.Function):
 
 
 def _to_heads(shards: Sequence[Tensor], grid: Grid, label: str) -> list[Tensor]:
-    # [2n, b, heads, d] -> for each peer the contiguous [2, n, b, heads/U, d] that it is to have
+    # [2n, b, heads, d] -> for each rank of the group the contiguous [2, n, b, heads/U, d] that it is to have
     parts = [torch.stack(x.unflatten(0, (2, -1)).chunk(grid.heads, dim=3)) for x in shards]
     results = [part.new_empty((2, grid.heads, *part.shape[2:])) for part in parts]
-    places = [[_places(result, peer) for peer in range(grid.heads)] for result in results]
-    _exchange([part.unbind() for part in parts], places, grid, label)
+    _exchange([_by_half(part) for part in parts], [_in_sequence(result) for result in results], grid, label)
     return [result.flatten(0, 2) for result in results]
 
 
 def _to_sequence(shards: Sequence[Tensor], grid: Grid, label: str) -> list[Tensor]:
     wide = [x.contiguous().unflatten(0, (2, grid.heads, -1)) for x in shards]
-    places = [[_places(x, peer) for peer in range(grid.heads)] for x in wide]
     results = [x.new_empty((grid.heads, 2, *x.shape[2:])) for x in wide]
-    _exchange(places, [result.unbind() for result in results], grid, label)
+    _exchange([_in_sequence(x) for x in wide], [_by_half(result) for result in results], grid, label)
     # [U, 2, n, b, heads/U, d] -> [2n, b, heads, d]
     return [result.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(0, 1) for result in results]
 
 
-def _places(wide: Tensor, peer: int) -> tuple[Tensor, Tensor]:
-    """Where a peer's two chunks stand in [2, U, n, ...]."""
-    return wide[LOWER, peer], wide[UPPER, wide.size(1) - 1 - peer]
+type _Chunks = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Lower chunks by rank of the group, and upper ones."""
 
 
-def _exchange(
-    outgoing: Sequence[Sequence[Sequence[Tensor] | Tensor]],
-    incoming: Sequence[Sequence[Sequence[Tensor] | Tensor]],
-    grid: Grid,
-    label: str,
-) -> None:
-    """Send [tensor][peer] of lower and upper chunk, receive into the like."""
-    assert isinstance(grid.head_group, dist.ProcessGroup)
+def _by_half(parts: Tensor) -> _Chunks:
+    """Chunks of [U, 2, n, ...]."""
+    chunks = parts.flatten(0, 1).unbind()
+    return chunks[0::2], chunks[1::2]
+
+
+def _in_sequence(wide: Tensor) -> _Chunks:
+    """Chunks of [2, U, n, ...], where tokens stand in sequence."""
+    chunks = wide.flatten(0, 1).unbind()
+    parts = wide.size(1)
+    return chunks[:parts], chunks[: parts - 1 : -1]
+
+
+def _exchange(outgoing: Sequence[_Chunks], incoming: Sequence[_Chunks], grid: Grid, label: str) -> None:
+    """Send of each tensor its chunks, receive into the like."""
+    assert grid.head_group is not None
     me = grid.head_group.rank()
     what = f"{label}, head group of ranks {list(grid.head_peers)}: exchanging sequence for heads or back"
-    sends, receives = (
-        [
-            (grid.head_peers[peer], chunks[half])
-            for tensor in side
-            for peer, chunks in enumerate(tensor)
-            if peer != me
-            for half in (LOWER, UPPER)
-        ]
-        for side in (outgoing, incoming)
-    )
-    pending = launch(grid.head_group, sends, receives, 0, what)
-    for mine, place in zip(outgoing, incoming, strict=True):
-        for half in (LOWER, UPPER):
-            place[me][half].copy_(mine[me][half])
+    both = [each for pair in zip(outgoing, incoming, strict=True) for each in zip(*pair, strict=True)]
+    rounds: list[Lists] = [(_without(sends, me), _without(receives, me)) for sends, receives in both]
+    pending = launch(grid.head_group, rounds, 0, what)
+    torch._foreach_copy_([receives[me] for _, receives in both], [sends[me] for sends, _ in both])
     pending.wait()
+
+
+def _without(tensors: Sequence[Tensor], rank: int) -> list[Tensor]:
+    return [*tensors[:rank], nothing(tensors[0]), *tensors[rank + 1 :]]

@@ -23,7 +23,7 @@ class AttentionWait:
 
     def patch(self) -> Patch:
         """What makes it follow the messages while applied."""
-        return Patch("megatron_attn2d.attention.exchange:Pending.wait", self._timed, "waiting for messages is measured")
+        return Patch("megatron_attn2d.attention.messages:Pending.wait", self._timed, "waiting for messages is measured")
 
     def take(self) -> float:
         """Seconds waited since the last call; on GPUs waits for the last of the messages."""

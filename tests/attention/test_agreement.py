@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
-from megatron_attn2d.attention.exchange import ExchangeError
+from megatron_attn2d.attention.messages import ExchangeError
 from tests.pool import RankPool
 
 Layout = tuple[int, int, int] | None

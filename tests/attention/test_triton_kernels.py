@@ -25,16 +25,29 @@ def compare(d: int) -> None:
     outs[0][3] = torch.nan
     for lse in lses:
         lse[:, :, 5] = -torch.inf
+    stack, stack_lses = torch.randn(5, n, b, h, d), torch.randn(5, b, 2 * h, n)[:, :, h:]
     results = []
     dout, whole, whole_lse = torch.randn(2, n, b, h, d), torch.randn(2, n, b, h, d), torch.randn(2, b, h, n)
     dout[0, 4] = 0
     for module in (merge, triton_kernels):
         out, lse = torch.empty(2, n, 2, b, h, d)[:, :, 1], torch.empty(2, b, 2 * h, n)[:, :, h:]
         module.merge_partials([outs, outs[1:]], [lses, lses[1:]], out.unbind(), lse.unbind())
-        total = torch.empty(6, n, b, h, d)
-        module.sum_partials([outs[1:], outs[2:], [outs[2], outs[1]], outs[1:2], outs[1:], outs[2:]], total.unbind())
+        both = torch.empty(2, n, b, h, d), torch.empty(2, b, h, n)
+        module.merge_partials([[stack, outs[0]], outs], [[stack_lses, lses[0]], lses], *(x.unbind() for x in both))
+        total = torch.empty(8, n, b, h, d)
+        several = [
+            outs[1:],
+            outs[2:],
+            [outs[2], outs[1]],
+            outs[1:2],
+            outs[1:],
+            [stack[1:], outs[1]],
+            [stack],
+            [stack[:1]],
+        ]
+        module.sum_partials(several, total.unbind())
         statistics = module.row_statistics(dout, whole, whole_lse)
-        results.append((out, lse, total, statistics, module.stand_in(dout, statistics[:, 1])))
+        results.append((out, lse, *both, total, statistics, module.stand_in(dout, statistics[:, 1])))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

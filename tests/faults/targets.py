@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_attn2d import Grid, attention2d, launch, ring_attention
-from megatron_attn2d.attention import exchange, ring, ulysses
+from megatron_attn2d.attention import messages, ring
 from megatron_attn2d.megatron import agreement
 
 
@@ -46,7 +46,7 @@ def stop_in(args: Sequence[str]) -> None:
 
 def _stop_in_exchange(where: int, counts: Callable[[], bool]) -> None:
     """Makes this process stop when it starts its exchange number `where` of those with messages while `counts()`."""
-    launches, original = 0, exchange.launch
+    launches, original = 0, messages.send_receive
 
     def launch_or_stop(group: Any, sends: Any, receives: Any, *rest: Any, **named: Any) -> Any:
         nonlocal launches
@@ -56,8 +56,8 @@ def _stop_in_exchange(where: int, counts: Callable[[], bool]) -> None:
             launches += 1
         return original(group, sends, receives, *rest, **named)
 
-    for module in (exchange, ring, ulysses):
-        mock.patch.object(module, "launch", launch_or_stop).start()
+    for module in (messages, ring):
+        mock.patch.object(module, "send_receive", launch_or_stop).start()
 
 
 def stop_in_training(args: Sequence[str], *, where: int, seconds: float) -> None:

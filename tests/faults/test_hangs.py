@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_attn2d import Grid, attention2d
-from megatron_attn2d.attention.exchange import ExchangeError
+from megatron_attn2d.attention.messages import ExchangeError
 from tests.megatron.runs import arguments, context_parallel
 from tests.pool import RankPool
 

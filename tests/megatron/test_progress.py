@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_attn2d.attention.exchange import Pending
+from megatron_attn2d.attention.messages import Pending
 from megatron_attn2d.config import load_run, megatron_arguments
 from megatron_attn2d.megatron import progress
 from megatron_attn2d.megatron.attention_wait import AttentionWait

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_attn2d import Grid, attention2d, ring_attention
-from megatron_attn2d.attention import exchange
-from megatron_attn2d.attention import ring as ring_module
+from megatron_attn2d.attention import messages
 from megatron_attn2d.planner.traffic import Traffic, Workload, attention2d_traffic, received_by_nodes, ring_traffic
 from tests.attention.dense import inputs, zigzag
 from tests.pool import RankPool
@@ -97,7 +96,7 @@ def sent_bytes(
     grid = None
     if axes is not None:
         grid = Grid.from_group(dist.group.WORLD, heads=axes[0], rows=axes[1], cols=axes[2], tile=tile)
-    assert exchange.dist is ring_module.dist is dist
+    assert messages.dist is dist
     dist.batch_isend_irecv = counting
     try:
         if grid is None:
