@@ -1,4 +1,9 @@
-"""What the attention benchmarks share: ranks on GPUs or CPU, emulated nodes, and the attention functions to compare."""
+"""What the attention benchmarks share: ranks on GPUs or CPU, emulated nodes, and the attention functions to compare.
+
+A mode is written `ring`, `te:TYPE` (Transformer Engine's communication types p2p, all_gather, a2a, and a2a+p2p:N,
+all-to-all among N neighbouring ranks and a ring over the rest), or `attention2d SHAPE`, behind which `GN` sets the
+number of head groups and another word the kernel: `attention2d 2x2 G2 cudnn`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,10 @@ import argparse
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,27 +23,35 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_attn2d import Grid, attention2d, ring_attention
+from attention_kinds import Kind, Pack
+from attention_timing import Attention
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention.dropout import Dropout
+
+TRANSFORMER_ENGINE = ("te:p2p", "te:all_gather", "te:a2a")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Ranks, sizes and modes."""
+    """Ranks and modes."""
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2, help="context-parallel ranks")
     parser.add_argument("--nodes", action="store_true", help="pose as nodes of --ranks-per-node")
     parser.add_argument("--ranks-per-node", type=int, default=1, help="with --nodes; on GPUs of their own")
-    parser.add_argument("--heads", nargs="+", default=["12/12", "16/2"], help="query/key heads")
     parser.add_argument(
         "--modes",
         nargs="+",
-        default=["te:p2p", "te:all_gather", "te:a2a", "ring", "attention2d"],
-        help="also te:a2a+p2p:N, all-to-all among N ranks next to each other, a ring over the rest",
+        help="te:p2p te:all_gather te:a2a te:a2a+p2p:N ring attention2d; default: the first three and the last",
     )
-    parser.add_argument("--grids", nargs="*", help="RxC or UxRxC, RxC:rxc in tiles; default: all RxC of --ranks")
+    parser.add_argument("--grids", nargs="*", help="RxC or UxRxC, RxC:rxc in tiles; default: a few of --ranks")
     parser.add_argument("--groups", nargs="+", type=int, default=[0], help="head groups of attention2d; 0: automatic")
     parser.add_argument("--backends", nargs="+", default=["auto"], help="kernels of ring and attention2d")
+
+
+def add_sizes(parser: argparse.ArgumentParser, seq: int, heads: Sequence[str]) -> None:
+    """Sizes of one dense causal sequence, for the tools that run nothing else."""
+    parser.add_argument("--seq", type=int, default=seq, help="tokens of the sequence")
+    parser.add_argument("--heads", nargs="+", default=list(heads), help="query/key heads")
     parser.add_argument("--head-dim", type=int, default=128)
 
 
@@ -99,40 +112,99 @@ class Shape(NamedTuple):
         return Grid.from_group(dist.group.WORLD, rows=rows, cols=cols, heads=u, tile=self.tile)
 
 
-def parse_grid(mode: str) -> tuple[Shape, int]:
-    """Shape and head groups of `attention2d SHAPE`, or `attention2d SHAPE GN` in N groups."""
-    _, shape, *groups = mode.split()
-    return Shape.parse(shape), int(groups[0].removeprefix("G")) if groups else 1
+class GridMode(NamedTuple):
+    """`attention2d SHAPE` as a mode says it; `groups` None leaves the number of head groups to attention."""
+
+    shape: Shape
+    groups: int | None
+    backend: str
+
+    @classmethod
+    def parse(cls, mode: str) -> GridMode:
+        """From a mode: see the top of this file."""
+        _, shape, *words = mode.split()
+        groups = next((int(word[1:]) for word in words if word[0] == "G" and word[1:].isdigit()), None)
+        backend = next((word for word in words if not (word[0] == "G" and word[1:].isdigit())), "auto")
+        return cls(Shape.parse(shape), groups, backend)
 
 
-def build_grids(args: argparse.Namespace) -> dict[str, Grid]:
-    """The grids to compare, by name."""
-    shapes = [Shape.parse(text) for text in args.grids or []] or [
-        Shape((1, r, args.ranks // r)) for r in range(1, args.ranks + 1) if args.ranks % r == 0
-    ]
-    return {str(shape): shape.build() for shape in shapes}
+def default_shapes(ranks: int, h: int, g: int) -> list[Shape]:
+    """One column, the squarest grid, and where the heads divide heads spread over all ranks and over two of them."""
+    cols = max(c for c in range(1, ranks + 1) if ranks % c == 0 and c * c <= ranks)
+    axes = [(1, ranks, 1), (1, ranks // cols, cols) if cols > 1 else (1, 1, ranks), (ranks, 1, 1), (2, ranks // 2, 1)]
+    fitting = [a for a in axes if a[0] * a[1] * a[2] == ranks and not h % a[0] and not (g % a[0] and a[0] % g)]
+    return [Shape(a) for a in dict.fromkeys(fitting)]
 
 
-def build_modes(args: argparse.Namespace, h: int, g: int, grids: dict[str, Grid]) -> list[tuple[str, Attention]]:
-    """The attention functions to compare, by name; those whose heads divide."""
-    found: list[tuple[str, Attention]] = []
-    for mode in args.modes:
+def mode_names(args: argparse.Namespace, h: int, g: int) -> Iterator[str]:
+    """The modes that the command line asks for, with these heads."""
+    transformer_engine_runs = args.device == "cuda"
+    for mode in args.modes or [*(TRANSFORMER_ENGINE if transformer_engine_runs else ["ring"]), "attention2d"]:
         if mode.startswith("te:"):
-            comm = mode.removeprefix("te:")
-            if not refusal(comm, args.ranks, h, g):
-                found.append((f"TE {comm}", transformer_engine(comm, h, g, args.head_dim)))
+            yield mode
             continue
         for backend in args.backends:
             kernel = "" if backend == "auto" else f" {backend}"
             if mode == "ring":
-                found.append((f"ring{kernel}", partial(ring_attention, group=dist.group.WORLD, backend=backend)))
+                yield f"ring{kernel}"
                 continue
-            for shape, grid in grids.items():
+            for shape in [Shape.parse(text) for text in args.grids or []] or default_shapes(args.ranks, h, g):
                 for count in (count for count in args.groups if not count or g % count == 0):
-                    name = f"attention2d {shape}" + (f" G{count}" if count else "") + kernel
-                    function = partial(attention2d, grid=grid, head_groups=count or None, backend=backend)
-                    found.append((name, function))
-    return found
+                    yield f"attention2d {shape}" + (f" G{count}" if count else "") + kernel
+
+
+def build_modes(args: argparse.Namespace, h: int, g: int, grids: dict[str, Grid]) -> list[tuple[str, Attention]]:
+    """The attention functions of one dense causal sequence, by mode; those whose heads divide."""
+    kind = Kind("dense", args.seq, h, g, head_dim=args.head_dim, value_dim=args.head_dim)
+    names = [
+        mode
+        for mode in mode_names(args, h, g)
+        if not (mode.startswith("te:") and refusal(mode.removeprefix("te:"), args.ranks, h, g))
+    ]
+    return [(mode, build(mode, kind, args.ranks, args.device, grids)[0]) for mode in names]
+
+
+def build(
+    mode: str, kind: Kind, ranks: int, device: str, grids: dict[str, Grid], packs: Sequence[Pack] = ()
+) -> list[Attention]:
+    """The attention functions of a mode for one kind of attention: one for each pack, or one where nothing is packed.
+
+    Args:
+        grids: those that were built already, by name; added to.
+
+    Raises:
+        ValueError: Transformer Engine can't run it with these heads.
+    """
+    if mode.startswith("te:"):
+        comm = mode.removeprefix("te:")
+        if reason := refusal(comm, ranks, kind.heads, kind.kv_heads):
+            raise ValueError(reason)
+        return _transformer_engine_modes(comm, kind, packs, device)
+    ours = _ours(mode, kind, device, grids)
+    if not packs:
+        return [ours]
+    return [
+        partial(ours, cu_seqlens=pack.cu_seqlens, cu_seqlens_padded=pack.cu_seqlens_padded if kind.padded else None)
+        for pack in packs
+    ]
+
+
+def _ours(mode: str, kind: Kind, device: str, grids: dict[str, Grid]) -> Attention:
+    what: dict[str, Any] = {"causal": kind.causal, "window": kind.window}
+    if kind.dropout:
+        what["dropout"] = Dropout(kind.dropout, torch.ones(1, dtype=torch.int64, device=device))
+    if mode.startswith("ring"):
+        function: Attention = partial(ring_attention, group=dist.group.WORLD, backend=[*mode.split(), "auto"][1])
+    else:
+        asked = GridMode.parse(mode)
+        name = str(asked.shape)
+        grids[name] = grids.get(name) or asked.shape.build()
+        function = partial(attention2d, grid=grids[name], head_groups=asked.groups, backend=asked.backend)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None, **packed: Any) -> Tensor:
+        return function(q, k, v, sink=sink, **what, **packed)
+
+    return call
 
 
 def refusal(comm: str, ranks: int, h: int, g: int) -> str | None:
@@ -151,18 +223,85 @@ def a2a_ranks(comm: str, ranks: int) -> int:
     return {"a2a": ranks, "a2a+p2p": int(size or 2)}.get(kind, 1)
 
 
-def transformer_engine(comm: str, h: int, g: int, head_dim: int) -> Attention:
-    """Transformer Engine's attention with its context parallelism over all ranks."""
+def transformer_engine(
+    comm: str,
+    h: int,
+    g: int,
+    head_dim: int,
+    *,
+    value_dim: int | None = None,
+    causal: bool = True,
+    window: tuple[int, int] | None = None,
+    dropout: float = 0.0,
+    sink: bool = False,
+) -> Attention:
+    """Transformer Engine's attention with its context parallelism over all ranks, sbhd as Megatron calls it.
+
+    The function takes q, k, v, the sink where there is one, and for packs the arguments of `DotProductAttention`.
+    """
     from transformer_engine.pytorch import DotProductAttention
 
     module = DotProductAttention(
-        h, head_dim, num_gqa_groups=g, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal"
+        h,
+        (head_dim, value_dim or head_dim),
+        num_gqa_groups=g,
+        attention_dropout=dropout,
+        qkv_format="sbhd",
+        attn_mask_type="causal" if causal else "no_mask",
+        window_size=window,
+        softmax_type="learnable" if sink else "vanilla",
     )
     ranks = list(range(dist.get_world_size()))
     kind, over_heads = comm.partition(":")[0], a2a_ranks(comm, len(ranks))
     group = hierarchical_groups(over_heads) if kind == "a2a+p2p" else dist.group.WORLD
     module.set_context_parallel_group(group, ranks, torch.cuda.Stream(), kind)
-    return lambda q, k, v: module(q, k, v).unflatten(-1, (h, head_dim))
+
+    def call(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None, **packed: Any) -> Tensor:
+        if sink is not None:
+            module.softmax_offset = sink  # a Parameter, as the module's own
+        return module(q, k, v, **packed).unflatten(-1, (h, -1))
+
+    return call
+
+
+def _transformer_engine_modes(comm: str, kind: Kind, packs: Sequence[Pack], device: str) -> list[Attention]:
+    function = transformer_engine(
+        comm,
+        kind.heads,
+        kind.kv_heads,
+        kind.head_dim,
+        value_dim=kind.value_dim,
+        causal=kind.causal,
+        window=kind.window,
+        dropout=kind.dropout,
+        sink=kind.sink,
+    )
+    if not packs:
+        return [function]
+    longest = max(max(pack.places) for pack in packs)  # the same for all, so that cuDNN's plan of one serves the next
+
+    def totals(numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    found: list[Attention] = []
+    for pack in packs:
+        lengths = totals(pack.cu_seqlens)
+        places = totals(pack.cu_seqlens_padded) if kind.padded else lengths
+        found.append(
+            partial(
+                function,
+                qkv_format="thd",
+                attn_mask_type="padding_causal" if kind.causal else "padding",
+                cu_seqlens_q=lengths,
+                cu_seqlens_kv=lengths,
+                cu_seqlens_q_padded=places,
+                cu_seqlens_kv_padded=places,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+                pad_between_seqs=kind.padded,
+            )
+        )
+    return found
 
 
 @lru_cache

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmark_attention import alone
+from attention_timing import alone
 
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel

@@ -17,8 +17,10 @@ import argparse
 
 import torch
 import torch.distributed as dist
-from attention_modes import add_arguments, build_grids, build_modes, spawn
+from attention_modes import add_arguments, add_sizes, build_modes, spawn
 from torch import Tensor
+
+from megatron_attn2d import Grid
 
 KINDS = ("normal", "large", "adversarial")
 
@@ -27,14 +29,14 @@ def main() -> None:
     """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--seq", type=int, default=8192, help="tokens of the sequence")
+    add_sizes(parser, 8192, ["12/12", "16/2"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     spawn(run_rank, parser.parse_args())
 
 
 def run_rank(rank: int, args: argparse.Namespace) -> None:
     """All cases on one rank; rank 0 prints."""
-    grids = build_grids(args)
+    grids: dict[str, Grid] = {}
     chunks = torch.arange(args.seq).chunk(2 * args.ranks)
     mine = torch.cat([chunks[rank], chunks[2 * args.ranks - 1 - rank]]).to(args.device)
     for heads in args.heads:

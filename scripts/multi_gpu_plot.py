@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from attention_modes import parse_grid
+from attention_kinds import tokens
+from attention_modes import GridMode
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -28,14 +29,8 @@ type _Case = tuple[str, int]
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Speeds of attention, by heads on one node and by section on several; training; the plan. As a PNG."""
-    panels: list[Callable[[Axes], None]] = []
-    for section in found["sections"]:
-        if section["nodes"]:
-            panels.append(partial(_bars, section=section))
-        else:
-            heads = dict.fromkeys(row["heads"] for row in section["rows"])
-            panels += [partial(_lines, section=section, heads=h) for h in heads]
+    """Speeds of attention on emulated nodes, by section; training; the plan. As a PNG."""
+    panels: list[Callable[[Axes], None]] = [partial(_bars, section=section) for section in found["sections"]]
     panels += [partial(_training, rows=found["training"]), partial(_predictions, sections=found["sections"])]
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
@@ -53,7 +48,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def _kind(mode: str) -> str:
     if mode.startswith("attention2d"):
-        return "attention2d over heads" if parse_grid(mode)[0].axes[0] > 1 else "attention2d"
+        return "attention2d over heads" if GridMode.parse(mode).shape.axes[0] > 1 else "attention2d"
     return ":".join(mode.split(":")[:2])
 
 
@@ -82,20 +77,6 @@ def _speeds(best: dict[str, dict[_Case, dict[str, Any]]]) -> dict[str, dict[_Cas
     }
 
 
-def _lines(axes: Axes, section: dict[str, Any], heads: str) -> None:
-    speeds = _speeds(_fastest([row for row in section["rows"] if row["heads"] == heads]))
-    cases = sorted({case for of_kind in speeds.values() for case in of_kind})
-    for kind, of_kind in speeds.items():
-        places = [at for at, case in enumerate(cases) if case in of_kind]
-        axes.plot(places, [of_kind[cases[at]][0] for at in places], marker="o", markersize=4, color=_COLOURS[kind])
-        axes.lines[-1].set_label(kind)
-    ours = [of_kind for kind, of_kind in speeds.items() if kind.startswith("attention2d")]
-    for at, case in enumerate(cases):
-        for rank, of_kind in enumerate(sorted((o for o in ours if case in o), key=lambda o: -o[case][0])):
-            _name_grid(axes, at, *of_kind[case], below=rank > 0)
-    _finish(axes, speeds, [_tokens(seq) for _, seq in cases], f"Attention, {heads} heads, {section['title']}")
-
-
 def _bars(axes: Axes, section: dict[str, Any]) -> None:
     speeds = _speeds(_fastest(section["rows"]))
     cases = list(dict.fromkeys(case for of_kind in speeds.values() for case in of_kind))
@@ -106,21 +87,21 @@ def _bars(axes: Axes, section: dict[str, Any]) -> None:
         heights = [of_kind[cases[at]][0] for at in places]
         axes.bar([at + shift for at in places], heights, width, color=_COLOURS[kind], label=kind)
         for at in places if kind.startswith("attention2d") else []:
-            _name_grid(axes, at + shift, *of_kind[cases[at]], upright=True)
-    names = [f"{heads}\n{_tokens(seq)}" for heads, seq in cases]
+            _name_grid(axes, at + shift, *of_kind[cases[at]])
+    names = [f"{heads}\n{tokens(seq)}" for heads, seq in cases]
     _finish(axes, speeds, names, f"Attention, {section['title']}")
 
 
-def _name_grid(axes: Axes, at: float, speed: float, name: str, below: bool = False, upright: bool = False) -> None:
+def _name_grid(axes: Axes, at: float, speed: float, name: str) -> None:
     axes.annotate(
         name,
         (at, speed),
-        xytext=(0, -4 if below else 4),
+        xytext=(0, 4),
         textcoords="offset points",
         ha="center",
-        va="top" if below else "bottom",
+        va="bottom",
         fontsize=6,
-        rotation=90 if upright else 0,
+        rotation=90,
     )
 
 
@@ -132,10 +113,6 @@ def _finish(axes: Axes, speeds: dict[str, Any], ticks: list[str], title: str) ->
     axes.set_title(title + ("" if ticks else ": nothing measured"), fontsize=9)
     if speeds:
         axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center")
-
-
-def _tokens(seq: int) -> str:
-    return f"{seq // 1024}K" if seq >= 1024 else str(seq)
 
 
 def _training(axes: Axes, rows: list[dict[str, Any]]) -> None:

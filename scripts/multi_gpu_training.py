@@ -14,7 +14,7 @@ def train(args: argparse.Namespace, deadline: float, found: dict[str, Any]) -> N
     n, took = args.ranks, 0.0
     print(f"\ntraining: {args.train_yaml.name}, S={args.train_seq}, {args.train_steps} steps", flush=True)
     layouts = [(1, n), *([(2, n // 2)] if n >= 4 and n % 2 == 0 else []), *([(1, n // 2)] if n >= 8 else [])]
-    for tensor, context in layouts:
+    for tensor, context in layouts[: 1 if args.quick else None]:
         base: list[dict[str, Any]] = []
         for mode in ("ring", "attention2d"):
             row: dict[str, Any] = {"tensor": tensor, "context": context, "data": n // (tensor * context), "mode": mode}

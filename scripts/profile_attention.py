@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_modes import add_arguments, build_grids, build_modes, spawn
+from attention_modes import add_arguments, add_sizes, build_modes, spawn
 
 Span = tuple[float, float]
 
@@ -25,7 +25,7 @@ def main() -> None:
     """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--seq", type=int, default=65536, help="tokens of the sequence")
+    add_sizes(parser, 65536, ["12/12"])
     parser.add_argument("--calls", type=int, default=3)
     parser.add_argument("--trace", type=Path, required=True, help="write the trace here; one more a mode and grid")
     args = parser.parse_args()
@@ -37,7 +37,7 @@ def main() -> None:
 def run_rank(rank: int, args: argparse.Namespace) -> None:
     """Profile every mode; rank 0 writes and prints."""
     h, g = map(int, args.heads[0].split("/"))
-    for i, (name, attention) in enumerate(build_modes(args, h, g, build_grids(args))):
+    for i, (name, attention) in enumerate(build_modes(args, h, g, {})):
         q, k, v = (
             torch.randn(args.seq // args.ranks, 1, n, args.head_dim, device="cuda", dtype=torch.bfloat16)
             for n in (h, g, g)

@@ -36,27 +36,22 @@ def benchmark(out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     return done.stdout, json.loads((out / "multi_gpu.json").read_text())
 
 
-def test_measures_attention_beside_the_plan(tmp_path: Path) -> None:
-    sizes = ["--ranks", "2", "--seq", "32", "--heads", "2/2", "3/2", "--head-dim", "8"]
-    printed, found = benchmark(tmp_path, *sizes, "--sections", "nvlink")
+def test_measures_attention_on_nodes_beside_the_plan(tmp_path: Path) -> None:
+    sizes = ["--ranks", "2", "--node-seq", "32", "--heads", "2/2", "--head-dim", "8"]
+    printed, found = benchmark(tmp_path, *sizes, "--sections", "nodes")
     (section,) = found["sections"]
-    rows = {(row["heads"], row["mode"]): row for row in section["rows"]}
-    grids = ("attention2d 2x1", "attention2d 1x2", "attention2d 2x1x1")
-    assert set(rows) == {
-        *(("2/2", mode) for mode in ("ring", *grids)),
-        *(("3/2", mode) for mode in ("ring", *grids[:2])),  # three heads don't go over two ranks
-    }
-    for (heads, mode), row in rows.items():
-        assert row["predicted_ms"] > 0, (heads, mode)
-        if heads == "2/2":
-            assert row["ms"] > 0
-            assert row["apart"] < 1e-6
-        else:  # refused on all ranks: a row, and the next case
-            assert "3 query heads" in row["failed"], row
-            assert row["failed"].endswith("(rank 0)")
-    assert section["links"]["within_bytes_per_s"] > 0
+    assert section["name"] == "nodes-2x1"
+    modes = [row["mode"] for row in section["rows"]]
+    assert modes[0] == "ring"
+    assert len(modes) == 3
+    assert {mode.split()[1] for mode in modes[1:]} < {"2x1", "1x2", "2x1x1"}  # the best two
+    for row in section["rows"]:
+        assert row["ms"] > 0, row
+        assert row["predicted_ms"] > 0
+        assert row["apart"] < 1e-6
+    assert section["links"]["between_bytes_per_s"] > 0
     assert (tmp_path / "multi_gpu.png").stat().st_size > 10_000
-    assert printed.count("x  predicted") == 4
+    assert printed.count("predicted") == 3
 
 
 def test_training_is_told_against_the_ring_of_its_layout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -72,7 +67,14 @@ def test_training_is_told_against_the_ring_of_its_layout(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(training, "run", run)
     args = argparse.Namespace(
-        ranks=4, train_yaml=Path("x.yaml"), train_seq=64, train_steps=6, device="cuda", overrides=[], out=tmp_path
+        ranks=4,
+        train_yaml=Path("x.yaml"),
+        train_seq=64,
+        train_steps=6,
+        device="cuda",
+        quick=False,
+        overrides=[],
+        out=tmp_path,
     )
     found: dict[str, Any] = {"training": []}
     training.train(args, time.time() + 100, found)
@@ -91,6 +93,9 @@ def test_training_is_told_against_the_ring_of_its_layout(monkeypatch: pytest.Mon
     layouts = [(r["tensor"], r["context"], r["data"]) for r in found["training"][::2]]
     assert layouts == [(1, 8, 1), (2, 4, 1), (1, 4, 2)]
     assert asked[-1]["training.global_batch_size"] == "2"
+    args.quick, found = True, {"training": []}
+    training.train(args, time.time() + 100, found)
+    assert [(r["context"], r["mode"]) for r in found["training"]] == [(8, "ring"), (8, "attention2d")]
 
 
 @pytest.mark.parametrize(
@@ -103,11 +108,11 @@ def test_a_run_of_training_that_fails_says_how(timeout: float, said: str) -> Non
 
 
 def test_says_what_time_did_not_suffice_for(tmp_path: Path) -> None:
-    sizes = ["--ranks", "2", "--seq", "32", "--heads", "2/2", "--budget", "0.5"]
-    printed, found = benchmark(tmp_path, *sizes, "--sections", "nvlink", "training")
+    sizes = ["--ranks", "2", "--node-seq", "32", "--heads", "2/2", "--budget", "0.5"]
+    printed, found = benchmark(tmp_path, *sizes)
     rows = [*found["sections"][0]["rows"], *found["training"]]
-    assert [row["failed"] for row in rows] == ["not run: out of time"] * 6
-    assert printed.count("not run: out of time") == 6
+    assert [row["failed"] for row in rows] == ["not run: out of time"] * 5
+    assert printed.count("not run: out of time") == 5
     assert (tmp_path / "multi_gpu.png").exists()
 
 
@@ -186,11 +191,12 @@ def test_shapes_are_written_as_they_are_read(text: str) -> None:
 
 def distances(rank: int) -> list[float]:
     """From a ring's results: its own, and those of an attention that forgets the mask."""
-    ranks = script("multi_gpu_ranks")
-    args = argparse.Namespace(ranks=2, head_dim=8, device="cpu")
-    case, known = {"seq": 32, "heads": "2/2"}, {}
+    ranks, kinds = script("attention_ranks"), script("attention_kinds")
+    args = argparse.Namespace(ranks=2, device="cpu")
+    *leaves, dout = ranks.inputs(kinds.Kind("dense", 32, 2, 2, head_dim=8, value_dim=8), args)
+    leaves, known = [x.requires_grad_() for x in leaves], {}
     modes = [functools.partial(ring_attention, group=dist.group.WORLD, causal=causal) for causal in (True, True, False)]
-    return [ranks.apart(mode, case, args, known) for mode in modes]
+    return [ranks.apart(mode, leaves, dout, "case", known) for mode in modes]
 
 
 def test_another_attention_is_far_from_the_first_mode(pool: RankPool) -> None:

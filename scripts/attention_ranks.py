@@ -1,10 +1,10 @@
-"""The ranks of one section of benchmark_multi_gpu.py: measure the links, then case after case of attention.
+"""The ranks of one section of a benchmark: measure the links, then case after case of attention.
 
-    python scripts/multi_gpu_ranks.py SECTION.json ROWS.jsonl FIRST
+    python scripts/attention_ranks.py SECTION.json ROWS.jsonl FIRST
 
-SECTION.json says what (`multi_gpu_cases.Section`), FIRST with which case to begin. Rank 0 appends an object a line to
-ROWS.jsonl: the links, `{"begin": i}` before a case and `{"end": i, ...}` after it. All ranks agree over Gloo how a case
-went: where one alone failed the others hang, and whoever started this process ends it.
+SECTION.json says what (`attention_section.Section`), FIRST with which case to begin. Rank 0 appends an object per line
+to ROWS.jsonl: the links, `{"begin": i}` before a case and `{"end": i, ...}` after it. All ranks agree over Gloo how a
+case went: where one alone failed the others hang, and whoever started this process ends it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_modes import Attention, parse_grid, refusal, spawn, transformer_engine
-from benchmark_attention import inputs, measure, slowest
+from attention_kinds import Kind
+from attention_modes import build, spawn
+from attention_timing import Attention, measure, slowest, unqueued
 from torch import Tensor
 
-from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d import Grid, attention2d
 
 _LARGE, _SMALL = 2**24, 2**6  # bytes of a message that measures a rate, and of one that measures latency
 _BURST = 8  # messages at once that tell what each costs
-COMPARED = 2**16
+_NEW_PACKS = 3
+COMPARED = 2**17
 """Tokens up to which results are compared: the first mode's lie in memory meanwhile."""
 
 type Results = dict[str, list[Tensor]]
@@ -50,7 +51,8 @@ def main() -> None:
 def run_rank(rank: int, args: argparse.Namespace) -> None:
     """All cases on one rank."""
     agreement = dist.new_group(backend="gloo")
-    record(args, {"links": links(args)})
+    if args.nodes or args.device == "cpu":  # over NVLink predictions know the links
+        record(args, {"links": links(args)})
     grids: dict[str, Grid] = {}
     reference: Results = {}
     for i, case in enumerate(args.cases):
@@ -63,65 +65,70 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
             continue
         record(args, {"begin": i})
         begin = time.time()
-        row, error = attempt(case, args, grids, reference)
+        row, error = attempt(case["mode"], Kind.read(case["kind"]), args, grids, reference)
         errors: list[str | None] = [None] * args.ranks
         dist.all_gather_object(errors, error, agreement)
         failed = next((f"{e} (rank {r})" for r, e in enumerate(errors) if e), None)
         record(args, {"end": i, "took_s": time.time() - begin, **({"failed": failed} if failed else row)})
-        another_length = i + 1 < len(args.cases) and args.cases[i + 1]["seq"] != case["seq"]
-        if another_length:
+        another_kind = i + 1 < len(args.cases) and args.cases[i + 1]["kind"] != case["kind"]
+        if another_kind:
             reference.clear()
-        if failed or another_length:
+        if failed or another_kind:
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
 
 
 def attempt(
-    case: dict[str, Any], args: argparse.Namespace, grids: dict[str, Grid], reference: Results
+    mode: str, kind: Kind, args: argparse.Namespace, grids: dict[str, Grid], reference: Results
 ) -> tuple[dict[str, float], str]:
     """What was measured, or why not."""
-    h, g = map(int, case["heads"].split("/"))
     try:
-        attention = build(case["mode"], h, g, args, grids)
-        row = measure(attention, case["seq"], h, g, args)
-        if case["seq"] <= COMPARED:
-            row["apart"] = slowest(apart(attention, case, args, reference), args.device)
+        packs = [kind.pack(args.ranks, seed) for seed in range(1 + _NEW_PACKS * (args.alone and kind.documents > 1))]
+        functions = build(mode, kind, args.ranks, args.device, grids, [pack for pack in packs if pack])
+        *leaves, dout = inputs(kind, args)
+        if not args.forward:
+            for leaf in leaves:
+                leaf.requires_grad_()
+        row = measure(functions[0], leaves, dout, args)
+        if functions[1:]:  # documents that no call has seen, as every step of a training brings
+            new = unqueued(functions[1:], leaves, dout, args.device)
+            row["host_new_ms"] = new["host_forward_ms"] + new["host_backward_ms"]
+        ours = not mode.startswith("te:")
+        # Dropout of ours keeps the same probabilities on every grid; nobody else's are the same.
+        if kind.seq <= COMPARED and not args.forward and (ours or not kind.dropout):
+            row["apart"] = slowest(apart(functions[0], leaves, dout, str(kind), reference), args.device)
         return row, ""
-    except (RuntimeError, AssertionError, ValueError) as error:
-        kind = "out of memory: " if isinstance(error, torch.OutOfMemoryError) else ""
-        return {}, kind + (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
+        cause = "out of memory: " if isinstance(error, torch.OutOfMemoryError) else ""
+        return {}, cause + (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def apart(attention: Attention, case: dict[str, Any], args: argparse.Namespace, reference: Results) -> float:
-    """How far this rank's O, dQ, dK, dV are from the first mode's of the case: relative, Euclidean, the largest."""
-    *leaves, dout = inputs(case["seq"], *map(int, case["heads"].split("/")), args)
-    out = attention(*(x.requires_grad_() for x in leaves))
-    found = [out.detach().view_as(dout), *torch.autograd.grad(out, leaves, dout.view_as(out))]
-    key = f"{case['seq']} {case['heads']}"
-    if key not in reference:
-        reference.clear()
-        reference[key] = found
-    pairs = zip(found, reference[key], strict=True)
-    return max(((x.float() - y.float()).norm() / y.float().norm()).item() for x, y in pairs)
+def inputs(kind: Kind, args: argparse.Namespace) -> list[Tensor]:
+    """q, k, v, the sink where there is one, and the output's gradient, of this rank, the same in every call.
 
-
-def build(mode: str, h: int, g: int, args: argparse.Namespace, grids: dict[str, Grid]) -> Attention:
-    """The attention function of a mode: `ring`, `te:TYPE` or `attention2d SHAPE`, in groups of heads ` GN`.
-
-    Raises:
-        ValueError: Transformer Engine can't run it with these heads.
+    They are [seq / ranks, 1, heads, dim], packed [seq / ranks, heads, dim].
     """
-    if mode == "ring":
-        return partial(ring_attention, group=dist.group.WORLD)
-    if mode.startswith("te:"):
-        comm = mode.removeprefix("te:")
-        if reason := refusal(comm, args.ranks, h, g):
-            raise ValueError(reason)
-        return transformer_engine(comm, h, g, args.head_dim)
-    shape, groups = parse_grid(mode)
-    grids[str(shape)] = grids.get(str(shape)) or shape.build()
-    return partial(attention2d, grid=grids[str(shape)], head_groups=groups)
+    torch.manual_seed(dist.get_rank())
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    lead = (kind.seq // args.ranks,) if kind.documents else (kind.seq // args.ranks, 1)
+    h, g, d, dv = kind.heads, kind.kv_heads, kind.head_dim, kind.value_dim
+    q, k, v, dout = (
+        torch.randn(*lead, *size, device=args.device, dtype=dtype) for size in ((h, d), (g, d), (g, dv), (h, dv))
+    )
+    sink = [torch.nn.Parameter(torch.linspace(-1, 1, h, device=args.device))] if kind.sink else []
+    return [q, k, v, *sink, dout]
+
+
+def apart(attention: Attention, leaves: Sequence[Tensor], dout: Tensor, case: str, reference: Results) -> float:
+    """How far this rank's O, dQ, dK, dV are from the first mode's of the case: relative, Euclidean, the largest."""
+    out = attention(*leaves)
+    found = [out.detach().view_as(dout), *torch.autograd.grad(out, leaves, dout.view_as(out))][:4]
+    if case not in reference:
+        reference.clear()
+        reference[case] = found
+    pairs = zip(found, reference[case], strict=True)
+    return max(((x.float() - y.float()).norm() / y.float().norm()).item() for x, y in pairs)
 
 
 def links(args: argparse.Namespace) -> dict[str, float]:
@@ -180,11 +187,11 @@ def typical(call: Callable[[], None], device: str, taking_part: bool = True) -> 
 
 def kernel_rates(args: argparse.Namespace) -> dict[str, float]:
     """FLOP/s of the kernels, all ranks computing, on a share of the first case."""
-    case = args.cases[0]
-    h, g = map(int, case["heads"].split("/"))
-    tokens = max(2, round(case["seq"] / args.ranks**0.5 / 2) * 2)
-    leaves = [torch.randn(tokens, 1, n, args.head_dim, requires_grad=True) for n in (h, g, g)]
-    flops = 2 * tokens**2 * h * args.head_dim
+    kind = Kind.read(args.cases[0]["kind"])
+    h, g, d = kind.heads, kind.kv_heads, kind.head_dim
+    tokens = max(2, round(kind.seq / args.ranks**0.5 / 2) * 2)
+    leaves = [torch.randn(tokens, 1, n, d, requires_grad=True) for n in (h, g, g)]
+    flops = 2 * tokens**2 * h * d
     forward = typical(lambda: attention2d(*leaves, Grid.single()).sum().item(), args.device)
     out = attention2d(*leaves, Grid.single()).sum()
     backward = typical(lambda: torch.autograd.grad(out, leaves, retain_graph=True), args.device)
