@@ -8,14 +8,19 @@ import os
 import tempfile
 from contextlib import ExitStack
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from megatron_attn2d import checkpoints, environment
 from megatron_attn2d.config import ConfigError, RunConfig, load_run, megatron_arguments
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.config.checks import UNEVEN
+from megatron_attn2d.config.errors import ConfigErrors, UsageError, show
+from megatron_attn2d.config.keys import changed, value
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.run import build_run
+from megatron_attn2d.corpus.upstream import hushed
+from megatron_attn2d.data import prefix_fault
 
 _FORWARD_ONLY = (
     "training.micro_batch_size=1",
@@ -24,6 +29,7 @@ _FORWARD_ONLY = (
     "training.recompute_granularity=null",
     "training.recompute_method=null",
     "training.recompute_num_layers=null",
+    "training.cuda_graphs=none",
     "parallelism.data=1",
     "parallelism.virtual_pipeline=null",
     "environment.nodes=null",
@@ -42,6 +48,10 @@ _FORWARD_ONLY = (
     "data.split=1,0,0",
 )
 """What of a run's configuration is about training, replaced."""
+_STAGES = ("num_layers_per_virtual_pipeline_stage", "microbatch_group_size_per_vp_stage")
+"""Arguments of Megatron about the interleaved schedule, which needs more than one batch."""
+_WEIGHTS = ("model.", "megatron_args.", "data.vocab_size", "data.tokenizer_type")
+"""How the keys begin on which the weights depend, or what they mean."""
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
@@ -50,6 +60,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument("run", metavar="RUN_DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the run's config.yaml")
     parser.add_argument("--data", required=True, metavar="PREFIX", help="a data set, or a text, JSONL or Parquet file")
+    parser.add_argument("--key", metavar="NAME", help="of the text in a JSONL or Parquet file (default: text)")
     parser.add_argument("--context", required=True, type=int, metavar="N", help="tokens of a window")
     parser.add_argument("--samples", type=int, default=16, metavar="N", help="windows at most (default: 16)")
     parser.add_argument("--buckets", type=int, default=8, metavar="N", help="each twice as long as the one before it")
@@ -78,12 +89,15 @@ def _evaluate(args: argparse.Namespace) -> int:
             if world_size:
                 raise UsageError(f"{prefix}: under a launcher give a data set, made by megatron-attn2d data build")
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=args.run, prefix=".eval-"))
-            prefix = _built(Path(prefix), Path(folder) / "data", run)
+            prefix = _built(Path(prefix), args.key or "text", Path(folder) / "data", run)
+        else:
+            _check_data(prefix, args.key, run)
         samples = _samples(Path(prefix), args.context, args.samples)
+        edges = bucket_edges(args.context, args.buckets)
         from megatron_attn2d import launch
         from megatron_attn2d.megatron import evaluation
 
-        request = evaluation.Request(prefix, samples, bucket_edges(args.context, args.buckets), output, step)
+        request = evaluation.Request(args.data, prefix, samples, edges, output, step)
         if world_size:
             environment.adopt_launcher()
             evaluation.main(request, arguments)
@@ -97,7 +111,8 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
     """The run in `run_dir` without what is about training, at another context.
 
     Raises:
-        ConfigError: there is none, or the model has no positions beyond those that it was trained with.
+        ConfigError: there is none, the model has no positions beyond those that it was trained with, or overrides
+            change what the weights depend on or what `eval` decides.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -116,20 +131,53 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
             )
     else:
         positions = max(positions, context)
-    run = load_run(
-        path,
-        [
-            *_FORWARD_ONLY,
-            f"training.seq_length={context}",
-            f"model.max_position_embeddings={positions}",
-            f"run.dir={json.dumps(str(run_dir))}",
-            *overrides,
-        ],
-        world_size=world_size,
-    )
-    if Path(run.directory).resolve() != run_dir.resolve():  # where there may be no checkpoint, or another model's
-        raise ConfigError("run.dir", run.run.dir, f"the checkpoint of {run_dir} is evaluated", "leave it out")
-    return run
+    decided = [
+        *_FORWARD_ONLY,
+        f"training.seq_length={context}",
+        f"model.max_position_embeddings={positions}",
+        f"run.dir={json.dumps(str(run_dir))}",
+    ]
+    asked = build_run(read_run(path, [*decided, *overrides]))
+    _check_overrides(trained, build_run(read_run(path, decided)), asked, context)
+    decided += [f"megatron_args.{name}=null" for name in _stages_of_training(trained, asked.parallelism.pipeline)]
+    return load_run(path, [*decided, *overrides], world_size=world_size)
+
+
+def _check_overrides(trained: RunConfig, decided: RunConfig, asked: RunConfig, context: int) -> None:
+    """Raise ConfigError where `asked` differs from what `eval` decided, or in what the weights of `trained` rest on."""
+    reasons = {
+        "run.dir": f"the checkpoint of {decided.run.dir} is evaluated",
+        "training.seq_length": f"--context {context} says how long a window is",
+        "model.max_position_embeddings": f"follows from --context {context}",
+    }
+    keys = [override.partition("=")[0] for override in _FORWARD_ONLY if not override.startswith("environment.")]
+    errors = []
+    for key in [*reasons, *keys]:
+        ours, theirs = attrgetter(key)(decided), attrgetter(key)(asked)
+        if theirs != ours and not (key == "run.dir" and Path(theirs).resolve() == Path(ours).resolve()):
+            errors.append(ConfigError(key, theirs, reasons.get(key, "eval decides about it"), "leave it out"))
+    for key in changed(trained, asked):
+        if key.startswith(_WEIGHTS) and key not in reasons:
+            before, now = value(trained, key), value(asked, key)
+            if "pattern" in key and str(before).replace("|", "") == str(now).replace("|", ""):  # only other stages
+                continue
+            errors.append(ConfigError(key, now, f"the run was trained with {show(before)}", "leave it out"))
+    if errors:
+        raise ConfigErrors(errors)
+
+
+def _stages_of_training(trained: RunConfig, pipeline: int) -> list[str]:
+    """Arguments of Megatron in `trained` about its stages that don't hold for an evaluation on `pipeline` stages."""
+    given = trained.megatron_args
+    dropped = [name for name in _STAGES if given.get(name) is not None]
+    layout = given.get("pipeline_model_parallel_layout")
+    if layout is not None and pipeline == trained.parallelism.pipeline:
+        with hushed():
+            from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+        kept = PipelineParallelLayerLayout.get_num_stages_from_str(str(layout)) == pipeline  # else it is interleaved
+    else:
+        kept = pipeline == trained.parallelism.pipeline
+    return dropped if kept else dropped + [name for name in UNEVEN if given.get(name) is not None]
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> int:
@@ -152,13 +200,25 @@ def _check_output(output: Path) -> None:
         raise UsageError(f"--output {output}: {output.parent} can't be written to; choose another")
 
 
-def _built(file: Path, prefix: Path, run: RunConfig) -> str:
+def _built(file: Path, key: str, prefix: Path, run: RunConfig) -> str:
     """`file` as a data set of the run's tokenizer."""
     from megatron_attn2d.corpus.build import build
     from megatron_attn2d.corpus.tokenizers import from_yaml_section
 
-    build([file], prefix, from_yaml_section(run.data))
+    build([file], prefix, from_yaml_section(run.data), key=key)
     return str(prefix)
+
+
+def _check_data(prefix: str, key: str | None, run: RunConfig) -> None:
+    """Refuses a data set of another tokenizer than the run's."""
+    from megatron_attn2d.corpus.matching import mismatches
+
+    if fault := prefix_fault(prefix):
+        raise UsageError(f"--data {prefix}: {'; '.join(fault)}")
+    if key is not None:
+        raise UsageError(f"--key {key}: {prefix} is no file of texts but a data set, of tokens; leave it out")
+    if errors := list(mismatches(Path(prefix), run.data)):
+        raise ConfigErrors(errors)
 
 
 def _samples(prefix: Path, context: int, most: int) -> int:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from megatron_attn2d.config.checks import UNEVEN
+from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.config.schema import Model, RunConfig
+from megatron_attn2d.corpus import tokenizers
 from megatron_attn2d.planner.cost import Candidate, transient_bytes
 from megatron_attn2d.planner.run import workload
 
@@ -108,7 +110,7 @@ def report(run: RunConfig) -> str:
     total = memory.total / GIB
     verdict = "" if room is None else f" of {room:g}: {'fits' if total <= room else 'DOES NOT FIT'}"
     lines.append(f"{'at most':>14}{total:8.2f} GiB{verdict}")
-    if run.data.vocab_size is None:
+    if _known_vocabulary(run) is None:
         lines.append(f"the vocabulary of {run.data.tokenizer_type} is not known here, and not counted")
     return "\n".join(lines)
 
@@ -128,7 +130,15 @@ def _widths(model: Model) -> tuple[int, int, int]:
 
 def _vocabulary(run: RunConfig) -> int:
     multiple = 128 * run.parallelism.tensor
-    return ceil((run.data.vocab_size or 0) / multiple) * multiple
+    return ceil((_known_vocabulary(run) or 0) / multiple) * multiple
+
+
+def _known_vocabulary(run: RunConfig) -> int | None:
+    """Ids of the run's tokenizer; None where it can't be read on this machine."""
+    try:
+        return tokenizers.vocabulary(run.data)
+    except UsageError:  # `train` tells why
+        return None
 
 
 def _stage(run: RunConfig, stage: int) -> Memory:

@@ -21,6 +21,8 @@ from megatron_attn2d import pretrain_gpt
 class Request:
     """What to evaluate on; the model, its checkpoint and the context stand in Megatron's arguments."""
 
+    data: str
+    """What is evaluated on, as the user named it."""
     prefix: str
     """Of the data set."""
     samples: int
@@ -133,7 +135,7 @@ def summary(request: Request, context: int, sums: torch.Tensor) -> dict[str, Any
 
     edges = request.edges
     return {
-        "data": request.prefix,
+        "data": request.data,
         "step": request.step,
         "context": context,
         "samples": request.samples,

@@ -9,9 +9,11 @@ import pytest
 
 from megatron_attn2d.config import load_run, megatron_arguments
 from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.config.schema import Data
 from megatron_attn2d.config.yaml_io import dump
 from megatron_attn2d.corpus import tokenizers
 from megatron_attn2d.corpus.tokenizers import TokenizerChoice, load, yaml_section
+from megatron_attn2d.memory import parameters
 from tests.corpus.conftest import TEXTS
 
 RUNS = Path(__file__).parents[2] / "configs" / "runs"
@@ -101,6 +103,19 @@ def test_a_tokenizer_that_cannot_end_a_document_is_refused(tmp_path: Path) -> No
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(UsageError, match="no token that ends a text"):
         load(TokenizerChoice("huggingface", str(tmp_path)))
+
+
+def test_a_runs_tokenizer_knows_its_vocabulary_whatever_the_model_says(choice: TokenizerChoice) -> None:
+    """A run that extends a shipped model has the vocab_size of that model's own data."""
+    section = {"vocab_size": 50257} | tokenizers.yaml_section(choice)
+    data = Data(**section)
+    assert tokenizers.from_yaml_section(data) == choice
+    size = 512 if choice.kind == "bytes" else load(choice).vocab_size
+    assert tokenizers.vocabulary(data) == size
+    run = load_run(
+        RUNS / "quickstart.yaml", ["data.paths=[set]", *(f"data.{key}={json.dumps(v)}" for key, v in section.items())]
+    )
+    assert parameters(run).embedding == -(-size // 128) * 128 * 128
 
 
 def test_the_command_line_offers_what_there_is() -> None:

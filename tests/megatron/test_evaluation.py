@@ -156,7 +156,38 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
         (["--context", "64", "--data", "missing"], "missing: no data set"),
         (["--context", "64", "-o", "none/e.json"], "--output none/e.json: there is no directory none; make it, or"),
         (["--context", "64", "-o", "."], "--output .: a directory; name a JSON file"),
+        (
+            ["--context", "64", "--data", "a/"],
+            "--data a/: a folder, whose files need a name to begin with",
+        ),
+        (["--context", "64", "--key", "body"], "--key body: "),
         (["--context", "64", "run.dir=elsewhere"], "run.dir = 'elsewhere': the checkpoint of "),
+        (
+            ["--context", "96", "training.seq_length=48"],
+            "training.seq_length = 48: --context 96 says how long",
+        ),
+        (
+            ["--context", "96", "training.seq_length=192"],
+            "training.seq_length = 192: --context 96 says how",
+        ),
+        (
+            ["--context", "96", "model.max_position_embeddings=128"],
+            "max_position_embeddings = 128: follows from",
+        ),
+        (["--context", "64", "parallelism.data=2"], "parallelism.data = 2: eval decides about it; leave it out"),
+        (
+            ["--context", "64", "data.vocab_size=300"],
+            "data.vocab_size = 300: the run was trained with 512",
+        ),
+        (["--context", "64", "model.num_layers=1"], "model.num_layers = 1: the run was trained with 2; leave it out"),
+        (
+            ["--context", "64", "model.rotary_base=99"],
+            "model.rotary_base = 99: the run was trained with null",
+        ),
+        (
+            ["--context", "64", "megatron_args.squared_relu=true"],
+            "megatron_args.squared_relu = true: the run",
+        ),
         (["--context", "65", "context_parallel.size=2", "context_parallel.grid=auto"], "training.seq_length = 65: not"),
     ],
 )
@@ -172,7 +203,7 @@ def test_an_output_that_may_not_be_written_is_refused(run_dir: Path, text: Path,
 
 
 def test_the_table_is_printed_although_the_file_cannot_be_written(tmp_path: Path) -> None:
-    request = evaluation.Request("set", 1, (0, 4), "", 2)
+    request = evaluation.Request("set", "set", 1, (0, 4), "", 2)
     result = evaluation.summary(request, 4, torch.tensor([[8.0], [4.0]]))
     console = io.StringIO()
     with pytest.raises(FileNotFoundError):
@@ -180,11 +211,38 @@ def test_the_table_is_printed_although_the_file_cannot_be_written(tmp_path: Path
     assert console.getvalue() == evaluation.table(result) + "\n"
 
 
-def test_an_interleaved_pipeline_is_of_training_alone(run_dir: Path, tmp_path: Path) -> None:
-    interleaved = ("model.num_layers=4", "parallelism.pipeline=2", "parallelism.virtual_pipeline=2")
-    run = load_run(run_dir / "config.yaml", [*interleaved, "training.global_batch_size=4"])
-    (tmp_path / "config.yaml").write_text(resolved_yaml(run))
-    assert evaluate.configuration(tmp_path, 64, []).parallelism.virtual_pipeline is None
+STAGES = [
+    # stages of the training, those of eval, what is left of the former
+    ("parallelism.virtual_pipeline=2", 2, {}),
+    ("megatron_args.num_layers_per_virtual_pipeline_stage=1", 2, {}),
+    ("megatron_args.pipeline_model_parallel_layout='Et|tttL'", 2, {"pipeline_model_parallel_layout": "Et|tttL"}),
+    ("megatron_args.pipeline_model_parallel_layout='Et|tttL'", 4, {}),
+    ("megatron_args.pipeline_model_parallel_layout='Et|(t|)*2tL'", 2, {}),
+    ("megatron_args.decoder_first_pipeline_num_layers=1", 2, {"decoder_first_pipeline_num_layers": 1}),
+    ("megatron_args.decoder_first_pipeline_num_layers=1", 1, {}),
+]
+
+
+@pytest.mark.parametrize(("given", "pipeline", "left"), STAGES)
+def test_stages_of_training_alone_are_left_out(
+    given: str, pipeline: int, left: dict[str, Any], run_dir: Path, tmp_path: Path
+) -> None:
+    trained = ("model.num_layers=4", "parallelism.pipeline=2", "training.global_batch_size=4", given)
+    (tmp_path / "config.yaml").write_text(resolved_yaml(load_run(run_dir / "config.yaml", trained)))
+    run = evaluate.configuration(tmp_path, 64, [f"parallelism.pipeline={pipeline}"])
+    assert run.parallelism.virtual_pipeline is None
+    assert {name: value for name, value in run.megatron_args.items() if value is not None} == left
+
+
+def test_a_key_and_a_set_of_another_tokenizer(run_dir: Path, in_pool: None, tmp_path: Path, capsys) -> None:
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(json.dumps({"body": "Ring attention passes every key by every rank. " * 20}) + "\n")
+    assert evaluated(run_dir, lines, tmp_path / "e.json", key="body", samples=1)["data"] == str(lines)
+    build([lines], tmp_path / "set", TokenizerChoice(), key="body")
+    described = (tmp_path / "set.json").read_text().replace('"bytes"', '"huggingface"').replace("256", "600")
+    (tmp_path / "set.json").write_text(described)
+    assert cli.main(["eval", str(run_dir), "--data", str(tmp_path / "set"), "--context", "64"]) == 2
+    assert "holds token ids up to 600 of tokenizer huggingface" in capsys.readouterr().err
 
 
 def test_learned_positions_end_where_training_did(run_dir: Path, tmp_path: Path) -> None:
