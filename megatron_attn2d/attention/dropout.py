@@ -4,8 +4,18 @@ Whether the probability of a query and a key is dropped depends on the seed, the
 all heads of the layer and the positions of both tokens in the whole sequence, and on nothing else: forward and backward
 pass, every grid and every tensor-parallel layout agree without a word or a stored mask.
 
-Each of these numbers goes through the finaliser of a 64-bit mixer (Steele et al., SplitMix, OOPSLA 2014) together with
-the hash of those before it. torch's int64 arithmetic wraps around, as that of unsigned numbers does.
+On a GPU a pair of query and key must cost few instructions, and a 64-bit multiplication is several of them. The strong
+hashes are therefore made once per row and once per key, and only a short mix is made per pair:
+
+    row     multiplier m (odd) and offset a: 64 bits that seed, sequence, head and position decide, each mixed into the
+            hash of those before it by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)
+    key     word b: the position, scrambled by a permutation of 32 bits (the finaliser of MurmurHash3) that seed and
+            sequence choose, so that no two keys share a word
+    pair    x = m b + a;  x = m (x ^ x >> 16);  dropped where x < p 2^32
+
+All of a pair is modulo 2^32. After one multiplication, rows whose words share low bits and keys whose words do would be
+correlated; the second one, by a number that differs from row to row, undoes it. Integers of torch wrap around, as
+unsigned numbers do.
 """
 
 from __future__ import annotations
@@ -15,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-BITS = 31
+_LOW = (1 << 32) - 1
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 
 
@@ -78,17 +88,36 @@ class KeepMask:
     rows: Tensor
     keys: Tensor
 
+    @property
+    def bound(self) -> int:
+        """What a pair's number, read as int32, must reach to be kept."""
+        return min(round(self.dropout.p * 2**32), _LOW) - 2**31
+
+    def row_words(self) -> tuple[Tensor, Tensor]:
+        """Multiplier and offset of each row and head, int32 [b, h, sq]."""
+        state = _mixed(self._sequence_states()[:, None], self.heads)
+        state = _mixed(state[:, :, None], self.rows[:, None, :])
+        return (state | 1).to(torch.int32), (state >> 32).to(torch.int32)
+
+    def key_words(self) -> Tensor:
+        """Word of each key, int32 [b, sk]."""
+        state = _mixed(self._sequence_states(), -1)  # no head has this number
+        return _scrambled((self.keys ^ state[:, None]) & _LOW).to(torch.int32)
+
     def factors(self, dtype: torch.dtype) -> Tensor:
         """0 for what is dropped, 1 / (1 - p) for what is kept, [b, h, sq, sk]."""
-        seed = torch.as_tensor(self.dropout.seed, device=self.rows.device).view(1, 1)
-        state = _mixed(_mixed(seed, self.sequences[:, None]), self.heads)
-        state = _mixed(state[:, :, None], self.rows[:, None, :])
-        state = _mixed(state[..., None], self.keys[:, None, None, :])
-        kept = (state >> (64 - BITS)) & ((1 << BITS) - 1) >= round(self.dropout.p * (1 << BITS))
+        multipliers, offsets = (words.unsqueeze(-1) for words in self.row_words())
+        x = multipliers * self.key_words()[:, None, None, :] + offsets
+        kept = (x ^ ((x >> 16) & 0xFFFF)) * multipliers >= self.bound
         return kept.to(dtype) / (1 - self.dropout.p)
 
+    def _sequence_states(self) -> Tensor:
+        """Hash of seed and sequence, [b]."""
+        return _mixed(torch.as_tensor(self.dropout.seed, device=self.rows.device).view(1), self.sequences)
 
-def _mixed(state: Tensor, number: Tensor) -> Tensor:
+
+def _mixed(state: Tensor, number: Tensor | int) -> Tensor:
+    """`state`, int64, with a number mixed in."""
     x = state + (number + 1) * _GOLDEN
     x = (x ^ _shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ _shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
@@ -98,3 +127,10 @@ def _mixed(state: Tensor, number: Tensor) -> Tensor:
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """To the right, filled with zeros: int64's own shift repeats the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _scrambled(x: Tensor) -> Tensor:
+    """A permutation of the numbers below 2^32, held in int64."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _LOW
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _LOW
+    return x ^ (x >> 16)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
-from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.dropout import Dropout, KeepMask
 
 
 def alone_on_a_grid(*shards: Tensor, **how: Any) -> Tensor:
@@ -51,6 +51,44 @@ def test_neighbours_are_independent(shift: tuple[int, ...]) -> None:
     found = kept(0.5).double() * 2 - 1
     pairs = found * found.roll(shift, (0, 1, 2, 3))
     assert abs(pairs.mean().item()) <= 5 / found.numel() ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_all_pairs_of_rows_and_of_keys_are_independent(p: float) -> None:
+    """Also of two heads; each pair of rows has 1024 keys in common, whose products are a normal number's sample."""
+    found = (kept(p, batch=1, heads=2, tokens=1024)[0].float() - (1 - p)) / (p * (1 - p)) ** 0.5
+    for lines in (found[0], found[0].t(), found[:, :512].flatten(0, 1)):
+        products = (lines @ lines.t() / 32)[torch.triu_indices(1024, 1024, 1).unbind()]
+        assert products.abs().max().item() < 8  # of half a million; those of p = 0.1 are not quite normal
+        # A normal number's fourth moment is 3; one pair in a thousand that agrees everywhere would add 1000.
+        assert abs(products.square().mean().item() - 1) < 0.02
+        assert abs(products.pow(4).mean().item() - 3) < 0.2
+
+
+@pytest.mark.parametrize("bits", [1 << 31, 1 << 30, 1 << 16, 1 << 15, 1, 0x80008000, 0xFFFF0000])
+def test_keys_whose_words_are_alike_are_independent(bits: int) -> None:
+    """Two words of keys are so alike once in 2^32 pairs; then too no row must tell."""
+    rows, two = torch.arange(1 << 16), torch.arange(2)
+    mask = Dropout(0.5, 7).at(two[:1], 1, rows[None], two[None])
+    words = torch.tensor([0x12345678, 0x12345678 ^ bits]).to(torch.int32)
+    with mock.patch.object(KeepMask, "key_words", return_value=words[None]):
+        signs = mask.factors(torch.float32)[0, 0] - 1
+    assert abs(signs.prod(1).mean().item()) <= 5 / len(rows) ** 0.5
+
+
+def test_rectangles_show_nothing_of_the_sums_of_words() -> None:
+    """Four scores of two rows and two keys, between which sums and differences of words cancel."""
+    found = kept(0.5, batch=1, heads=4, tokens=512)[0].float() * 2 - 1
+    for shift in (1, 2, 64, 255):
+        rows = found * found.roll(shift, 1)
+        corners = rows * rows.roll(shift, 2)
+        assert abs(corners.mean().item()) <= 5 / corners.numel() ** 0.5
+
+
+def test_no_two_keys_share_a_word() -> None:
+    keys = torch.arange(1 << 18)[None]
+    words = Dropout(0.1, 3).at(torch.zeros(1, dtype=torch.int64), 1, keys[:, :1], keys).key_words()
+    assert words.unique().numel() == keys.numel()
 
 
 def test_another_seed_is_another_mask() -> None:

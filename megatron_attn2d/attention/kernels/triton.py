@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import Band
+from megatron_attn2d.attention.segments import Segments
 
 
 class TritonKernel:
@@ -42,7 +43,12 @@ class TritonKernel:
         """See `Kernel.forward`."""
         from megatron_attn2d.attention import triton_attention
 
-        return triton_attention.forward(q, k, v, band, scale, dropout)
+        sq, batch, heads, _ = q.shape
+        out = q.new_empty((sq, batch, heads, v.size(3)))
+        lse = q.new_empty((batch, heads, sq), dtype=torch.float32)
+        q, k, v = map(_rows_contiguous, (q, k, v))
+        triton_attention.forward(q, k, v, band, scale, dropout, out, lse.flatten(0, 1))
+        return out, lse
 
     def backward(
         self,
@@ -62,7 +68,59 @@ class TritonKernel:
         from megatron_attn2d.attention import triton_attention
 
         assert delta is not None
-        return triton_attention.backward(dout, q, k, v, lse, delta, band, scale, dropout)
+        lse, delta = (x.contiguous().flatten(0, 1) for x in (lse, delta))
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
+        triton_attention.backward(dout, q, k, v, lse, delta, band, scale, dropout, dq, dk, dv)
+        return dq, dk, dv
+
+    def forward_segments(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """See `Kernel.forward_segments`."""
+        from megatron_attn2d.attention import triton_attention
+
+        q, k, v = (_rows_contiguous(x).unsqueeze(1) for x in (q, k, v))
+        triton_attention.forward(q, k, v, table.band, scale, dropout, out.unsqueeze(1), lse, table)
+
+    def backward_segments(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor | None,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """See `Kernel.backward_segments`."""
+        from megatron_attn2d.attention import triton_attention
+
+        assert delta is not None
+        dout, q, k, v = (_rows_contiguous(x).unsqueeze(1) for x in (dout, q, k, v))
+        dq, dk, dv = (x.unsqueeze(1) for x in (dq, dk, dv))
+        triton_attention.backward(dout, q, k, v, lse, delta, table.band, scale, dropout, dq, dk, dv, table)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """Itself or a copy whose last dim is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @cache

@@ -5,9 +5,13 @@ rows and walks over the keys that they see. The backward pass is two walks, over
 dV, so nothing is added atomically and two runs agree bit for bit. Blocks that the band hides are not visited; those
 that it cuts are masked.
 
-What kernels pass on to each other comes in tuples: `sizes` (sq, sk, d, dv), `band` (left, right) with None for no end,
-`drop` as `launch.drop_arguments` makes it or None. A tensor [n, b, heads, d] comes with its strides (n, b, heads).
-Blocks have M rows, N keys, D columns of queries and keys and DV of values.
+Under a table of segments each program finds its segment and then sees nothing but its rows and keys: the loops are the
+same. The number of programs is a bound that the host knows; those left over return at once.
+
+What kernels pass on to each other comes in tuples: `sizes` (sq, sk), `band` (left, right) with None for no end, `drop`
+as `keep.drop_arguments` makes it or None, `table` as `launch` makes it or None. A tensor [n, b, heads, d] comes with
+its strides (n, b, heads), one head of it as a pointer and the stride of rows. Blocks have M rows, N keys, D columns of
+queries and keys, of which d count, and DV of values, of which dv do.
 """
 
 from megatron_attn2d.attention.triton_attention.backward import backward

@@ -3,51 +3,55 @@
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.layout import Band
+from megatron_attn2d.attention.segments import Segments
 from megatron_attn2d.attention.triton_attention.blocks import (
+    LOG2E,
     blocks_seen,
-    factors,
+    head_of,
     hidden,
-    key_positions,
     load,
-    row_states,
+    load_row,
+    segment_of,
     store,
 )
+from megatron_attn2d.attention.triton_attention.keep import drop_arguments, kept
 from megatron_attn2d.attention.triton_attention.launch import (
     BACKWARD_KEYS,
     BACKWARD_ROWS,
-    drop_arguments,
+    blocks_of_keys,
+    blocks_of_rows,
     run,
     tuned,
     with_strides,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
 def _differentiate_rows(
-    start, stop, dq, q, dout, rows, states, lse2, delta, k, v, batch, key_head, scale2, sizes, band, drop,
-    MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    start, stop, dq, q, dout, rows, words, lse2, delta, k, v, scale2, sq, sk, band, drop, keys_at,
+    MASKED: tl.constexpr, d: tl.constexpr, dv: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale of one block of rows from key blocks [start, stop)."""
-    columns, v_columns = tl.arange(0, D), tl.arange(0, DV)
     for block in range(start, stop):
-        keys = block * N + tl.arange(0, N)
-        k_block = load(k, batch, key_head, keys, sizes[1], columns, sizes[2])
-        v_block = load(v, batch, key_head, keys, sizes[1], v_columns, sizes[3])
+        first = block * N
+        k_block = load(k[0], k[1], first, sk, d, not MASKED, N, D)
+        v_block = load(v[0], v[1], first, sk, dv, not MASKED, N, DV)
         p = tl.exp2(tl.dot(q, tl.trans(k_block), input_precision=PRECISION) * scale2 - lse2[:, None])
         if MASKED:
-            p = tl.where(hidden(rows[:, None], keys[None, :], sizes, band), 0.0, p)
+            keys = first + tl.arange(0, N)
+            p = tl.where(hidden(rows[:, None], keys[None, :], sq, sk, band), 0.0, p)
         dp = tl.dot(dout, tl.trans(v_block), input_precision=PRECISION)
         if drop is not None:
-            dp *= factors(drop, states[:, None], key_positions(drop, batch, keys, sizes[1])[None, :])
+            key_words = load_row(drop[2] + keys_at, first, sk, not MASKED, N)
+            keep = kept(words[0][:, None], words[1][:, None], key_words[None, :], drop[5])
+            dp *= tl.where(keep, drop[6], 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k_block.dtype), k_block, dq, input_precision=PRECISION)
     return dq
@@ -55,95 +59,130 @@ def _differentiate_rows(
 
 @triton.jit
 def _backward_rows(
-    dout, q, k, v, lse, delta, dq, scale, scale2, heads, group, sizes, band, drop,
+    dout, q, k, v, lse, delta, row_stride, dq, scale, scale2, heads, group, sizes, band, drop, table,
+    d: tl.constexpr, dv: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    q_start, sq, k_start, sk = 0, sizes[0], 0, sizes[1]
+    if table is not None:
+        segment, block = segment_of(block, table)
+        if segment >= table[1]:
+            return
+        q_start, sq = tl.load(table[2] + segment), tl.load(table[3] + segment)
+        k_start, sk = tl.load(table[4] + segment), tl.load(table[5] + segment)
+    first = block * M
     rows = first + tl.arange(0, M)
-    q_block = load(q, batch, head, rows, sizes[0], tl.arange(0, D), sizes[2])
-    dout_block = load(dout, batch, head, rows, sizes[0], tl.arange(0, DV), sizes[3])
-    at = tl.program_id(1).to(tl.int64) * sizes[0] + rows
-    lse2 = tl.load(lse + at, rows < sizes[0], other=0.0) * LOG2E
-    delta_rows = tl.load(delta + at, rows < sizes[0], other=0.0)
-    states = rows
+    q_block = load(head_of(q, batch, head, q_start), q[1][0], first, sq, d, False, M, D)
+    dout_block = load(head_of(dout, batch, head, q_start), dout[1][0], first, sq, dv, False, M, DV)
+    k_head = head_of(k, batch, head // group, k_start), k[1][0]
+    v_head = head_of(v, batch, head // group, k_start), v[1][0]
+    at = tl.program_id(1).to(tl.int64) * row_stride[0] + q_start
+    lse2 = load_row(lse + at, first, sq, False, M) * LOG2E
+    at = tl.program_id(1).to(tl.int64) * row_stride[1] + q_start
+    delta_rows = load_row(delta + at, first, sq, False, M)
+    words, keys_at = (rows, rows), k_start
     if drop is not None:
-        states = row_states(drop, batch, head, rows, sizes[0])
+        at = tl.program_id(1).to(tl.int64) * drop[3] + q_start
+        words = load_row(drop[0] + at, first, sq, False, M), load_row(drop[1] + at, first, sq, False, M)
+        keys_at = batch.to(tl.int64) * drop[4] + k_start
     acc = tl.zeros((M, D), tl.float32)
-    low, whole, cut, high = blocks_seen(first, M, sizes[0], sizes[1], N, sizes[1] - sizes[0], band[0], band[1])
+    low, whole, cut, high = blocks_seen(first, M, sq, sk, N, sk - sq, band[0], band[1])
     for part in tl.static_range(3):
-        start, stop = low, whole
-        if part == 1:
-            start, stop = whole, cut
-        if part == 2:
-            start, stop = cut, high
-        acc = _differentiate_rows(
-            start, stop, acc, q_block, dout_block, rows, states, lse2, delta_rows, k, v, batch, head // group, scale2,
-            sizes, band, drop, part != 1, M, N, D, DV, PRECISION,
-        )  # fmt: skip
-    store(dq, batch, head, rows, sizes[0], tl.arange(0, D), sizes[2], acc * scale)
-
-
-@triton.jit
-def _differentiate_keys(
-    start, stop, dk, dv, k, v, keys, positions, dout, q, lse, delta, batch, head, heads, scale2, sizes, band, drop,
-    MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dK / scale and dV of one block of keys from row blocks [start, stop) of one head; scores are transposed."""
-    columns, v_columns = tl.arange(0, D), tl.arange(0, DV)
-    for block in range(start, stop):
-        rows = block * M + tl.arange(0, M)
-        q_block = load(q, batch, head, rows, sizes[0], columns, sizes[2])
-        dout_block = load(dout, batch, head, rows, sizes[0], v_columns, sizes[3])
-        at = (batch * heads + head).to(tl.int64) * sizes[0] + rows
-        lse2 = tl.load(lse + at, rows < sizes[0], other=0.0) * LOG2E
-        delta_rows = tl.load(delta + at, rows < sizes[0], other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q_block), input_precision=PRECISION) * scale2 - lse2[None, :])
-        if MASKED:
-            p = tl.where(hidden(rows[None, :], keys[:, None], sizes, band), 0.0, p)
-        dp = tl.dot(v, tl.trans(dout_block), input_precision=PRECISION)
-        kept = p
-        if drop is not None:
-            states = row_states(drop, batch, head, rows, sizes[0])
-            factor = factors(drop, states[None, :], positions[:, None])
-            kept = p * factor
-            dp *= factor
-        dv = tl.dot(kept.to(dout_block.dtype), dout_block, dv, input_precision=PRECISION)
-        ds = p * (dp - delta_rows[None, :])
-        dk = tl.dot(ds.to(q_block.dtype), q_block, dk, input_precision=PRECISION)
-    return dk, dv
-
-
-@triton.jit
-def _backward_keys(
-    dout, q, k, v, lse, delta, dk, dv, scale, scale2, heads, group, sizes, band, drop,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0) * N
-    batch, key_head = tl.program_id(1) // (heads // group), tl.program_id(1) % (heads // group)
-    keys = first + tl.arange(0, N)
-    k_block = load(k, batch, key_head, keys, sizes[1], tl.arange(0, D), sizes[2])
-    v_block = load(v, batch, key_head, keys, sizes[1], tl.arange(0, DV), sizes[3])
-    positions = keys
-    if drop is not None:
-        positions = key_positions(drop, batch, keys, sizes[1])
-    dk_acc = tl.zeros((N, D), tl.float32)
-    dv_acc = tl.zeros((N, DV), tl.float32)
-    low, whole, cut, high = blocks_seen(first, N, sizes[1], sizes[0], M, sizes[0] - sizes[1], band[1], band[0])
-    for i in range(group):
-        head = key_head * group + i
-        for part in tl.static_range(3):
+        if part > 0 or band[0] is not None:
             start, stop = low, whole
             if part == 1:
                 start, stop = whole, cut
             if part == 2:
                 start, stop = cut, high
-            dk_acc, dv_acc = _differentiate_keys(
-                start, stop, dk_acc, dv_acc, k_block, v_block, keys, positions, dout, q, lse, delta, batch, head, heads,
-                scale2, sizes, band, drop, part != 1, M, N, D, DV, PRECISION,
+            acc = _differentiate_rows(
+                start, stop, acc, q_block, dout_block, rows, words, lse2, delta_rows, k_head, v_head, scale2, sq, sk,
+                band, drop, keys_at, part != 1, d, dv, M, N, D, DV, PRECISION,
             )  # fmt: skip
-    store(dk, batch, key_head, keys, sizes[1], tl.arange(0, D), sizes[2], dk_acc * scale)
-    store(dv, batch, key_head, keys, sizes[1], tl.arange(0, DV), sizes[3], dv_acc)
+    store(head_of(dq, batch, head, q_start), dq[1][0], first, sq, d, acc * scale, M, D)
+
+
+@triton.jit
+def _differentiate_keys(
+    start, stop, dk, dv_acc, k, v, keys, key_words, dout, q, lse, delta, scale2, sq, sk, band, drop, rows_at,
+    MASKED: tl.constexpr, d: tl.constexpr, dv: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK / scale and dV of one block of keys from row blocks [start, stop) of one head; scores are transposed."""
+    for block in range(start, stop):
+        first = block * M
+        q_block = load(q[0], q[1], first, sq, d, not MASKED, M, D)
+        dout_block = load(dout[0], dout[1], first, sq, dv, not MASKED, M, DV)
+        lse2 = load_row(lse, first, sq, not MASKED, M) * LOG2E
+        delta_rows = load_row(delta, first, sq, not MASKED, M)
+        p = tl.exp2(tl.dot(k, tl.trans(q_block), input_precision=PRECISION) * scale2 - lse2[None, :])
+        if MASKED:
+            rows = first + tl.arange(0, M)
+            p = tl.where(hidden(rows[None, :], keys[:, None], sq, sk, band), 0.0, p)
+        dp = tl.dot(v, tl.trans(dout_block), input_precision=PRECISION)
+        kept_p = p
+        if drop is not None:
+            multipliers = load_row(drop[0] + rows_at, first, sq, not MASKED, M)
+            offsets = load_row(drop[1] + rows_at, first, sq, not MASKED, M)
+            keep = kept(multipliers[None, :], offsets[None, :], key_words[:, None], drop[5])
+            factor = tl.where(keep, drop[6], 0.0)
+            kept_p = p * factor
+            dp *= factor
+        dv_acc = tl.dot(kept_p.to(dout_block.dtype), dout_block, dv_acc, input_precision=PRECISION)
+        ds = p * (dp - delta_rows[None, :])
+        dk = tl.dot(ds.to(q_block.dtype), q_block, dk, input_precision=PRECISION)
+    return dk, dv_acc
+
+
+@triton.jit
+def _backward_keys(
+    dout, q, k, v, lse, delta, row_stride, dk, dv_, scale, scale2, heads, group, sizes, band, drop, table,
+    d: tl.constexpr, dv: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    batch, key_head = tl.program_id(1) // (heads // group), tl.program_id(1) % (heads // group)
+    q_start, sq, k_start, sk = 0, sizes[0], 0, sizes[1]
+    if table is not None:
+        segment, block = segment_of(block, table)
+        if segment >= table[1]:
+            return
+        q_start, sq = tl.load(table[2] + segment), tl.load(table[3] + segment)
+        k_start, sk = tl.load(table[4] + segment), tl.load(table[5] + segment)
+    first = block * N
+    keys = first + tl.arange(0, N)
+    k_block = load(head_of(k, batch, key_head, k_start), k[1][0], first, sk, d, False, N, D)
+    v_block = load(head_of(v, batch, key_head, k_start), v[1][0], first, sk, dv, False, N, DV)
+    key_words = keys
+    if drop is not None:
+        key_words = load_row(drop[2] + batch.to(tl.int64) * drop[4] + k_start, first, sk, False, N)
+    dk_acc = tl.zeros((N, D), tl.float32)
+    dv_acc = tl.zeros((N, DV), tl.float32)
+    low, whole, cut, high = blocks_seen(first, N, sk, sq, M, sq - sk, band[1], band[0])
+    for i in range(group):
+        head = key_head * group + i
+        q_head = head_of(q, batch, head, q_start), q[1][0]
+        dout_head = head_of(dout, batch, head, q_start), dout[1][0]
+        number = (batch * heads + head).to(tl.int64)
+        lse_head = lse + number * row_stride[0] + q_start
+        delta_head = delta + number * row_stride[1] + q_start
+        rows_at = number
+        if drop is not None:
+            rows_at = number * drop[3] + q_start
+        for part in tl.static_range(3):
+            if part > 0 or band[1] is not None:
+                start, stop = low, whole
+                if part == 1:
+                    start, stop = whole, cut
+                if part == 2:
+                    start, stop = cut, high
+                dk_acc, dv_acc = _differentiate_keys(
+                    start, stop, dk_acc, dv_acc, k_block, v_block, keys, key_words, dout_head, q_head, lse_head,
+                    delta_head, scale2, sq, sk, band, drop, rows_at, part != 1, d, dv, M, N, D, DV, PRECISION,
+                )  # fmt: skip
+    store(head_of(dk, batch, key_head, k_start), dk[1][0], first, sk, d, dk_acc * scale, N, D)
+    store(head_of(dv_, batch, key_head, k_start), dv_[1][0], first, sk, dv, dv_acc, N, DV)
 
 
 def backward(
@@ -156,24 +195,31 @@ def backward(
     band: Band,
     scale: float,
     dropout: KeepMask | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Kernel.backward`."""
-    (sq, batch, heads, d), (sk, _, key_heads, dv) = q.shape, v.shape
-    dq, dk, dv_ = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    inputs = (*map(with_strides, (dout, q, k, v)), lse.contiguous(), delta.contiguous())
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    table: Segments | None = None,
+) -> None:
+    """See `Kernel.backward` and, with a table and a batch of one, `Kernel.backward_segments`.
+
+    lse and delta are [b * h, sq], the last dim contiguous.
+    """
+    (sq, batch, heads, d), (sk, _, key_heads, v_dim) = q.shape, v.shape
+    inputs = (*map(with_strides, (dout, q, k, v)), lse, delta, (lse.stride(0), delta.stride(0)))
     same = (
         scale,
         scale * LOG2E.value,
         heads,
         heads // key_heads,
-        (sq, sk, d, dv),
+        (sq, sk),
         tuple(band),
         drop_arguments(dropout),
     )
     blocks, how = tuned(q, v, BACKWARD_ROWS)
-    programs = triton.cdiv(sq, blocks[0]), batch * heads
-    run(_backward_rows, programs, (*inputs, with_strides(dq), *same), blocks, how, q)
+    programs, ends = blocks_of_rows(table, sq, blocks[0])
+    arguments = (*inputs, with_strides(dq), *same, ends, d, v_dim)
+    run(_backward_rows, (programs, batch * heads), arguments, blocks, how, q, dropout is not None)
     blocks, how = tuned(q, v, BACKWARD_KEYS)
-    programs = triton.cdiv(sk, blocks[1]), batch * key_heads
-    run(_backward_keys, programs, (*inputs, with_strides(dk), with_strides(dv_), *same), blocks, how, q)
-    return dq, dk, dv_
+    programs, ends = blocks_of_keys(table, sk, blocks[1])
+    arguments = (*inputs, with_strides(dk), with_strides(dv), *same, ends, d, v_dim)
+    run(_backward_keys, (programs, batch * key_heads), arguments, blocks, how, q, dropout is not None)

@@ -1,4 +1,4 @@
-"""What all of the kernels do with a block: load and store it, mask it, drop from it, and find the blocks to visit."""
+"""What all of the kernels do with a block: find its place, load and store it, mask it, and find the blocks to visit."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -6,65 +6,79 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_attn2d.attention.dropout import BITS
-
-SHIFT = tl.constexpr(64 - BITS)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+_SEARCHED = tl.constexpr(1024)
+_BEYOND = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _at(x, batch, head, rows, columns):
+def segment_of(block, table):
+    """Which segment of the table a block belongs to, and its number there; their count for blocks after the last."""
+    segment, before = 0, 0
+    for first in range(0, table[1], _SEARCHED):
+        i = first + tl.arange(0, _SEARCHED)
+        ends = tl.load(table[0] + i, i < table[1], other=_BEYOND)
+        passed = ends <= block
+        segment += tl.sum(passed.to(tl.int32))
+        before = tl.maximum(before, tl.max(tl.where(passed, ends, 0)))
+    return segment, block - before
+
+
+@triton.jit
+def head_of(x, batch, head, start):
+    """Where the rows of one head begin, from row `start` on, and how far they are from each other."""
     pointer, stride = x
-    base = pointer + batch.to(tl.int64) * stride[1] + head.to(tl.int64) * stride[2]
-    return base + rows.to(tl.int64)[:, None] * stride[0] + columns[None, :]
+    at = batch.to(tl.int64) * stride[1] + head.to(tl.int64) * stride[2] + tl.cast(start, tl.int64) * stride[0]
+    return pointer + at
 
 
 @triton.jit
-def load(x, batch, head, rows, n, columns, d):
-    """Rows of one head, 0 beyond the end."""
-    return tl.load(_at(x, batch, head, rows, columns), (rows < n)[:, None] & (columns < d)[None, :], other=0.0)
+def _at(pointer, stride, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    base = pointer + tl.cast(first, tl.int64) * stride
+    return base + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
-def store(x, batch, head, rows, n, columns, d, values):
-    """What `load` loads, in the dtype of x."""
-    inside = (rows < n)[:, None] & (columns < d)[None, :]
-    tl.store(_at(x, batch, head, rows, columns), values.to(x[0].dtype.element_ty), inside)
+def load(pointer, stride, first, n, d: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows from `first` on and the d columns of one head; 0 beyond the n rows, which whole blocks don't reach."""
+    at = _at(pointer, stride, first, ROWS, COLUMNS)
+    inside = (first + tl.arange(0, ROWS) < n)[:, None] & (tl.arange(0, COLUMNS) < d)[None, :]
+    if WHOLE:
+        inside = (tl.arange(0, COLUMNS) < d)[None, :]
+    if WHOLE and d == COLUMNS:
+        values = tl.load(at)
+    else:
+        values = tl.load(at, inside, other=0.0)
+    return values
 
 
 @triton.jit
-def _mixed(state, number):
-    """`dropout._mixed`, on unsigned numbers."""
-    x = state + (number.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
+def store(pointer, stride, first, n, d: tl.constexpr, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What `load` loads, in the dtype of what is pointed to."""
+    inside = (first + tl.arange(0, ROWS) < n)[:, None] & (tl.arange(0, COLUMNS) < d)[None, :]
+    tl.store(_at(pointer, stride, first, ROWS, COLUMNS), values.to(pointer.dtype.element_ty), inside)
 
 
 @triton.jit
-def row_states(drop, batch, head, rows, sq):
-    """The hash of seed, sequence, head and position of each row, from which those of its keys start."""
-    state = _mixed(tl.load(drop[0]).to(tl.uint64), tl.load(drop[1] + batch))
-    state = _mixed(state, tl.load(drop[2] + head))
-    return _mixed(state, tl.load(drop[3] + batch * drop[4] + rows, rows < sq, other=0))
+def load_row(pointer, first, n, WHOLE: tl.constexpr, ROWS: tl.constexpr):
+    """One number per row, from `first` on; 0 beyond the n rows."""
+    i = first + tl.arange(0, ROWS)
+    if WHOLE:
+        values = tl.load(pointer + i)
+    else:
+        values = tl.load(pointer + i, i < n, other=0)
+    return values
 
 
 @triton.jit
-def key_positions(drop, batch, keys, sk):
-    """Where keys stand in the whole sequence."""
-    return tl.load(drop[5] + batch * drop[6] + keys, keys < sk, other=0)
+def hidden(rows, keys, sq, sk, band):
+    """Whether a score lies beyond the last key or outside of the band, whose diagonal ends at the bottom right.
 
-
-@triton.jit
-def factors(drop, states, positions):
-    """0 for what is dropped, 1 / (1 - p) for what is kept; states and positions broadcast."""
-    return tl.where((_mixed(states, positions) >> SHIFT).to(tl.int64) >= drop[7], drop[8], 0.0)
-
-
-@triton.jit
-def hidden(rows, keys, sizes, band):
-    """Whether a score lies beyond the end or outside of the band, whose diagonal ends at the bottom right."""
-    hidden = (keys >= sizes[1]) | (rows >= sizes[0])
-    ahead = keys - rows - (sizes[1] - sizes[0])
+    Rows beyond the last need no mask: nothing of them is stored, and in the sums over rows they are zeros.
+    """
+    hidden = (keys >= sk) | (rows < 0)  # the shape of both
+    ahead = keys - rows - (sk - sq)
     if band[0] is not None:
         hidden = hidden | (ahead < -band[0])
     if band[1] is not None:
@@ -86,7 +100,5 @@ def blocks_seen(first, count, size, other, step, shift, before, after):
     if after is not None:
         high = tl.minimum(high, tl.cdiv(tl.maximum(last + after + 1, 0), step))
         cut = tl.minimum(cut, tl.maximum(first + shift + after + 1, 0) // step)
-    if first + count > size:  # positions beyond the end: all blocks are masked
-        cut = 0
     whole = tl.minimum(tl.maximum(whole, low), high)
     return low, whole, tl.minimum(tl.maximum(cut, whole), high), high

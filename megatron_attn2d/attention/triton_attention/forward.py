@@ -3,56 +3,60 @@
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.layout import Band
-from megatron_attn2d.attention.merge import accumulation_dtype
+from megatron_attn2d.attention.segments import Segments
 from megatron_attn2d.attention.triton_attention.blocks import (
+    LN2,
+    LOG2E,
     blocks_seen,
-    factors,
+    head_of,
     hidden,
-    key_positions,
     load,
-    row_states,
+    load_row,
+    segment_of,
     store,
 )
+from megatron_attn2d.attention.triton_attention.keep import drop_arguments, kept
 from megatron_attn2d.attention.triton_attention.launch import (
-    drop_arguments,
+    blocks_of_rows,
     forward_table,
     run,
     tuned,
     with_strides,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-
 
 @triton.jit
 def _attend(
-    start, stop, acc, total, highest, q, rows, states, k, v, batch, key_head, scale2, sizes, band, drop,
-    MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
+    start, stop, acc, total, highest, q, rows, words, k, v, scale2, sq, sk, band, drop, keys_at,
+    MASKED: tl.constexpr, d: tl.constexpr, dv: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Key blocks [start, stop) for one block of rows."""
-    columns, v_columns = tl.arange(0, D), tl.arange(0, DV)
     for block in range(start, stop):
-        keys = block * N + tl.arange(0, N)
-        k_block = load(k, batch, key_head, keys, sizes[1], columns, sizes[2])
-        scores = tl.dot(q, tl.trans(k_block), input_precision=PRECISION) * scale2
+        first = block * N
+        k_block = load(k[0], k[1], first, sk, d, not MASKED, N, D)
+        scores = tl.dot(q, tl.trans(k_block), input_precision=PRECISION)
         if MASKED:
-            scores = tl.where(hidden(rows[:, None], keys[None, :], sizes, band), -float("inf"), scores)
+            keys = first + tl.arange(0, N)
+            scores = tl.where(hidden(rows[:, None], keys[None, :], sq, sk, band), -float("inf"), scores)
         above = tl.maximum(highest, tl.max(scores, 1))
-        reference = tl.where(above == -float("inf"), 0.0, above)
-        p = tl.exp2(scores - reference[:, None])
-        decay = tl.exp2(highest - reference)
+        reference = above
+        if MASKED:
+            reference = tl.where(above == -float("inf"), 0.0, above)
+        p = tl.exp2(scores * scale2 - (reference * scale2)[:, None])
+        decay = tl.exp2((highest - reference) * scale2)
         total = total * decay + tl.sum(p, 1)
         if drop is not None:
-            p *= factors(drop, states[:, None], key_positions(drop, batch, keys, sizes[1])[None, :])
-        v_block = load(v, batch, key_head, keys, sizes[1], v_columns, sizes[3])
+            key_words = load_row(drop[2] + keys_at, first, sk, not MASKED, N)
+            keep = kept(words[0][:, None], words[1][:, None], key_words[None, :], drop[5])
+            p *= tl.where(keep, drop[6], 0.0)
+        v_block = load(v[0], v[1], first, sk, dv, not MASKED, N, DV)
         acc = tl.dot(p.to(v_block.dtype), v_block, acc * decay[:, None], input_precision=PRECISION)
         highest = above
     return acc, total, highest
@@ -60,54 +64,80 @@ def _attend(
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, scale2, heads, group, sizes, band, drop,
+    q, k, v, out, lse, lse_stride, scale2, heads, group, sizes, band, drop, table, d: tl.constexpr, dv: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Under a causal mask the last rows see most: they go first.
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    q_start, sq, k_start, sk = 0, sizes[0], 0, sizes[1]
+    if table is not None:
+        segment, block = segment_of(block, table)
+        if segment >= table[1]:
+            return
+        q_start, sq = tl.load(table[2] + segment), tl.load(table[3] + segment)
+        k_start, sk = tl.load(table[4] + segment), tl.load(table[5] + segment)
+    first = block * M
     rows = first + tl.arange(0, M)
-    q_block = load(q, batch, head, rows, sizes[0], tl.arange(0, D), sizes[2])
-    states = rows
+    q_block = load(head_of(q, batch, head, q_start), q[1][0], first, sq, d, False, M, D)
+    # Scores are scaled in the exponent alone. That wants a scale above 0: the sign goes to the queries.
+    q_block = tl.where(scale2 < 0, -q_block, q_block)
+    scale2 = tl.maximum(tl.abs(scale2), 1e-30)
+    k_head = head_of(k, batch, head // group, k_start), k[1][0]
+    v_head = head_of(v, batch, head // group, k_start), v[1][0]
+    words, keys_at = (rows, rows), k_start
     if drop is not None:
-        states = row_states(drop, batch, head, rows, sizes[0])
+        at = tl.program_id(1).to(tl.int64) * drop[3] + q_start
+        words = load_row(drop[0] + at, first, sq, False, M), load_row(drop[1] + at, first, sq, False, M)
+        keys_at = batch.to(tl.int64) * drop[4] + k_start
     acc = tl.zeros((M, DV), tl.float32)
     total = tl.zeros((M,), tl.float32)
     highest = tl.full((M,), -float("inf"), tl.float32)
-    low, whole, cut, high = blocks_seen(first, M, sizes[0], sizes[1], N, sizes[1] - sizes[0], band[0], band[1])
+    low, whole, cut, high = blocks_seen(first, M, sq, sk, N, sk - sq, band[0], band[1])
     for part in tl.static_range(3):
-        start, stop = low, whole
-        if part == 1:
-            start, stop = whole, cut
-        if part == 2:
-            start, stop = cut, high
-        acc, total, highest = _attend(
-            start, stop, acc, total, highest, q_block, rows, states, k, v, batch, head // group, scale2, sizes, band,
-            drop, part != 1, M, N, D, DV, PRECISION,
-        )  # fmt: skip
+        if part > 0 or band[0] is not None:  # without an end on the left the first part is empty
+            start, stop = low, whole
+            if part == 1:
+                start, stop = whole, cut
+            if part == 2:
+                start, stop = cut, high
+            acc, total, highest = _attend(
+                start, stop, acc, total, highest, q_block, rows, words, k_head, v_head, scale2, sq, sk, band, drop,
+                keys_at, part != 1, d, dv, M, N, D, DV, PRECISION,
+            )  # fmt: skip
     acc /= tl.where(total == 0, 1.0, total)[:, None]
-    store(out, batch, head, rows, sizes[0], tl.arange(0, DV), sizes[3], acc)
-    at = tl.program_id(1).to(tl.int64) * sizes[0] + rows
-    tl.store(lse + at, (highest + tl.log2(total)) * LN2, rows < sizes[0])
+    store(head_of(out, batch, head, q_start), out[1][0], first, sq, dv, acc, M, DV)
+    at = tl.program_id(1).to(tl.int64) * lse_stride + q_start + rows
+    tl.store(lse + at, (highest * scale2 + tl.log2(total)) * LN2, rows < sq)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, dropout: KeepMask | None
-) -> tuple[Tensor, Tensor]:
-    """See `Kernel.forward`."""
-    (sq, batch, heads, _), dv = q.shape, v.size(3)
-    out = q.new_empty((sq, batch, heads, dv))
-    lse = torch.empty((batch, heads, sq), dtype=accumulation_dtype(q.dtype), device=q.device)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Band,
+    scale: float,
+    dropout: KeepMask | None,
+    out: Tensor,
+    lse: Tensor,
+    table: Segments | None = None,
+) -> None:
+    """See `Kernel.forward` and, with a table and a batch of one, `Kernel.forward_segments`; lse is [b * h, sq]."""
+    (sq, batch, heads, d), dv = q.shape, v.size(3)
+    blocks, how = tuned(q, v, forward_table(q))
+    programs, ends = blocks_of_rows(table, sq, blocks[0])
     arguments = (
         *map(with_strides, (q, k, v, out)),
         lse,
+        lse.stride(0),
         scale * LOG2E.value,
         heads,
         heads // k.size(2),
-        (sq, k.size(0), q.size(3), dv),
+        (sq, k.size(0)),
         tuple(band),
         drop_arguments(dropout),
+        ends,
+        d,
+        dv,
     )
-    blocks, how = tuned(q, v, forward_table(q))
-    run(_forward, (triton.cdiv(sq, blocks[0]), batch * heads), arguments, blocks, how, q)
-    return out, lse
+    run(_forward, (programs, batch * heads), arguments, blocks, how, q, dropout is not None)

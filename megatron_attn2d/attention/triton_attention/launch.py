@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from megatron_attn2d.attention.dropout import BITS, KeepMask
+from megatron_attn2d.attention.segments import Segments
 
 # Rows and keys of a block, warps and pipeline stages by the widest head dim, for 16-bit inputs; the fastest measured on
 # H100. Those of forward's blocks that need more shared memory than an A100 has give way to smaller ones there.
@@ -55,6 +55,7 @@ def run(
     blocks: tuple[int, ...],
     how: dict[str, Any],
     q: Tensor,
+    dropout: bool,
 ) -> None:
     """Launches a kernel with the pipeline stages of its table, or as many as shared memory has room for.
 
@@ -63,7 +64,9 @@ def run(
     Raises:
         OutOfResources: one stage does not fit either.
     """
-    case = (kernel, blocks, q.dtype, q.device, arguments[-1] is None)  # dropout comes last
+    if programs[0] == 0:
+        return
+    case = (kernel, blocks, q.dtype, q.device, dropout)
     for stages in range(_stages.get(case, how["num_stages"]), 0, -1):
         try:
             kernel[programs](*arguments, *blocks, precision(q), **how | {"num_stages": stages})
@@ -81,26 +84,30 @@ def precision(q: Tensor) -> str:
 
 def with_strides(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """A tensor [n, b, heads, d] as kernels take it."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    assert x.stride(-1) == 1, "the last dim is contiguous"
     return x, x.stride()[:3]
 
 
-def drop_arguments(dropout: KeepMask | None) -> tuple[Any, ...] | None:
-    """Seed, sequences, heads, positions of rows and of keys with the strides of their batch, bound and factor."""
-    if dropout is None:
-        return None
-    seed = torch.as_tensor(dropout.dropout.seed, device=dropout.rows.device).view(1)
-    rows, keys = (x if x.stride(1) == 1 else x.contiguous() for x in (dropout.rows, dropout.keys))
-    p = dropout.dropout.p
-    return (
-        seed,
-        dropout.sequences,
-        dropout.heads,
-        rows,
-        rows.stride(0),
-        keys,
-        keys.stride(0),
-        round(p * (1 << BITS)),
-        1 / (1 - p),
-    )
+def blocks_of_rows(table: Segments | None, rows: int, step: int) -> tuple[int, tuple[Any, ...] | None]:
+    """See `_blocks_of`: blocks of query rows."""
+    if table is None:
+        return triton.cdiv(rows, step), None
+    return _blocks_of(table, table.q_lengths, table.most_q, rows, step)
+
+
+def blocks_of_keys(table: Segments | None, keys: int, step: int) -> tuple[int, tuple[Any, ...] | None]:
+    """See `_blocks_of`: blocks of keys."""
+    if table is None:
+        return triton.cdiv(keys, step), None
+    return _blocks_of(table, table.k_lengths, table.most_k, keys, step)
+
+
+def _blocks_of(table: Segments, lengths: Tensor, most: int, rows: int, step: int) -> tuple[int, tuple[Any, ...]]:
+    """How many blocks of `step` the segments have at most, and the table as kernels take it.
+
+    A kernel finds its segment among the running totals of blocks: how many there are is not known here.
+    """
+    count = lengths.size(0)
+    ends = ((lengths + (step - 1)) // step).cumsum(0, dtype=torch.int32)
+    programs = min(rows // step + count, count * triton.cdiv(most, step))
+    return programs, (ends, count, table.q_starts, table.q_lengths, table.k_starts, table.k_lengths)
