@@ -19,9 +19,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel
+from megatron_attn2d.attention.kernels.ragged import inside, put, running
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
-from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
+from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel, _without_gaps
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.merge import stand_in
 from megatron_attn2d.attention.segments import Segments
@@ -277,6 +278,37 @@ def test_gpu_kernels_call_the_operators_that_this_torch_has(
             assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, heads[0], 64), torch.float32)
             gradients = kernel().backward(out, q, k, k, out, lse, lse, band=band, scale=1.0)
             assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+
+
+def test_flash_attention_2_takes_tables_by_the_operators_that_this_torch_has() -> None:
+    numbers = np.array([(2, 20, 0, 30), (22, 0, 30, 0), (40, 24, 30, 66)])
+    with FakeTensorMode():
+        table = Segments(
+            *(torch.empty(n, device="cuda", dtype=torch.int32) for n in (4, 3, 4, 3)), CAUSAL, 24, 66, numbers
+        )
+        q, k = (torch.empty(n, h, 128, device="cuda", dtype=torch.bfloat16) for n, h in ((64, 8), (96, 2)))
+        lse = torch.empty(8, 64, device="cuda")
+        FlashKernel().forward_segments(q, k, k, table, scale=1.0, out=q, lse=lse)
+        FlashKernel().backward_segments(q, q, k, k, q, lse, None, table, scale=1.0, dq=q, dk=k, dv=k)
+
+
+def test_flash_attention_2_sees_gaps_as_sequences_without_partners() -> None:
+    table = Segments.of(np.array([(2, 3, 0, 4), (1, 0, 1, 0), (7, 2, 6, 1)]), FULL, 10, 8, torch.device("cpu"))
+    q_totals, k_totals = _without_gaps(table)
+    q_lengths, k_lengths = q_totals.diff().tolist(), k_totals.diff().tolist()
+    sequences = zip(q_totals[:-1].tolist(), q_lengths, k_totals[:-1].tolist(), k_lengths, strict=True)
+    assert [each for each in sequences if each[1] and each[3]] == [(2, 3, 0, 4), (7, 2, 6, 1)]
+    assert (sum(q_lengths), sum(k_lengths), min(q_lengths + k_lengths)) == (10, 8, 0)
+
+
+def test_results_reach_the_rows_of_a_table_alone() -> None:
+    starts, lengths = torch.tensor([1, 3, 3, 6], dtype=torch.int32), torch.tensor([2, 0, 2], dtype=torch.int32)
+    rows = inside(starts, lengths, 6)
+    assert rows.tolist() == [False, True, True, True, True, False]
+    into, found = torch.zeros(2, 6), torch.ones(2, 6)
+    put(into.t(), found.t(), rows)
+    assert into.tolist() == [rows.long().tolist()] * 2
+    assert running(lengths).tolist() == [0, 2, 2, 4]
 
 
 def test_the_benchmark_of_kernels_times_each_mask() -> None:

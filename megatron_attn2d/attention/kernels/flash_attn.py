@@ -2,7 +2,11 @@
 
 Measured on H100 at 16K-token chunks: a tenth faster than cuDNN forward and backward, and the only one here whose
 deterministic backward pass costs a few percent and no gigabytes. Its functions below autograd take and return the
-log-sum-exp; the first call for a head dim compiles for some seconds.
+log-sum-exp. The first call for a head dim compiles for some seconds. So does the first with a table of segments, and
+once more the first with a table of more than 256.
+
+With grouped heads the backward pass adds dK and dV up in fp32 buffers of its own, [keys, g, d] and [keys, g, dv]: twice
+the bytes of both gradients, for as long as the call takes. dQ has such a buffer in any case.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from torch import Tensor
 from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, Band
+from megatron_attn2d.attention.segments import Segments
 
 _HEAD_DIMS = (64, 96, 128, 192, 256)  # it takes others too, with wrong gradients for 80 (4.0.0b36 on H100)
 _LATENT = (192, 128)  # of multi-latent attention
+_BLOCKS = 257  # more rows or keys than one block has
 
 
 class FlashAttention4Kernel:
@@ -91,6 +97,65 @@ class FlashAttention4Kernel:
         )
         return dq, dk, dv
 
+    def forward_segments(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """See `Kernel.forward_segments`."""
+        if table.most_q == 0:
+            return
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        _flash_attn_fwd(
+            q, k, v, softmax_scale=scale, return_lse=True, out=out, lse=lse, **_places(table), **_mask(table.band)
+        )
+
+    def backward_segments(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor | None,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """See `Kernel.backward_segments`."""
+        if table.most_q == 0:
+            return
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        assert out is not None
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        # Only the deterministic pass has counters for every block of the longest segment. Where one block would do for
+        # all of them, another kernel is compiled: bounds beyond the largest block leave one.
+        bounds = (max(table.most_q, _BLOCKS), max(table.most_k, _BLOCKS)) if deterministic else (None, None)
+        _flash_attn_bwd(
+            *(q, k, v, out, dout, lse),
+            softmax_scale=scale,
+            deterministic=deterministic,
+            max_seqlen_q=bounds[0],
+            max_seqlen_k=bounds[1],
+            **{"dq": dq, "dk": dk, "dv": dv},
+            **_places(table),
+            **_mask(table.band),
+        )
+
 
 @cache
 def _installed() -> bool:
@@ -102,6 +167,16 @@ def _installed() -> bool:
 
 def _mask(band: Band) -> dict[str, Any]:
     return {"causal": band == CAUSAL, "window_size_left": band.left, "window_size_right": band.right}
+
+
+def _places(table: Segments) -> dict[str, Tensor]:
+    """The table as it takes them: beside lengths, running totals are but the starts."""
+    return {
+        "cu_seqlens_q": table.q_starts,
+        "cu_seqlens_k": table.k_starts,
+        "seqused_q": table.q_lengths,
+        "seqused_k": table.k_lengths,
+    }
 
 
 def _bshd(x: Tensor) -> Tensor:

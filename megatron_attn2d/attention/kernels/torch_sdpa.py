@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.ragged import inside, put
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, Band
+from megatron_attn2d.attention.segments import Segments
 
 _HALF = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
@@ -172,6 +174,83 @@ class FlashKernel:
             **_window(band),
         )
         return _bshd(dq), _bshd(dk), _bshd(dv)
+
+    def forward_segments(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """See `Kernel.forward_segments`."""
+        if table.most_q == 0:
+            return
+        places = _without_gaps(table)
+        found, found_lse, *_ = _aten._flash_attention_forward(
+            *(q, k, v, *places, table.most_q, table.most_k, 0.0, table.band == CAUSAL, False),
+            scale=scale,
+            **_window(table.band),
+        )
+        rows = inside(table.q_starts, table.q_lengths, q.size(0))
+        put(out, found, rows)
+        put(lse.t(), found_lse.t(), rows)
+
+    def backward_segments(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor | None,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """See `Kernel.backward_segments`."""
+        if table.most_q == 0:
+            return
+        unused = torch.empty((), dtype=torch.int64, device=q.device)
+        assert out is not None
+        places = _without_gaps(table)
+        found_q, *found_kv = _aten._flash_attention_backward(
+            *(dout, q, k, v, out, lse.contiguous(), *places, table.most_q, table.most_k, 0.0, table.band == CAUSAL),
+            *(unused, unused),
+            scale=scale,
+            **_window(table.band),
+        )
+        put(dq, found_q, inside(table.q_starts, table.q_lengths, q.size(0)))
+        keys = inside(table.k_starts, table.k_lengths, k.size(0))
+        for into, found in zip((dk, dv), found_kv, strict=True):
+            put(into, found, keys)
+
+
+def _without_gaps(table: Segments) -> tuple[Tensor, Tensor]:
+    """Running totals of queries and of keys, [3 S + 3].
+
+    FlashAttention-2 takes where a sequence ends for where the next one begins. Rows between two segments are a sequence
+    of their own without keys, and keys between them one without queries: both cost nothing.
+    """
+    q_begins, k_begins = table.q_starts[:-1], table.k_starts[:-1]
+    q_ends, k_ends = q_begins + table.q_lengths, k_begins + table.k_lengths
+    k_before = torch.nn.functional.pad(k_ends[:-1], (1, 0))  # where the keys of the segment before end
+    q_totals = torch.stack((q_begins, q_begins, q_ends), 1).flatten()
+    k_totals = torch.stack((k_before, k_begins, k_ends), 1).flatten()
+    first, q_last, k_last = q_totals.new_zeros(1), table.q_starts[-1:], table.k_starts[-1:]
+    q_totals = torch.cat((first, q_totals, q_last, q_last))
+    k_totals = torch.cat((first, k_totals, k_ends[-1:], k_last))
+    # An empty segment may start before the end of the one before it.
+    return q_totals.cummax(0).values, k_totals.cummax(0).values
 
 
 def _window(band: Band) -> dict[str, int]:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.ragged import inside, put, running
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, Band
+from megatron_attn2d.attention.segments import Segments
 
 
 class TransformerEngineKernel:
@@ -117,6 +119,101 @@ class TransformerEngineKernel:
             **_mask(causal),
         )
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
+    def forward_segments(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """See `Kernel.forward_segments`."""
+        if table.most_q == 0:
+            return
+        te = _functions()
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        found, (found_lse, *_) = te.fused_attn_fwd(
+            True,
+            *_bounds(table),
+            *_totals(table),
+            *(q, k, v, q.dtype),
+            te.FusedAttnBackend["F16_arbitrary_seqlen"],
+            attn_scale=scale,
+            qkv_layout="thd_thd_thd",
+            o_format="thd",
+            **_places(table),
+        )
+        rows = inside(table.q_starts, table.q_lengths, q.size(0))
+        put(out, found.view(out.shape), rows)
+        put(lse.t(), found_lse.squeeze(-1), rows)
+
+    def backward_segments(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor | None,
+        lse: Tensor,
+        delta: Tensor | None,
+        table: Segments,
+        *,
+        scale: float,
+        dropout: KeepMask | None = None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+    ) -> None:
+        """See `Kernel.backward_segments`."""
+        if table.most_q == 0:
+            return
+        assert out is not None
+        te = _functions()
+        q, k, v, out, dout = (x.contiguous() for x in (q, k, v, out, dout))
+        found_q, *found_kv = te.fused_attn_bwd(
+            *_bounds(table),
+            *_totals(table),
+            *(q, k, v, out, dout, dout.dtype),
+            [lse.t().contiguous().unsqueeze(-1), torch.zeros(2, dtype=torch.int64, device=q.device)],
+            te.FusedAttnBackend["F16_arbitrary_seqlen"],
+            attn_scale=scale,
+            qkv_layout="thd_thd_thd",
+            o_format="thd",
+            do_format="thd",
+            dqkv_layout="thd_thd_thd",
+            **_places(table),
+        )[:3]
+        put(dq, found_q.view(dq.shape), inside(table.q_starts, table.q_lengths, q.size(0)))
+        keys = inside(table.k_starts, table.k_lengths, k.size(0))
+        for into, found in zip((dk, dv), found_kv, strict=True):
+            put(into, found.view(into.shape), keys)
+
+
+def _totals(table: Segments) -> tuple[Tensor, Tensor]:
+    """Running totals of the lengths alone."""
+    return running(table.q_lengths), running(table.k_lengths)
+
+
+def _places(table: Segments) -> dict[str, Any]:
+    """Where segments start, and their mask."""
+    causal = table.band == CAUSAL
+    return {
+        "cu_seqlens_q_padded": table.q_starts,
+        "cu_seqlens_kv_padded": table.k_starts,
+        "attn_mask_type": "padding_causal" if causal else "padding",
+        "window_size": (-1, 0) if causal else (-1, -1),
+    }
+
+
+def _bounds(table: Segments) -> tuple[int, int]:
+    """Lengths of the longest segments, rounded up: cuDNN makes a plan for each, which takes a second."""
+    q, k = (1 << max(most - 1, 63).bit_length() for most in (table.most_q, table.most_k))
+    return q, k
 
 
 @cache
