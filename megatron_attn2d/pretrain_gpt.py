@@ -22,7 +22,7 @@ import torch
 
 from megatron_attn2d import data
 from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.megatron import agreement, compat, cpu, derive, progress
+from megatron_attn2d.megatron import agreement, compat, cpu, derive, progress, wandb_run
 from megatron_attn2d.megatron.fitting import fitting
 from megatron_attn2d.megatron.integrity import verified
 from megatron_attn2d.megatron.retention import retained
@@ -39,7 +39,7 @@ def main(megatron_args: Sequence[str]) -> None:
     Raises:
         ValueError: an argument contradicts what is installed or what this project supports.
     """
-    run_in_megatron(_pretrain, megatron_args)
+    run_in_megatron(partial(_pretrain, len(megatron_args)), megatron_args)
 
 
 def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]) -> None:
@@ -113,14 +113,17 @@ def refusals() -> Iterator[None]:
         raise UsageError(f"Megatron's arguments: {said}") from error
 
 
-def _pretrain(console: TextIO) -> None:
+def _pretrain(given: int, console: TextIO) -> None:
+    """Trains with the arguments in sys.argv, of which the first `given` were given and the others were derived."""
     from megatron.core.enums import ModelType
     from megatron.training import training
 
     from megatron_attn2d.megatron.finite_check import checked_for_finiteness
     from megatron_attn2d.megatron.self_check import checked_before_training
+    from megatron_attn2d.megatron.start_line import announced
 
-    args, config = parsed()
+    with wandb_run.continued(sys.argv[1:]):
+        args, config = parsed()
     datasets = partial(_datasets)
     datasets.is_distributed = True  # type: ignore[attr-defined]  # the builder decides by itself on which ranks to build
     with ExitStack() as stack:
@@ -130,6 +133,7 @@ def _pretrain(console: TextIO) -> None:
         stack.enter_context(verified())
         stack.enter_context(checked_for_finiteness(args))
         stack.enter_context(agreement.agreed(sys.argv[1:]))
+        stack.enter_context(announced(args, sys.argv[1 + given :], console))
         if args.attention_self_check:
             stack.enter_context(checked_before_training())
         # the time stamps outlive a run, and ranks that hold some make one collective call more than ranks that don't

@@ -245,7 +245,8 @@ class Logging(Section):
     tensorboard: Annotated[bool, NO_FLAG] = False
     """Write TensorBoard logs into the run's directory."""
     wandb_project: Name | None = None
-    """Report to Weights & Biases under this project; implies tensorboard, as Megatron reports to both or neither."""
+    """Report to Weights & Biases under this project, as one run per run.dir, which goes on where the training does;
+    implies tensorboard, as Megatron reports to both or neither."""
     wandb_entity: Name | None = None
     attention_communication: Annotated[bool, Flag("log-attention-communication")] = False
     """Report the share of a step in which a rank waits for attention's messages."""

@@ -98,6 +98,8 @@ class Reporter:
         self._metrics = Path(args.run_dir, "metrics.jsonl") if args.run_dir else None
         self._validation = Path(args.run_dir, "validation.jsonl") if args.run_dir else None
         self._validated: dict[str, Any] = {}
+        self._timed_out = False
+        self._complete: set[tuple[str, int]] = set()  # validations of this start, by set and step
         self._wait = AttentionWait() if args.log_attention_communication else None
         self._step_seconds = 0.0
         self._mean_seconds: float | None = None
@@ -105,14 +107,18 @@ class Reporter:
         self._started = False
 
     def patches(self) -> tuple[Patch, ...]:
-        """The functions of upstream's loop that are followed, and attention's messages; none is changed."""
+        """The functions of upstream's loop that are followed, and attention's messages."""
         reason = "each step is reported as it ends"
         return (
             Patch("megatron.training.training:train_step", self._timed, reason),
             Patch("megatron.training.training:training_log", self._followed, reason),
             Patch("megatron.training.training:save_checkpoint_and_time", self._announced, reason),
             Patch("megatron.training.training:evaluate", self._kept, "what it finds is only printed"),
-            Patch("megatron.training.training:evaluate_and_print_results", self._told, "what it finds is only printed"),
+            Patch(
+                "megatron.training.training:evaluate_and_print_results",
+                self._told,
+                "what it finds is only printed, and after the last step found again, on other samples",
+            ),
             *([self._wait.patch()] if self._wait else []),
         )
 
@@ -174,7 +180,7 @@ class Reporter:
         @functools.wraps(evaluate)
         def kept(*args: Any, **kwargs: Any) -> Any:
             result = evaluate(*args, **kwargs)
-            self._validated = result[0] or {}  # nothing where its time is up
+            self._validated, self._timed_out = result[0] or {}, bool(result[2])
             return result
 
         return kept
@@ -190,12 +196,16 @@ class Reporter:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
-            self._validated = {}
+            which = "test" if "test set" in prefix else "validation"
+            if (which, iteration) in self._complete:  # on all ranks
+                return None
+            self._validated, self._timed_out = {}, False
             result = evaluate_and_print_results(
                 prefix, forward_step_func, data_iterator, model, iteration, *args, **kwargs
             )
+            if not self._timed_out:
+                self._complete.add((which, iteration))
             if self._reports and "lm loss" in self._validated:
-                which = "test" if "test set" in prefix else "validation"
                 self._report_validation(iteration, which, float(self._validated["lm loss"]))
             return result
 

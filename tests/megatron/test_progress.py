@@ -1,5 +1,6 @@
 """What a run shows and records."""
 
+import contextlib
 import io
 import json
 import os
@@ -10,16 +11,18 @@ import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from megatron_attn2d import checkpoints
 from megatron_attn2d.attention.messages import Pending
 from megatron_attn2d.config import load_run, megatron_arguments
-from megatron_attn2d.megatron import progress
+from megatron_attn2d.megatron import progress, wandb_run
 from megatron_attn2d.megatron.attention_wait import AttentionWait
 from megatron_attn2d.megatron.patching import applied
 from megatron_attn2d.megatron.progress import Reporter, quiet
-from tests.megatron.runs import context_parallel, train
+from tests.megatron.runs import arguments, context_parallel, train
 from tests.pool import RankPool
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml"
@@ -39,16 +42,36 @@ def test_each_step_is_recorded_once_and_shown_in_a_line(pool: RankPool, text: Pa
     assert f"lm loss: {steps[0]['loss']:.6E}" in upstream[0]
 
 
+def test_a_start_says_in_a_line_what_trains(pool: RankPool, text: Path, tmp_path: Path) -> None:
+    options = {**context_parallel("attention2d", 2, 1), "num_layers": 1, "train_iters": 1, "data_path": text}
+    (_, said) = pool.run(first_line, 2, arguments(run_dir=tmp_path, **options))
+    assert said.startswith(
+        "GPT: 1 layer x 64, 4 heads on 2 of keys, float32; 4 x 64 tokens per step; tensor 1 x context 2 x pipeline "
+        f"1 x data 1; mode attention2d on a grid of 2x1, kernel reference; data {text}, split 1,0,0, seed 1234; derived: "
+    )
+    assert " --distributed-backend gloo " in said
+
+
+def first_line(rank: int, args: list[str]) -> str:
+    from megatron_attn2d import pretrain_gpt
+
+    console = io.StringIO()
+    with mock.patch.object(progress, "quiet", return_value=contextlib.nullcontext(console)):
+        pretrain_gpt.main(args)
+    return console.getvalue().partition("\n")[0]
+
+
 def test_validation_is_recorded_and_shown_as_upstream_finds_it(pool: RankPool, text: Path, tmp_path: Path) -> None:
-    options = {"split": "80,10,10", "eval_iters": 2, "eval_interval": 2, "train_iters": 5, "num_layers": 1}
+    options = {"split": "80,10,10", "eval_iters": 2, "eval_interval": 2, "train_iters": 4, "num_layers": 1}
     train(pool, 2, tmp_path, data_path=text, pipeline_model_parallel_size=1, **options)
     found = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
     log = (tmp_path / "logs/rank-1.log").read_text()
+    # after step 4 Megatron would find it twice, on other samples
     upstream = re.findall(r"validation loss at iteration (\d)( on test set)?.* \| lm loss value: (\S+)", log)
     assert [(one["step"], one["set"], f"{one['loss']:.6E}") for one in found] == [
         (int(step), "test" if test else "validation", loss) for step, test, loss in upstream
     ]
-    assert [one["step"] for one in found] == [2, 4, 5, 5]
+    assert [(one["step"], one["set"]) for one in found] == [(2, "validation"), (4, "validation"), (4, "test")]
 
 
 def test_a_run_that_begins_anew_lays_the_records_of_an_earlier_one_aside(tmp_path: Path) -> None:
@@ -188,9 +211,34 @@ def test_tensorboard_and_offline_wandb_get_upstreams_values_and_ours(
         assert [scalar.value for scalar in scalars] == pytest.approx([step[key] for step in steps], rel=1e-5), tag
     assert all(0 < step["attention_wait"] < 1 for step in steps)
     assert all(step["mfu"] == pytest.approx(step["tflops"] / 0.5) for step in steps)
-    (log,) = (tmp_path / "wandb").glob("wandb/offline-run-*/run-*.wandb")
+    identity = (tmp_path / "wandb-run-id").read_text().strip()
+    (log,) = (tmp_path / "wandb").glob(f"wandb/offline-run-*/run-{identity}.wandb")
     content = log.read_bytes()
     assert all(tag.encode() in content for tag in recorded)
+
+
+def test_a_run_directory_is_one_run_of_wandb_from_its_first_step_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2"})
+    args = ["--wandb-project", "project", "--run-dir", str(tmp_path)]
+
+    def identity(args: list[str] = args) -> str | None:
+        with wandb_run.continued(args):
+            assert ("WANDB_RUN_ID" in os.environ) == (os.environ.get("WANDB_RESUME") == "allow")
+            return os.environ.get("WANDB_RUN_ID")
+
+    first = identity()
+    assert first != identity(), "a training that begins anew is another run"
+    checkpoint = checkpoints.folder(tmp_path / "checkpoints", 3)
+    checkpoint.mkdir(parents=True)
+    for name in (".metadata", "metadata.json"):
+        (checkpoint / name).touch()
+    second = identity()
+    assert second == identity() == (tmp_path / "wandb-run-id").read_text().strip()
+    assert identity(args[2:]) is None
+    os.environ["RANK"] = "0"
+    assert identity() is None
 
 
 def set_environment(rank: int, values: dict[str, str]) -> None:

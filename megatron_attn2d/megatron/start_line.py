@@ -1,0 +1,87 @@
+"""The line with which a training begins: model, sizes, ranks, attention and its kernel, data, what was derived."""
+
+from __future__ import annotations
+
+import functools
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TextIO
+
+import torch
+
+from megatron_attn2d.attention.kernels import choose_kernel
+from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+from megatron_attn2d.megatron.patching import Patch, applied
+from megatron_attn2d.megatron.self_check import describe, distinct_attentions
+
+
+def announced(args: Namespace, derived: Sequence[str], console: TextIO) -> AbstractContextManager[None]:
+    """While entered, the last rank, which reports the steps too, says what it trains before upstream's loop begins."""
+
+    def announce_first(train: Any) -> Any:
+        @functools.wraps(train)
+        def announce(forward_step_func: Any, model: Any, *rest: Any, **kwargs: Any) -> Any:
+            if args.rank == args.world_size - 1:
+                print(line(args, distinct_attentions(model), derived), file=console, flush=True)
+            return train(forward_step_func, model, *rest, **kwargs)
+
+        return announce
+
+    return applied([Patch("megatron.training.training:train", announce_first, "what trains is said before it does")])
+
+
+def line(args: Namespace, attentions: Iterable[ContextParallelAttention], derived: Sequence[str]) -> str:
+    """One line, parts by semicolons; `derived` are arguments, flags and their values, that nobody gave."""
+    return "; ".join(
+        [
+            _model(args),
+            f"{args.global_batch_size:,} x {args.seq_length:,} tokens per step",
+            f"tensor {args.tensor_model_parallel_size} x context {args.context_parallel_size} x pipeline "
+            f"{args.pipeline_model_parallel_size} x data {args.data_parallel_size}",
+            ", ".join(dict.fromkeys(_attention(one) for one in attentions))
+            or f"attention of Transformer Engine ({' '.join(args.cp_comm_type)})",
+            _data(args),
+            f"derived: {' '.join(derived) or 'nothing'}",
+        ]
+    )
+
+
+def _model(args: Namespace) -> str:
+    kind = "GPT" if args.hybrid_layer_pattern is None else f"hybrid {args.hybrid_layer_pattern}"
+    heads = f"{args.num_attention_heads} heads"
+    if args.group_query_attention:
+        heads += f" on {args.num_query_groups} of keys"
+    experts = f", {args.num_experts} experts" if args.num_experts else ""
+    dtype = str(args.params_dtype).removeprefix("torch.")
+    layers = f"{args.num_layers} layer{'s' * (args.num_layers > 1)}"
+    return f"{kind}: {layers} x {args.hidden_size}, {heads}{experts}, {dtype}"
+
+
+def _attention(attention: ContextParallelAttention) -> str:
+    config, (head_dim, v_head_dim) = attention.config, attention.head_dims
+    request = Request(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        config.params_dtype,
+        head_dim,
+        v_head_dim,
+        windows=attention.window is not None,
+        dropout=attention.dropout > 0,
+        grouped=config.num_query_groups not in (None, config.num_attention_heads),
+    )
+    where = describe(attention) if config.context_parallel_size > 1 else "attention on one rank"
+    window = "" if attention.window is None else f", window {attention.window}"
+    return f"{where}{window}, kernel {choose_kernel('auto', request).name}"
+
+
+def _data(args: Namespace) -> str:
+    if args.mock_data:
+        return "made-up data"
+    return f"data {' '.join(_shortened(args.data_path or []))}, split {args.split}, seed {args.seed}"
+
+
+def _shortened(words: Sequence[str], most: int = 8) -> Iterator[str]:
+    yield from words[:most]
+    if len(words) > most:
+        yield f"and {len(words) - most} more"
