@@ -2,23 +2,27 @@
 """Time whole training steps under ring attention and attention2d, side by side, and compare their losses.
 
     python scripts/benchmark_training.py --ranks 2 --seq 65536 131072
+    python scripts/benchmark_training.py --ranks 2 --per-rank 4096 --graphs none attention layer iteration
+    python scripts/benchmark_training.py --ranks 2 --seq 16384 --fp8 none delayed tensorwise blockwise
 
 Trains the GPT of benchmark_training.yaml from the same seed for some steps with each mode, all ranks as context ranks,
-through `megatron-attn2d train`. Where Transformer Engine is installed, `ring` is its p2p and `all_gather` its own too.
-Tokens/s are the median over the steps after the first five; the loss column is the largest relative difference of a
-step's loss from the first mode's.
+through `megatron-attn2d train`; with each of `--graphs` (training.cuda_graphs) and of `--fp8` (training.fp8). Where
+Transformer Engine is installed, `ring` is its p2p and `all_gather` its own too. Tokens/s are the median over the steps
+after the first five; the loss column is the largest relative difference of a step's loss from the first row's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,48 +35,81 @@ ROOT = Path(__file__).resolve().parents[1]
 WARMUP = 5
 
 
+class Case(NamedTuple):
+    """What a run trains with, besides the length."""
+
+    mode: str
+    graphs: str
+    fp8: str
+
+    @property
+    def label(self) -> str:
+        """As the table says it."""
+        return (
+            self.mode
+            + (f", graphs {self.graphs}" * (self.graphs != "none"))
+            + (f", FP8 {self.fp8}" * (self.fp8 != "none"))
+        )
+
+
 def main() -> None:
     """Train every case and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="context-parallel ranks, a GPU each")
     parser.add_argument("--seq", nargs="+", type=int, default=[65536, 131072])
+    parser.add_argument("--per-rank", type=int, help="tokens per rank, instead of --seq")
     parser.add_argument("--modes", nargs="+", default=["ring", "attention2d"])
+    parser.add_argument("--graphs", nargs="+", default=["none"], help="none, attention, layer, iteration")
+    parser.add_argument("--fp8", nargs="+", default=["none"], help="none, delayed, tensorwise, blockwise")
     parser.add_argument("--grid", default="auto", help="of attention2d: auto or [R,C]")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a run")
     parser.add_argument("overrides", nargs="*", help="key=value of the YAML, for every run")
-    args = parser.parse_args()
-    for seq in args.seq:
+    args = parser.parse_intermixed_args()
+    cases = [Case(*case) for case in itertools.product(args.modes, args.graphs, args.fp8)]
+    failed = False
+    for seq in [args.per_rank * args.ranks] if args.per_rank else args.seq:
         base: list[dict[str, Any]] = []
-        for mode in args.modes:
-            steps = train(args, seq, mode)
+        for case in cases:
+            try:
+                steps = train(args, seq, case)
+            except TrainingError as error:
+                failed = True
+                print(f"S={seq:7d} {case.label} failed:\n{error}", flush=True)
+                continue
             base = base or steps
-            show(seq, mode, steps, base)
+            show(seq, case.label, steps, base)
+    sys.exit(failed)
 
 
 class TrainingError(RuntimeError):
     """A run that failed, and what it printed."""
 
 
-def train(args: argparse.Namespace, seq: int, mode: str) -> list[dict[str, Any]]:
-    """The recorded steps of one run."""
+def train(args: argparse.Namespace, seq: int, case: Case) -> list[dict[str, Any]]:
+    """The recorded steps of one run; raises TrainingError."""
     overrides = [
         f"training.seq_length={seq}",
         f"training.train_iters={args.steps}",
+        f"training.cuda_graphs={case.graphs}",
+        f"training.fp8={case.fp8}",
         f"context_parallel.size={args.ranks}",
-        f"context_parallel.mode={mode}",
-        *([f"context_parallel.grid={args.grid}"] if mode == "attention2d" else []),
+        f"context_parallel.mode={case.mode}",
+        *([f"context_parallel.grid={args.grid}"] if case.mode == "attention2d" else []),
         f"environment.gpus_per_node={args.ranks}",
         *args.overrides,
     ]
-    try:
-        return run(ROOT / "scripts/benchmark_training.yaml", args.ranks, overrides, args.timeout)
-    except TrainingError as error:
-        sys.exit(f"{mode} at {seq} tokens failed:\n{error}")
+    return run(ROOT / "scripts/benchmark_training.yaml", args.ranks, overrides, args.timeout)
 
 
 def run(
-    yaml: Path, ranks: int, overrides: list[str], timeout: float, torchrun: bool = True, enough: int = 10**9
+    yaml: Path,
+    ranks: int,
+    overrides: list[str],
+    timeout: float,
+    torchrun: bool = True,
+    enough: int = 10**9,
+    directory: str | None = None,
 ) -> list[dict[str, Any]]:
     """Train and return the recorded steps.
 
@@ -81,11 +118,13 @@ def run(
         timeout: seconds after which all of them are ended.
         torchrun: start them by it; else the command itself forks them, which suits CPU ranks.
         enough: steps that count although the run was ended by its timeout.
+        directory: of the run; None for one that goes afterwards.
 
     Raises:
         TrainingError: it failed, or was ended with fewer steps than are enough.
     """
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() if directory is None else nullcontext(directory) as directory:
+        Path(directory).mkdir(parents=True, exist_ok=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if torchrun else []
         command = [sys.executable, *launcher, "-m", "megatron_attn2d.cli", "train", str(yaml), f"run.dir={directory}"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -126,13 +165,14 @@ def summary(steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str
     }
 
 
-def show(seq: int, mode: str, steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> None:
+def show(seq: int, label: str, steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> None:
     """Print a row."""
     row, first = summary(steps, base), summary(base, base)
     print(
-        f"S={seq:7d} {mode:12s} {row['tokens_per_s']:9.0f} tokens/s {row['tokens_per_s'] / first['tokens_per_s']:6.3f}x"
-        f"  {row['tflops']:6.1f} TFLOP/s a rank {row['memory_gib']:6.2f} GiB  "
-        f"loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}, apart {row['apart']:.1e}",
+        f"S={seq:7d} {label:29s} {row['tokens_per_s']:9.0f} tokens/s "
+        f"{row['tokens_per_s'] / first['tokens_per_s']:6.3f}x  {row['tflops']:6.1f} TFLOP/s per rank "
+        f"{row['memory_gib']:6.2f} GiB  loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}, "
+        f"apart {row['apart']:.1e}",
         flush=True,
     )
 

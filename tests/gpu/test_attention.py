@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention import overlap
+from megatron_attn2d.attention.dropout import Dropout
 from tests.attention.dense import batch_first, zigzag
 from tests.pool import RankPool
 
@@ -174,32 +175,53 @@ def test_large_logits(pool: RankPool, dtype: torch.dtype) -> None:
     check(pool, "attention2d", (2, 2), logits=12.0, dtype=dtype, chunk=512)
 
 
-def replayed(rank: int) -> list[bool]:
-    """Whether output and gradients of a replayed CUDA graph equal those of a plain call on the same inputs."""
+def replayed(rank: int, layout: tuple[int, int, int] | None, p: float) -> list[bool]:
+    """Whether output and gradients of two replays of a CUDA graph equal those of plain calls on the same inputs.
+
+    Args:
+        rank: of two.
+        layout: U, R, C; None for a ring.
+        p: of dropout, whose seed each replay draws: the last answer is whether the two drew different ones.
+    """
     start(rank)
-    assert dist.group.WORLD is not None
-    grid = Grid.from_group(dist.group.WORLD, rows=2, cols=1)
+    group = dist.group.WORLD
+    assert group is not None
+    heads, rows, cols = layout or (1, 1, 1)
+    grid = Grid.single() if layout is None else Grid.from_group(group, heads=heads, rows=rows, cols=cols)
     q, k, v = (torch.randn(512, 1, 4, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     dout = torch.randn_like(q)
 
-    def call() -> list[Tensor]:
-        out = attention2d(q, k, v, grid)
+    def call(seed: Tensor) -> list[Tensor]:
+        dropout = Dropout(p, seed) if p else None
+        if layout is None:
+            out = ring_attention(q, k, v, group, dropout=dropout)
+        else:
+            out = attention2d(q, k, v, grid, dropout=dropout)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
     torch.use_deterministic_algorithms(True)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        call()
+        call(torch.ones(1, dtype=torch.int64, device="cuda"))
     torch.cuda.synchronize()
+    torch.cuda.manual_seed(1)  # the same on both ranks
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        static = call()
-    with torch.no_grad():
-        for x in (q, k, v):
-            x.copy_(torch.randn_like(x))
-    graph.replay()
-    return [torch.equal(a, b) for a, b in zip(static, call(), strict=True)]
+        seed = torch.randint(2**62, (1,), device="cuda")
+        static = call(seed)
+    same, seeds = [], []
+    for _ in range(2):
+        with torch.no_grad():
+            for x in (q, k, v):
+                x.copy_(torch.randn_like(x))
+        graph.replay()
+        seeds.append(seed.item())
+        same += [torch.equal(a, b) for a, b in zip(static, call(seed), strict=True)]
+    graph.reset()
+    return [*same, seeds[0] != seeds[1]]
 
 
-def test_cuda_graph(pool: RankPool) -> None:
-    assert all(map(all, pool.run(replayed, 2, init_group=False)))
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 2), (2, 1, 1), None], ids=str)
+def test_cuda_graph(pool: RankPool, layout: tuple[int, int, int] | None, p: float) -> None:
+    assert all(map(all, pool.run(replayed, 2, layout, p, init_group=False)))

@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Train a tiny GPT with CUDA graphs and without, and compare every step bit by bit.
+
+    python scripts/check_cuda_graphs.py --ranks 2
+    python scripts/check_cuda_graphs.py --ranks 4 --only pipeline
+
+Each row is a run of `megatron-attn2d train` on all ranks, in deterministic mode. Its losses and gradient norms must be
+those of the same run without graphs, and it must end by itself: also after SIGTERM, and where it continues from a
+checkpoint. Several runs share the GPUs, as starting takes longer than training. Exits with 1 where a row failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmark_training import ROOT, TrainingError, run
+from watched import end
+
+from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.metrics import read_steps
+
+YAML = ROOT / "scripts/benchmark_training.yaml"
+TINY = [
+    *("model.num_layers=4", "model.hidden_size=512", "model.num_attention_heads=8", "data.vocab_size=1024"),
+    *("data.null_tokenizer_eod_id=1023", "training.seq_length=2048", "training.train_iters=10"),
+    *("megatron_args.deterministic_mode=true", "megatron_args.cross_entropy_loss_fusion=null"),
+]
+BY_TE = "megatron_args.cuda_graph_impl=transformer_engine"
+GRAPHS = {
+    "layer": ["training.cuda_graphs=layer"],
+    "layer, by Transformer Engine": ["training.cuda_graphs=layer", BY_TE],
+    "attention": ["training.cuda_graphs=attention"],
+    "iteration": ["training.cuda_graphs=iteration"],
+}
+SELECTIVE = ["training.recompute_granularity=selective"]
+FULL = ["training.recompute_granularity=full", "training.recompute_method=uniform", "training.recompute_num_layers=1"]
+SEVERAL = ["training.global_batch_size=4"]  # micro-batches of one sequence
+
+type Steps = list[dict[str, Any]]
+type Row = tuple[str, list[str], str, list[str]]
+"""What is compared, its overrides, the graphs, and overrides of the run with graphs alone."""
+
+
+def grid(*axes: int) -> list[str]:
+    """Overrides for attention2d on this grid."""
+    return [f"context_parallel.grid={list(axes)}"]
+
+
+def rows(ranks: int) -> list[Row]:
+    """All that is compared on these ranks."""
+    main = f"attention2d {ranks}x1", grid(ranks, 1)
+    found: list[Row] = [(*main, graphs, []) for graphs in GRAPHS]
+    others = [(f"attention2d 1x{ranks}", grid(1, ranks)), (f"attention2d {ranks}x1x1", grid(ranks, 1, 1))]
+    if ranks == 4:
+        others += [("attention2d 2x2", grid(2, 2)), ("attention2d 2x2x1", grid(2, 2, 1))]
+        others += [("attention2d 2x2, tile 1x2", [*grid(2, 2), "context_parallel.tile=[1, 2]"])]
+    found += [(*other, graphs, []) for other in others for graphs in ("layer", "iteration")]
+    found += [("ring", ["context_parallel.mode=ring"], graphs, []) for graphs in ("layer", "iteration")]
+    found += [(*main, "layer", SELECTIVE), (*main, "iteration", FULL)]
+    several = f"{main[0]}, 4 micro-batches", [*main[1], *SEVERAL]
+    found += [(*several, graphs, []) for graphs in ("layer", "attention", "iteration")]
+    if ranks == 4:
+        stages = ["parallelism.pipeline=2", "context_parallel.size=2", *grid(2, 1), *SEVERAL]
+        found += [("pipeline of 2, 2x1", stages, graphs, []) for graphs in GRAPHS]
+        interleaved = [*stages, "parallelism.virtual_pipeline=2"]
+        found += [("interleaved pipeline of 2, 2x1", interleaved, graphs, []) for graphs in GRAPHS]
+        tensor = ["parallelism.tensor=2", "parallelism.sequence_parallel=true", "context_parallel.size=2", *grid(2, 1)]
+        found += [("tensor 2, sequence parallel, 2x1", tensor, graphs, []) for graphs in ("layer", "iteration")]
+    return found
+
+
+def main() -> None:
+    """Run everything, print a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, choices=[2, 4], help="a GPU each")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--jobs", type=int, default=5, help="runs at once")
+    parser.add_argument("--timeout", type=float, default=150, help="seconds for a run")
+    args = parser.parse_args()
+    checks: dict[str, Callable[[], str]] = {}
+    with ThreadPoolExecutor(args.jobs) as executor:
+        plain: dict[str, Future[Steps]] = {}
+        compared = [row for row in rows(args.ranks) if args.only in f"{row[0]}: {row[2]}"]
+        for name, overrides, _, _ in compared:
+            if name not in plain:
+                plain[name] = executor.submit(train, args, overrides)
+        for name, overrides, graphs, more in compared:
+            label = ", ".join([f"{name}: {graphs}", *("recomputed" for _ in more[:1])])
+            checks[label] = lambda o=[*overrides, *GRAPHS[graphs], *more], n=name: same(
+                train(args, o), plain[n].result()
+            )
+        for graphs, overrides in GRAPHS.items():
+            if graphs != "layer, by Transformer Engine":
+                checks[f"dropout: {graphs}"] = partial(dropout, args, overrides)
+                checks[f"200 steps, stopped and resumed: {graphs}"] = partial(resumed, args, overrides)
+                checks[f"SIGTERM: {graphs}"] = partial(terminated, args, overrides)
+        started = {label: executor.submit(check) for label, check in checks.items() if args.only in label}
+        failed = 0
+        for label, future in started.items():
+            try:
+                verdict = f"ok      {future.result()}"
+            except (TrainingError, UsageError, AssertionError) as error:
+                failed, verdict = failed + 1, f"FAILED  {str(error)[-3000:]}"
+            print(f"{label:62s} {verdict}", flush=True)
+    print(f"{len(started) - failed} of {len(started)} as they should be")
+    sys.exit(failed > 0)
+
+
+def train(args: argparse.Namespace, overrides: list[str], directory: str | None = None) -> Steps:
+    """The recorded steps of a run that ended by itself."""
+    return run(YAML, args.ranks, [*tiny(args), *overrides], args.timeout, torchrun=False, directory=directory)
+
+
+def tiny(args: argparse.Namespace) -> list[str]:
+    """Overrides for the tiny model on all ranks."""
+    return [*TINY, f"context_parallel.size={args.ranks}", f"environment.gpus_per_node={args.ranks}"]
+
+
+def compare(args: argparse.Namespace, overrides: list[str], expected: Future[Steps]) -> str:
+    """Says that a run took the same steps as one without graphs."""
+    return same(train(args, overrides), expected.result())
+
+
+def same(found: Steps, expected: Steps) -> str:
+    """Says that two runs took the same steps; raises AssertionError with the first difference."""
+    assert len(found) == len(expected), f"{len(found)} steps instead of {len(expected)}"
+    for one, other in zip(found, expected, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert one[name] == other[name], (
+                f"{name} of step {one['step']} is {one[name]}, without graphs {other[name]}"
+            )
+    return f"{len(found)} steps, bit by bit"
+
+
+def dropout(args: argparse.Namespace, graphs: list[str]) -> str:
+    """Says how far losses with dropout are from those without graphs, whose random numbers are others."""
+    overrides = [*grid(args.ranks, 1), "model.attention_dropout=0.3", "training.train_iters=20", "optimizer.lr=1e-30"]
+    losses = [[step["loss"] for step in train(args, [*overrides, *more])] for more in (graphs, [])]
+    apart = max(abs(a - b) / b for a, b in zip(*losses, strict=True))
+    assert 0 < apart < 5e-2, f"losses with dropout are {apart:.1e} apart"
+    return f"losses {apart:.1e} apart"
+
+
+def resumed(args: argparse.Namespace, graphs: list[str]) -> str:
+    """Says that a run that stopped in the middle went on as one that did not."""
+    with tempfile.TemporaryDirectory() as directory:
+        kept = [*grid(args.ranks, 1), *graphs, "training.train_iters=200", "checkpoint.save=true"]
+        whole = train(args, kept, f"{directory}/whole")
+        train(args, [*kept, "training.exit_interval=100"], f"{directory}/split")
+        steps = train(args, kept, f"{directory}/split")
+    return same(steps[-100:], whole[-100:])
+
+
+def terminated(args: argparse.Namespace, graphs: list[str]) -> str:
+    """Says how long a run took to end after SIGTERM."""
+    ranks = [f"context_parallel.size={args.ranks}", f"environment.gpus_per_node={args.ranks}"]
+    with tempfile.TemporaryDirectory() as directory:
+        overrides = [
+            *TINY,
+            *ranks,
+            *grid(args.ranks, 1),
+            *graphs,
+            "training.train_iters=100000",
+            f"run.dir={directory}",
+        ]
+        command = [sys.executable, "-m", "megatron_attn2d.cli", "train", str(YAML), *overrides]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + args.timeout
+            while len(_steps(directory)) < 20:
+                assert process.poll() is None, "it ended before it was told to"
+                assert time.monotonic() < deadline, f"no 20 steps in {args.timeout:.0f} s"
+                time.sleep(0.2)
+            begin = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            try:
+                code = process.wait(60)
+            except subprocess.TimeoutExpired:
+                raise AssertionError("still there a minute after SIGTERM") from None
+        finally:
+            end(process)
+    assert code == 0, f"exit code {code} after SIGTERM"
+    return f"ended in {time.monotonic() - begin:.1f} s"
+
+
+def _steps(directory: str) -> dict[int, dict[str, Any]]:
+    with suppress(UsageError):
+        return read_steps(Path(directory))
+    return {}
+
+
+if __name__ == "__main__":
+    main()
