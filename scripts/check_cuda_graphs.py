@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmark_training import ROOT, TrainingError, run
 from watched import end
@@ -165,37 +165,33 @@ def resumed(args: argparse.Namespace, graphs: list[str]) -> str:
 
 def terminated(args: argparse.Namespace, graphs: list[str]) -> str:
     """Says how long a run took to end after SIGTERM."""
-    ranks = [f"context_parallel.size={args.ranks}", f"environment.gpus_per_node={args.ranks}"]
-    with tempfile.TemporaryDirectory() as directory:
-        overrides = [
-            *TINY,
-            *ranks,
-            *grid(args.ranks, 1),
-            *graphs,
-            "training.train_iters=100000",
-            f"run.dir={directory}",
-        ]
+    with tempfile.TemporaryDirectory() as directory, Path(directory, "printed.txt").open("w+") as printed:
+        overrides = [*tiny(args), *grid(args.ranks, 1), *graphs, "training.train_iters=100000", f"run.dir={directory}"]
         command = [sys.executable, "-m", "megatron_attn2d.cli", "train", str(YAML), *overrides]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=printed, start_new_session=True)
         try:
             deadline = time.monotonic() + args.timeout
-            while len(_steps(directory)) < 20:
-                assert process.poll() is None, "it ended before it was told to"
-                assert time.monotonic() < deadline, f"no 20 steps in {args.timeout:.0f} s"
+            while process.poll() is None and time.monotonic() < deadline and len(_steps(directory)) < 20:
                 time.sleep(0.2)
+            steps, code = len(_steps(directory)), process.poll()
+            assert code is None, f"exit code {code} after {steps} steps\n{_tail(printed)}"
+            assert steps >= 20, f"{steps} steps in {args.timeout:.0f} s\n{_tail(printed)}"
             begin = time.monotonic()
             process.send_signal(signal.SIGTERM)
             try:
                 code = process.wait(60)
             except subprocess.TimeoutExpired:
                 raise AssertionError("still there a minute after SIGTERM") from None
+            assert code == 0, f"exit code {code} after SIGTERM\n{_tail(printed)}"
         finally:
             end(process)
-    assert code == 0, f"exit code {code} after SIGTERM"
     return f"ended in {time.monotonic() - begin:.1f} s"
+
+
+def _tail(printed: IO[str]) -> str:
+    printed.seek(0)
+    return printed.read()[-2000:]
 
 
 def _steps(directory: str) -> dict[int, dict[str, Any]]:
