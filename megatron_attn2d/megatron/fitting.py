@@ -74,11 +74,18 @@ def differences(theirs: Namespace, ours: Namespace) -> Iterator[str]:
     # Other tokenizers say theirs, and padding to tensor ranks is upstream's to undo.
     names += ["vocab_size"] * (getattr(theirs, "tokenizer_type", None) == ours.tokenizer_type == "NullTokenizer")
     for name in names:
-        if hasattr(theirs, name) and getattr(theirs, name) != getattr(ours, name):
+        if hasattr(theirs, name) and _shape(theirs, name) != _shape(ours, name):
             section = next((title for title, one in _SECTIONS.items() if name in one.model_fields), "megatron_args")
-            there, here = show(getattr(theirs, name)), show(getattr(ours, name))
+            there, here = show(_shape(theirs, name)), show(_shape(ours, name))
             where = f"{there} in this checkpoint and {here} here"
             yield f"{section}.{name} is {where}; choose {there}, or another checkpoint"
+
+
+def _shape(args: Namespace, name: str) -> Any:
+    """An argument; of key/value heads what it means, as upstream writes it down when it first counts operations."""
+    if name == "num_query_groups" and not args.group_query_attention:
+        return args.num_attention_heads
+    return getattr(args, name)
 
 
 def _in_words(error: BaseException) -> str:
