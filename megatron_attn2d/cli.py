@@ -5,10 +5,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from importlib import metadata
 from pathlib import Path
+from typing import Any, NoReturn
 
-from megatron_attn2d import checkpoints, environment, evaluate, memory, run_lock
+from megatron_attn2d import __version__, checkpoints, environment, evaluate, memory, run_lock
 from megatron_attn2d import report as run_report
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments, resolved_yaml
 from megatron_attn2d.config.arguments import left_out
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megatron-attn2d", description="GPT pretraining with 2D context parallelism.")
+    parser.add_argument("--version", action=_Version, help="show the versions of this package and of what it rests on")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="pretrain what a YAML describes", description=_train.__doc__)
@@ -71,6 +74,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if extra:
         known.overrides += extra
     return known
+
+
+class _Version(argparse.Action):
+    """Looks versions up only where they are asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{parser.prog} {__version__}")
+        for package in ("megatron-core", "torch", "transformer-engine", "flash-attn-4"):
+            with suppress(metadata.PackageNotFoundError):
+                print(f"{package} {metadata.version(package)}")
+        parser.exit()
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import os
 import re
@@ -5,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,16 @@ def test_debug_shows_the_traceback():
     result = command("train", QUICKSTART, "model.num_layers=x", "--debug")
     assert result.returncode == 1
     assert "Traceback" in result.stderr
+
+
+def test_versions_are_those_of_the_package_and_of_what_it_rests_on(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"megatron-attn2d {project['version']}"
+    assert f"megatron-core {importlib.metadata.version('megatron-core')}" in lines
 
 
 @pytest.mark.parametrize(

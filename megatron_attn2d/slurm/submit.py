@@ -19,12 +19,15 @@ from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.config.files import check_files
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.run import build_run
+from megatron_attn2d.corpus.matching import check_data
 
 _OURS = (
     *("job-name", "nodes", "ntasks-per-node", "signal", "requeue", "no-requeue", "open-mode", "output", "error"),
     *("chdir", "ntasks", "array", "wrap", "parsable", "test-only"),
 )
 """Options of sbatch on which the batch file rests."""
+_EARLY_S = 60
+"""By so much Slurm may send `--signal` too early, as sbatch's manual says."""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> list[argparse.ArgumentParser]:
@@ -94,12 +97,35 @@ def _check(run: RunConfig) -> None:
             raise ConfigError(f"slurm.sbatch.{option}", value, "the batch file rests on this option", "leave it out")
         if isinstance(value, str) and not value.isprintable():
             raise ConfigError(f"slurm.sbatch.{option}", value, "holds a line break", "write it on one line")
+    for option in ("time", "time-min"):
+        limit = _seconds(run.slurm.sbatch.get(option))
+        if limit is not None and limit <= run.slurm.grace_s + _EARLY_S:
+            raise ConfigError(
+                f"slurm.sbatch.{option}",
+                run.slurm.sbatch[option],
+                f"{limit} s, and slurm.grace_s = {run.slurm.grace_s} s before the end, or up to {_EARLY_S} s earlier, "
+                "ranks are told to save and exit: nothing would be trained",
+                "choose more time, or a smaller slurm.grace_s",
+            )
     dependency = run.slurm.sbatch.get("dependency")
     if isinstance(dependency, str) and "?" in dependency:
         reason = "with ? one of them is enough, but this run's other jobs must always have ended"
         raise ConfigError("slurm.sbatch.dependency", dependency, reason, "separate them by ,")
     if run.slurm.container_mounts and not run.slurm.container_image:
         raise ConfigError("slurm.container_mounts", run.slurm.container_mounts, "there is no container", "choose []")
+
+
+def _seconds(limit: object) -> int | None:
+    """A time limit as sbatch reads it: minutes[:seconds], hours:minutes:seconds or days-hours...; None: no limit."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(limit))
+    if found is None:
+        return None
+    days, first, second, third = (None if part is None else int(part) for part in found.groups())
+    if days is not None or third is not None:
+        hours, minutes, seconds = first or 0, second or 0, third or 0
+    else:
+        hours, minutes, seconds = 0, first or 0, second or 0
+    return (((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds or None  # 0 is no limit
 
 
 def _check_files(run: RunConfig, dry_run: bool = False) -> None:
@@ -112,6 +138,7 @@ def _check_files(run: RunConfig, dry_run: bool = False) -> None:
             if not Path(where.dir).exists():
                 run = run.model_copy(update={section: where.model_copy(update={"dir": scratch})})
         check_files(run)
+        check_data(run)
 
 
 def _next_directory(run_dir: Path) -> Path:

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_attn2d import cli
 from megatron_attn2d.config import load_run
-from megatron_attn2d.slurm.submit import render
+from megatron_attn2d.slurm.submit import _seconds, render
 from tests.slurm.cluster import Cluster, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -433,6 +433,12 @@ REFUSED = {
     "--nodes 1 slurm.sbatch.no-requeue=true": (
         "slurm.sbatch.no-requeue = true: the batch file rests on this option; leave it out"
     ),
+    "--nodes 1 slurm.sbatch.time=5": (
+        "slurm.sbatch.time = 5: 300 s, and slurm.grace_s = 300 s before the end, or up to 60 s earlier, ranks are told "
+        "to save and exit: nothing would be trained; choose more time, or a smaller slurm.grace_s"
+    ),
+    "--nodes 1 slurm.sbatch.time=00:06:00": "slurm.sbatch.time = '00:06:00': 360 s, and slurm.grace_s = 300 s ...",
+    "--nodes 1 slurm.grace_s=7200 slurm.sbatch.time-min=0-2": "slurm.sbatch.time-min = '0-2': 7200 s, ...",
     "--nodes 1 slurm.sbatch.dependency=afterok:5?afterok:6": (
         "slurm.sbatch.dependency = 'afterok:5?afterok:6': with ? one of them is enough, but this run's other jobs must "
         "always have ended; separate them by ,"
@@ -455,6 +461,22 @@ def test_refused_with_its_reason(cluster, capsys, args):
     expected = REFUSED[args]
     assert error.startswith(expected.removesuffix("...")) if expected.endswith("...") else error == expected
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        (30, 1800),
+        ("30:20", 1820),
+        ("04:00:00", 14400),
+        ("1-00", 86400),
+        ("1-00:10", 87000),
+        ("1-02:03:04", 93784),
+        *[(unlimited, None) for unlimited in (0, "UNLIMITED", "soon", None, True)],
+    ],
+)
+def test_times_are_read_as_sbatch_reads_them(limit, seconds):
+    assert _seconds(limit) == seconds
 
 
 def test_without_slurm_and_when_sbatch_refuses(cluster, capsys):
