@@ -1,27 +1,36 @@
 #!/usr/bin/env python3
-"""Time the attention kernels of one device side by side: full, causal, in a window and with dropout.
+"""Time the attention kernels of one device side by side: full, causal, in a window, packed, and with dropout.
 
     python scripts/benchmark_kernels.py                                   # on a GPU
-    python scripts/benchmark_kernels.py --device cpu --tokens 256 --heads 2
+    python scripts/benchmark_kernels.py --head-dims 192x128 --masks full packed --kernels flash_attn_4 triton
+    python scripts/benchmark_kernels.py --device cpu --tokens 256 --heads 2 --documents 4
 
-One sequence, as many keys as queries; forward / backward in ms, the mean of --calls back to back after two others.
+One sequence or one pack, as many keys as queries. A row has forward / backward in ms, the mean of --calls back to back
+after two others, their TFLOP/s by the pairs of query and key that see each other, and the seconds of both first calls,
+in which some kernels compile.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from attention_kinds import Kind, Pack
 from attention_timing import alone
 
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel
 from megatron_attn2d.attention.kernels.request import Request
-from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
+from megatron_attn2d.attention.layout import CAUSAL, FULL, Band, Call
+from megatron_attn2d.attention.segments import Segments
 
 KERNELS = ("flash_attn_4", "cudnn", "transformer_engine", "flash", "triton", "reference")
+MASKS = ("full", "causal", "window", "packed", "packed_full", "packed_window", "dropout", "packed_dropout")
 P = 0.1  # of dropout
 
 
@@ -31,47 +40,87 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--window", type=int, default=1024, help="tokens before a token that it sees, in that case")
+    parser.add_argument("--kv-heads", type=int, help="--heads if left out")
+    parser.add_argument("--head-dims", nargs="+", default=["64", "128"], help="192x128: of queries and of values")
+    parser.add_argument("--window", type=int, default=1024, help="tokens before a token that it sees, in those cases")
+    parser.add_argument("--documents", type=int, default=64, help="of a pack, many short and a few long")
+    parser.add_argument("--masks", nargs="+", choices=MASKS, default=MASKS)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS[:-1])
     parser.add_argument("--calls", type=int, default=10)
     args = parser.parse_args()
     if args.device == "cpu":
         args.kernels = ["reference"]
-    for head_dim in args.head_dims:
-        for mask, band in {"full": FULL, "causal": CAUSAL, "window": Band(args.window, 0), "dropout": CAUSAL}.items():
+    args.kv_heads = args.kv_heads or args.heads
+    print("dims     mask            kernel                  ms: forward / backward    TFLOP/s       first calls, s")
+    for dims in args.head_dims:
+        for mask in args.masks:
             for name in args.kernels:
-                print(f"{head_dim:4d}  {mask:8s} {name:20s} {row(name, head_dim, mask, band, args)}", flush=True)
+                print(f"{dims:8s} {mask:15s} {name:20s} {row(name, dims, mask, args)}", flush=True)
 
 
-def row(name: str, head_dim: int, mask: str, band: Band, args: argparse.Namespace) -> str:
-    """Forward / backward in ms, or why the kernel does not serve."""
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+def row(name: str, dims: str, mask: str, args: argparse.Namespace) -> str:
+    """What is measured, or why the kernel does not serve."""
+    d, dv = (int(dims.split("x")[i]) for i in (0, -1))
+    band = FULL if mask.endswith("full") else Band(args.window, 0) if mask.endswith("window") else CAUSAL
     request = Request(
-        args.device, dtype, head_dim, head_dim, windows=band not in (FULL, CAUSAL), dropout=mask == "dropout"
+        args.device,
+        torch.bfloat16 if args.device == "cuda" else torch.float32,
+        d,
+        dv,
+        windows=band not in (FULL, CAUSAL),
+        dropout=mask.endswith("dropout"),
+        grouped=args.heads > args.kv_heads,
+        segments=mask.startswith("packed"),
     )
     try:
         kernel = choose_kernel(name, request)
     except ValueError as refusal:
         return str(refusal).split(" (")[0]
-    q, k, v, dout = (torch.randn(args.tokens, 1, args.heads, head_dim, device=args.device, dtype=dtype) for _ in "qkvo")
-    how: dict[str, Any] = {"band": band, "scale": head_dim**-0.5}
-    if mask == "dropout":
+    q, k, v, dout = (
+        torch.randn(args.tokens, 1, heads, width, device=args.device, dtype=request.dtype)
+        for heads, width in ((args.heads, d), (args.kv_heads, d), (args.kv_heads, dv), (args.heads, dv))
+    )
+    how: dict[str, Any] = {"scale": d**-0.5, "dropout": None}
+    if request.dropout:
         positions = torch.arange(args.tokens, device=args.device)[None]
         seed = torch.ones(1, dtype=torch.int64, device=args.device)
         how["dropout"] = Dropout(P, seed).at(positions[0, :1], args.heads, positions, positions)
-    out, lse = kernel.forward(q, k, v, **how)
-    delta = (out.float() * dout.float()).sum(-1).permute(1, 2, 0).contiguous()
-    forward = milliseconds(lambda: kernel.forward(q, k, v, **how), args)
-    backward = milliseconds(lambda: kernel.backward(dout, q, k, v, out, lse, delta, **how), args)
-    return f"{forward:8.3f} / {backward:8.3f}"
+    lengths = (args.tokens,)
+    if not request.segments:
+        how["band"] = band
+        attend = partial(kernel.forward, q, k, v, **how)
+    else:
+        lengths = Pack.drawn(Kind("packed", args.tokens, 1, 1, documents=args.documents), 1, 0).lengths
+        starts = np.cumsum([0, *lengths[:-1]])
+        table = Segments.of(np.stack((starts, lengths, starts, lengths), 1), band, args.tokens, args.tokens, q.device)
+        q, k, v, dout = (x.squeeze(1) for x in (q, k, v, dout))
+        out, lse = torch.empty_like(dout), q.new_empty((args.heads, args.tokens), dtype=torch.float32)
+        attend = partial(kernel.forward_segments, q, k, v, table, out=out, lse=lse, **how)
+    result, first, forward = timed(attend, args)
+    out, lse = result or (out, lse)
+    delta = (out.float() * dout.float()).sum(-1).movedim(0, -1).contiguous()
+    if not request.segments:
+        differentiate = partial(kernel.backward, dout, q, k, v, out, lse, delta, **how)
+    else:
+        into = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
+        differentiate = partial(kernel.backward_segments, dout, q, k, v, out, lse, delta, table, **into, **how)
+    _, first_backward, backward = timed(differentiate, args)
+    gflop = sum(Call(0, n, 0, n, band).pairs for n in lengths) * args.heads * 2 * (d + dv) / 1e9
+    return (
+        f"{forward:8.3f} / {backward:8.3f}    {gflop / forward:5.0f} / {2.5 * gflop / backward:5.0f}    "
+        f"{first:5.1f} / {first_backward:5.1f}"
+    )
 
 
-def milliseconds(call: Callable[[], object], args: argparse.Namespace) -> float:
-    """The mean of calls back to back."""
-    for _ in range(2):
-        call()
-    return alone(call, args.calls, args.device)
+def timed(call: Callable[[], Any], args: argparse.Namespace) -> tuple[Any, float, float]:
+    """What the first call returned and its seconds; milliseconds per call of those back to back."""
+    begin = time.perf_counter()
+    result = call()
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    first = time.perf_counter() - begin
+    call()
+    return result, first, alone(call, args.calls, args.device)
 
 
 if __name__ == "__main__":

@@ -313,8 +313,10 @@ def test_results_reach_the_rows_of_a_table_alone() -> None:
 
 def test_the_benchmark_of_kernels_times_each_mask() -> None:
     script = Path(__file__).parents[2] / "scripts/benchmark_kernels.py"
-    sizes = ["--device", "cpu", "--tokens", "32", "--heads", "1", "--head-dims", "8", "--window", "4", "--calls", "1"]
-    done = subprocess.run([sys.executable, str(script), *sizes], capture_output=True, text=True, check=True)
-    rows = [re.fullmatch(r" +8  (\w+) +reference +([\d.]+) / +([\d.]+)", line) for line in done.stdout.splitlines()]
-    assert [row and row[1] for row in rows] == ["full", "causal", "window", "dropout"]
+    sizes = ["--device", "cpu", "--tokens", "32", "--heads", "1", "--head-dims", "8x4", "--window", "4", "--calls", "1"]
+    command = [sys.executable, str(script), *sizes, "--documents", "3"]
+    _, *lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [re.fullmatch(r"8x4 +(\w+) +reference +([\d.]+) / +([\d.]+) .*", line) for line in lines]
+    masks = ["full", "causal", "window", "packed", "packed_full", "packed_window", "dropout", "packed_dropout"]
+    assert [row and row[1] for row in rows] == masks
     assert all(row and float(row[2]) > 0 and float(row[3]) > 0 for row in rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
+from megatron_attn2d.attention.segments import Segments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -115,6 +118,106 @@ def test_dropout(shape: str, dtype: torch.dtype) -> None:
     assert max(found) <= BOUNDS[dtype], found
 
 
+def random_table(
+    band: Band, segments: int, seed: int, most: int = 700
+) -> tuple[list[tuple[int, int, int, int]], int, int]:
+    """Segments among gaps, some empty, some of one row, and how many rows and keys there are."""
+    draw = random.Random(seed)
+    found, rows, keys = [], 0, 0
+    for _ in range(segments):
+        q_length = min(most, 1 + int(draw.lognormvariate(3.5, 1.4)))
+        k_length = q_length if band == CAUSAL else min(most, 1 + int(draw.lognormvariate(3.5, 1.4)))
+        if band.right is not None:  # every row sees a key: the first one's last key is not before the first
+            q_length = min(q_length, k_length + band.right)
+        if draw.random() < 0.1:
+            q_length = k_length = 0
+        rows, keys = rows + draw.choice((0, 0, 3, 40)), keys + draw.choice((0, 0, 1, 64))
+        found.append((rows, q_length, keys, k_length))
+        rows, keys = rows + q_length, keys + k_length
+    return found, rows + 5, keys + 7
+
+
+TABLES = {  # band, segments, query heads, key heads, head dims
+    "full": (FULL, 64, 4, 4, (128, 128)),
+    "causal": (CAUSAL, 64, 4, 4, (128, 128)),
+    "many causal": (CAUSAL, 400, 2, 2, (128, 128)),
+    "grouped, head dim 64": (CAUSAL, 64, 8, 2, (64, 64)),
+    "grouped rectangles": (FULL, 64, 8, 2, (128, 128)),
+    "latent": (CAUSAL, 64, 4, 4, (192, 128)),
+    "latent rectangles": (FULL, 64, 4, 4, (192, 128)),
+    "window": (Band(100, 0), 64, 4, 2, (128, 128)),
+    "window's upper edge": (Band(0, None), 64, 4, 4, (128, 128)),
+    "before the last key": (Band(None, 30), 64, 4, 4, (64, 64)),
+    "window both ways": (Band(100, 50), 64, 4, 4, (128, 128)),
+    "one segment": (CAUSAL, 1, 4, 4, (128, 128)),
+}
+
+
+def table_errors(kernel: Any, case: str, dtype: torch.dtype, dropped: float = 0.0) -> list[float]:
+    """Relative errors of O, LSE, dQ, dK, dV over the rows of a table; raises if another row has changed."""
+    band, count, heads, kv_heads, dims = TABLES[case]
+    segments, rows, keys = random_table(band, count, seed=len(case))
+    table = Segments.of(np.array(segments), band, rows, keys, torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(n, 2 * h, d, device="cuda", generator=generator).to(dtype)[:, h:]
+        for n, h, d in (
+            (rows, heads, dims[0]),
+            (keys, kv_heads, dims[0]),
+            (keys, kv_heads, dims[1]),
+            (rows, heads, dims[1]),
+        )
+    )
+    how: dict[str, Any] = {"scale": dims[0] ** -0.5, "dropout": None}
+    if dropped:
+        positions = [torch.arange(n, device="cuda")[None] + 70_000 for n in (rows, keys)]
+        how["dropout"] = Dropout(dropped, 99).at(torch.zeros(1, dtype=torch.int64, device="cuda"), heads, *positions)
+    results, delta, given = [], torch.empty(0), torch.empty(0)
+    for each, into in ((ReferenceKernel(), torch.float64), (kernel, dtype)):
+        exact = into == torch.float64
+        qs, ks, vs, douts = (x.to(into) for x in (q, k, v, dout))
+        out, dq, dk, dv = (torch.full(x.shape, 9, dtype=into, device="cuda") for x in (douts, qs, ks, vs))
+        lse = torch.full((2 * heads, rows), 9, dtype=torch.float64 if exact else torch.float32, device="cuda")[heads:]
+        each.forward_segments(qs, ks, vs, table, out=out, lse=lse, **how)
+        if exact:
+            delta, given = (douts * out).sum(-1).t().contiguous(), lse
+        each.backward_segments(
+            douts, qs, ks, vs, out, given.to(lse.dtype), delta.to(lse.dtype), table, dq=dq, dk=dk, dv=dv, **how
+        )
+        results.append((out, lse.t(), dq, dk, dv))
+    inside_q, inside_k = (
+        torch.cat([torch.arange(start, start + n) for start, n in (each[i : i + 2] for each in segments)])
+        for i in (0, 2)
+    )
+    found = []
+    for a, b, mine in zip(*results[::-1], (inside_q,) * 3 + (inside_k,) * 2, strict=True):
+        found.append(((a[mine].double() - b[mine]).norm() / b[mine].norm()).item())
+        others = torch.ones(len(a), dtype=torch.bool, device="cuda")
+        others[mine] = False
+        assert (a[others] == 9).all(), "other rows keep what they hold"
+    return found
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("case", TABLES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tables(backend: str, case: str, dtype: torch.dtype) -> None:
+    band, _, heads, kv_heads, dims = TABLES[case]
+    kernel = kernel_for(
+        backend, dtype, dims, windows=band not in (FULL, CAUSAL), grouped=heads > kv_heads, segments=True
+    )
+    found = table_errors(kernel, case, dtype)
+    assert max(found) <= BOUNDS[dtype], found
+
+
+@pytest.mark.parametrize("case", ["full", "causal", "window", "grouped, head dim 64"])
+def test_dropout_in_tables(case: str) -> None:
+    dims = TABLES[case][-1]
+    kernel = kernel_for("triton", torch.bfloat16, dims, dropout=True, segments=True, windows=True)
+    found = table_errors(kernel, case, torch.bfloat16, dropped=0.2)
+    assert max(found) <= BOUNDS[torch.bfloat16], found
+
+
 @pytest.mark.parametrize("backend", ["flash_attn_4", "flash", "triton"])
 def test_deterministic_backward(backend: str) -> None:
     torch.use_deterministic_algorithms(True)
@@ -124,5 +227,7 @@ def test_deterministic_backward(backend: str) -> None:
         out, lse = kernel.forward(q, k, k, band=FULL, scale=0.1)
         runs = [kernel.backward(q, q, k, k, out, lse, lse, band=FULL, scale=0.1) for _ in range(3)]
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+        tables = [table_errors(kernel, "grouped rectangles", torch.bfloat16) for _ in range(3)]
+        assert tables[1:] == tables[:1] * 2
     finally:
         torch.use_deterministic_algorithms(False)
