@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Try sizes of blocks, warps and stages of the Triton attention on this GPU, and print the fastest.
+
+    python scripts/tune_triton.py                          # head dim 128, without and with dropout; two minutes
+    python scripts/tune_triton.py --head-dim 64 --tables   # packed: many short documents and a few long ones
+
+Kernels compile in processes of their own, as many at once as there are cores. What comes first in each list is what
+`triton_attention.launch` should hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from attention_kinds import Kind, Pack
+from attention_timing import alone
+
+from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.kernels.triton import TritonKernel
+from megatron_attn2d.attention.layout import CAUSAL, FULL
+from megatron_attn2d.attention.segments import Segments
+from megatron_attn2d.attention.triton_attention import launch
+
+# Rows, keys, warps and stages to try.
+FORWARD = (
+    *((128, 128, 8, stages) for stages in (2, 3)),
+    *((128, 64, 8, stages) for stages in (2, 3, 4)),
+    *((128, 64, 4, stages) for stages in (2, 3)),
+    *((64, 64, 4, stages) for stages in (2, 3)),
+    (64, 128, 4, 2),
+    (128, 32, 4, 3),
+)
+BACKWARD_ROWS = (
+    *((128, 64, 8, stages) for stages in (2, 3)),
+    (128, 128, 8, 2),
+    (128, 32, 8, 3),
+    (128, 64, 4, 2),
+    *((64, 64, 4, stages) for stages in (2, 3)),
+    (64, 128, 4, 2),
+    (64, 32, 4, 3),
+)
+BACKWARD_KEYS = (
+    *((64, 128, 8, stages) for stages in (2, 3)),
+    (128, 128, 8, 2),
+    (32, 128, 8, 3),
+    *((64, 64, 4, stages) for stages in (1, 2, 3)),
+    (32, 128, 4, 2),
+    (32, 64, 4, 3),
+)
+type Case = tuple[float, str, tuple[int, int, int, int]]
+TRIALS = {"forward": FORWARD, "backward_rows": BACKWARD_ROWS, "backward_keys": BACKWARD_KEYS}
+
+
+def tables(kernel: str) -> launch.Table:
+    """The table that `launch` takes a kernel's sizes from."""
+    if kernel == "forward":
+        return launch.forward_table(torch.empty(1, device="cuda"))
+    return launch.BACKWARD_ROWS if kernel == "backward_rows" else launch.BACKWARD_KEYS
+
+
+def main() -> None:
+    """Compile what is to be tried, time it, print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--tables", action="store_true", help="a pack of 64 documents under causal masks")
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
+    parser.add_argument("--calls", type=int, default=10)
+    args = parser.parse_args()
+    print(torch.cuda.get_device_name(), "Triton", triton.__version__)
+    cases = [(p, kernel, sizes) for p in args.dropout for kernel, trials in TRIALS.items() for sizes in trials]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        fits = dict(zip(cases, pool.map(compiles, cases, [args] * len(cases)), strict=True))
+    for p, kernel in product(args.dropout, TRIALS):
+        mine = [case for case in cases if case[:2] == (p, kernel)]
+        found = sorted((milliseconds(case, args), case[2]) for case in mine if fits[case] is None)
+        print(f"dropout {p}, {kernel}: rows, keys, warps, stages")
+        for taken, sizes in found:
+            print(f"  {taken:8.3f} ms  {sizes}")
+        for case in mine:
+            if fits[case] is not None:
+                print(f"  {fits[case]}  {case[2]}")
+
+
+@cache
+def _usual() -> dict[str, launch.Table]:
+    """What the tables hold before this script changes them."""
+    return {kernel: dict(tables(kernel)) for kernel in TRIALS}
+
+
+def compiles(case: Case, args: argparse.Namespace) -> str | None:
+    """Runs a kernel once, so that Triton's cache has it; why it does not run, or None."""
+    try:
+        alone(prepared(case, args), 1, "cuda")
+    except Exception as error:  # whatever Triton says: other sizes are still to be tried
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    return None
+
+
+def milliseconds(case: Case, args: argparse.Namespace) -> float:
+    """Of calls back to back."""
+    call = prepared(case, args)
+    call()
+    return alone(call, args.calls, "cuda")
+
+
+def prepared(case: Case, args: argparse.Namespace) -> Any:
+    """A call of forward, or of backward as a whole, with these sizes of one kernel and the usual ones of the other."""
+    p, kernel, sizes = case
+    for name, usual in _usual().items():
+        tables(name).update(usual)
+    tables(kernel)[max(64, args.head_dim)] = sizes
+    torch.manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(args.tokens, args.heads, args.head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qkvo"
+    )
+    how: dict[str, Any] = {"scale": args.head_dim**-0.5}
+    if p:
+        positions = torch.arange(args.tokens, device="cuda")[None]
+        seed = torch.ones(1, dtype=torch.int64, device="cuda")
+        how["dropout"] = Dropout(p, seed).at(positions[0, :1], args.heads, positions, positions)
+    lse, delta = torch.ones(2, args.heads, args.tokens, device="cuda")
+    if not args.tables:
+        q, k, v, dout, lse, delta = (x.unsqueeze(1) if x.dim() == 3 else x[None] for x in (q, k, v, dout, lse, delta))
+        if kernel == "forward":
+            return partial(TritonKernel().forward, q, k, v, band=FULL, **how)
+        return partial(TritonKernel().backward, dout, q, k, v, None, lse, delta, band=FULL, **how)
+    lengths = Pack.drawn(Kind("packed", args.tokens, 1, 1, documents=64), 1, 0).lengths
+    starts = np.cumsum([0, *lengths[:-1]])
+    numbers = np.stack((starts, lengths, starts, lengths), 1)
+    table = Segments.of(numbers, CAUSAL, args.tokens, args.tokens, q.device)
+    if kernel == "forward":
+        return partial(TritonKernel().forward_segments, q, k, v, table, out=torch.empty_like(q), lse=lse, **how)
+    into = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
+    return partial(TritonKernel().backward_segments, dout, q, k, v, None, lse, delta, table, **into, **how)
+
+
+if __name__ == "__main__":
+    main()
