@@ -37,7 +37,7 @@ from emulated_cluster import HEADERS, EmulatedCluster, card_received
 
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.planner.cost import Candidate, Cluster, predict
-from megatron_attn2d.planner.traffic import Workload, attention2d_traffic, received_by_nodes, ring_traffic
+from megatron_attn2d.planner.traffic import Workload, attention2d_traffic, ring_traffic
 
 _RATES = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
 
@@ -232,7 +232,12 @@ def row(
 ) -> dict[str, Any]:
     """One line of a table: the slowest rank's seconds, the mean card's bytes."""
     world = len(ranks)
-    traffic = ring_traffic(world, work) if mode.axes is None else attention2d_traffic(mode.axes, work, tile=mode.tile)
+    node = args.ranks_per_host
+    traffic = (
+        ring_traffic(world, work, ranks_per_node=node)
+        if mode.axes is None
+        else attention2d_traffic(mode.axes, work, tile=mode.tile, ranks_per_node=node)
+    )
     unit = work.shard_bytes(world)
     candidate = Candidate("ring" if mode.axes is None else "attention2d", mode.axes, mode.tile)
     result: dict[str, Any] = {
@@ -250,7 +255,7 @@ def row(
         received, packets = (statistics.mean(card[f"{side}_{what}"] for card in cards) for what in ("bytes", "packets"))
         result[f"{side}_u"] = received / unit
         result[f"{side}_payload_u"] = (received - HEADERS * packets) / unit
-        result[f"{side}_plan_u"] = statistics.mean(received_by_nodes(phases, world, args.ranks_per_host)) / unit
+        result[f"{side}_plan_u"] = sum(phase.outside * phase.times for phase in phases) / args.hosts / unit
     result["total_s"] = result["forward_s"] + result["backward_s"]
     return result
 

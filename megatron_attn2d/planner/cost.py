@@ -28,7 +28,6 @@ from megatron_attn2d.planner.traffic import (
     Traffic,
     Workload,
     attention2d_traffic,
-    received_by_nodes,
     ring_traffic,
 )
 
@@ -116,22 +115,15 @@ CLOSE = 1.03
 def predict(
     candidate: Candidate, ranks: int, work: Workload, cluster: Cluster, head_groups: Sequence[int] = (1, 2, 4, 8)
 ) -> Prediction:
-    """Predict one candidate with the fewest of `head_groups`, ascending, that are as good as the best of them.
-
-    Raises:
-        ValueError: under a window, whose kernels are not modelled; its messages are, see `traffic`.
-    """
-    if work.window is not None:
-        raise ValueError(f"window={work.window}: only full and causal attention is predicted")
+    """Predict one candidate with the fewest of `head_groups`, ascending, that are as good as the best of them."""
+    node = cluster.ranks_per_node
     traffic = (
-        ring_traffic(ranks, work)
+        ring_traffic(ranks, work, ranks_per_node=node)
         if candidate.axes is None
-        else attention2d_traffic(candidate.axes, work, tile=candidate.tile)
+        else attention2d_traffic(candidate.axes, work, tile=candidate.tile, ranks_per_node=node)
     )
     flops = 4 * work.seq**2 * work.batch * work.heads * work.head_dim / ranks / (2 if work.causal else 1)
     kernels = flops / cluster.forward_flops, 2.5 * flops / cluster.backward_flops
-    nic = sum(received_by_nodes([*traffic.forward, *traffic.backward], ranks, cluster.ranks_per_node)) / ranks
-    received = sum(sum(phase.sent.values()) for phase in (*traffic.forward, *traffic.backward)) / ranks
     if candidate.axes is None:
         timed = [(1, *_ring_seconds(traffic, kernels, ranks, cluster))]
     else:
@@ -147,7 +139,7 @@ def predict(
         started.append((g, max(forward, starts[0]), max(backward, starts[1]), forward + backward))
     enough = CLOSE * min(forward + backward for _, forward, backward, _ in started)
     groups, forward, backward, device = next(s for s in started if s[1] + s[2] <= enough)
-    messages = sum(phase_seconds(phase, cluster) for phase in (*traffic.forward, *traffic.backward))
+    messages = sum(phase.times * phase_seconds(phase, cluster) for phase in (*traffic.forward, *traffic.backward))
     return Prediction(
         candidate,
         groups,
@@ -156,8 +148,8 @@ def predict(
         device,
         messages,
         sum(kernels),
-        received - nic,
-        nic,
+        (traffic.total - traffic.outside) / ranks,
+        traffic.outside / ranks,
         transient_bytes(candidate, ranks, work, groups),
     )
 
@@ -190,26 +182,12 @@ def plan(ranks: int, work: Workload, cluster: Cluster) -> list[Prediction]:
 
 def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float:
     """Seconds of messages that fly at once; head groups share their bytes, but each sends all the messages."""
-    busiest: dict[tuple[str, int], float] = {}
-
-    def load(link: str, owner: int, sent: float) -> None:
-        busiest[link, owner] = busiest.get((link, owner), 0.0) + sent
-
-    for (sender, receiver), sent in phase.sent.items():
-        source, target = sender // cluster.ranks_per_node, receiver // cluster.ranks_per_node
-        if source == target:
-            load("out of a rank, within", sender, sent)
-            load("into a rank, within", receiver, sent)
-            continue
-        load("out of a node", source, sent)
-        load("into a node", target, sent)
-        load("out of a rank", sender, sent)
-        load("into a rank", receiver, sent)
-    node_rate = cluster.nic_bytes_per_s * cluster.ranks_per_node
-    rates = {"node": node_rate, "rank": cluster.rank_nic_bytes_per_s, "within": cluster.intra_bytes_per_s}
-    seconds = max((sent / rates[link.split()[-1]] for (link, _), sent in busiest.items()), default=0.0)
-    between = any(link.endswith("node") for link, _ in busiest)
-    latency = cluster.nic_latency_s if between else cluster.intra_latency_s
+    seconds = max(
+        phase.busiest_node / (cluster.nic_bytes_per_s * cluster.ranks_per_node),
+        phase.busiest_rank / cluster.rank_nic_bytes_per_s,
+        phase.busiest_link / cluster.intra_bytes_per_s,
+    )
+    latency = cluster.nic_latency_s if phase.outside else cluster.intra_latency_s
     return seconds + head_groups * (latency + phase.messages * cluster.message_s)
 
 
@@ -294,7 +272,7 @@ def _ring_seconds(traffic: Traffic, kernels: tuple[float, float], ranks: int, cl
     seconds = []
     for side, compute in zip((traffic.forward, traffic.backward), kernels, strict=True):
         step = compute / ranks
-        seconds.append(step + sum(max(phase_seconds(phase, cluster), step) for phase in side))
+        seconds.append(step + sum(phase.times * max(phase_seconds(phase, cluster), step) for phase in side))
     return seconds[0], seconds[1]
 
 

@@ -204,12 +204,6 @@ def test_auto_takes_a_grid_that_the_given_tile_fills(tile: tuple[int, int], desc
     assert rows % tile[0] == cols % tile[1] == 0
 
 
-def test_windows_are_not_predicted() -> None:
-    work = Workload(seq=2**15, heads=8, kv_heads=8, head_dim=128, window=(1023, 0))
-    with pytest.raises(ValueError, match=r"window=\(1023, 0\): only full and causal attention is predicted"):
-        predict(Candidate("attention2d", (1, 8, 4), None), 32, work, NODES)
-
-
 def test_latent_attention_has_keys_for_every_head() -> None:
     run = load_run(RUN, ["megatron_args.multi_latent_attention=true", "megatron_args.v_head_dim=64"])
     assert run.model.num_query_groups != run.model.num_attention_heads
