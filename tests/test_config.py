@@ -440,7 +440,11 @@ REFUSED = {
     "environment.device=cuda training.cuda_graphs=layer logging.attention_communication=true": (
         "logging.attention_communication = true: it measures by the CPU's calls, of which ..."
     ),
-    "environment.device=cuda training.cuda_graphs=attention training.check_finite=true": (
+    "environment.device=cuda training.cuda_graphs=attention": (
+        "training.precision = 'fp32': Megatron captures training.cuda_graphs = attention in bf16; choose bf16, or "
+        "training.cuda_graphs=layer"
+    ),
+    "environment.device=cuda training.precision=bf16 training.cuda_graphs=attention training.check_finite=true": (
         "training.check_finite = true: it waits for the GPU in each layer, which training.cuda_graphs = attention ..."
     ),
     "environment.device=cuda training.cuda_graphs=iteration training.precision=fp16": (
@@ -453,7 +457,7 @@ REFUSED = {
     "training.recompute_method=uniform training.recompute_num_layers=1": (
         "training.recompute_granularity = 'full': a layer's graph (training.cuda_graphs = layer) can't be ..."
     ),
-    "environment.device=cuda training.cuda_graphs=attention training.recompute_granularity=selective "
+    "environment.device=cuda training.cuda_graphs=layer training.recompute_granularity=selective "
     "model.attention_dropout=0.1": (
         "training.recompute_granularity = 'selective': attention with dropout can't be recomputed in a graph ..."
     ),
@@ -744,12 +748,13 @@ def test_compiles_to_megatrons_arguments(base):
         ("training.precision=bf16", "--bf16 "),
         ("environment.device=cuda training.cuda_graphs=layer", "--cuda-graph-impl local "),
         (
-            "environment.device=cuda training.cuda_graphs=attention",
+            "environment.device=cuda training.precision=bf16 training.cuda_graphs=attention",
             "--cuda-graph-impl transformer_engine --cuda-graph-modules attn ",
         ),
         ("environment.device=cuda training.cuda_graphs=iteration", "--cuda-graph-impl full_iteration "),
         (
-            "environment.device=cuda training.cuda_graphs=layer megatron_args.cuda_graph_impl=transformer_engine",
+            "environment.device=cuda training.precision=bf16 training.cuda_graphs=layer "
+            "megatron_args.cuda_graph_impl=transformer_engine",
             "--cuda-graph-impl transformer_engine ",
         ),
         (

@@ -292,6 +292,9 @@ def _check_graphs(run: RunConfig) -> Iterator[Refusal]:
             reason = f"timers wait for the GPU, which training.cuda_graphs = {graphs} cannot"
             yield "logging.timing_log_level", reason, "choose 0, or training.cuda_graphs=layer"
         return
+    if implementation == "transformer_engine" and training.precision != "bf16":
+        reason = f"Megatron captures training.cuda_graphs = {graphs} in bf16"
+        yield "training.precision", reason, "choose bf16, or training.cuda_graphs=layer"
     if training.recompute_granularity == "full":
         reason = f"a layer's graph (training.cuda_graphs = {graphs}) can't be recomputed as a whole"
         yield "training.recompute_granularity", reason, "choose selective, or training.cuda_graphs=iteration"

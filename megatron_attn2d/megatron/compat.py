@@ -137,7 +137,24 @@ def _norm_of_torch(norm: Any) -> Any:
     return norm if layer_spec.HAVE_TE else layer_spec.SequenceParallelTorchNorm
 
 
+def _of_any_module(get_layer_static_inputs: Any) -> Any:
+    """The inputs of a graph without the dense mask that a layer adds to them."""
+    return importlib.import_module("megatron.core.transformer.module").GraphableMegatronModule.get_layer_static_inputs
+
+
+def _without_making_masks(get_replay_args: Any) -> Any:
+    """`_get_te_cuda_graph_replay_args` that makes no mask where there is none."""
+
+    @functools.wraps(get_replay_args)
+    def arguments(self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return get_replay_args(self, *args, **given, **kwargs)
+
+    return arguments
+
+
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
 FIXES = (
     Patch(
         "megatron.core.datasets.utils:compile_helpers",
@@ -179,6 +196,16 @@ FIXES = (
         "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache",
         _divisible_by_ranks,
         "its first table has the positions of the original model, 4096 of them, which 3 context ranks can't share",
+    ),
+    Patch(
+        f"{_LAYER}.get_layer_static_inputs",
+        _of_any_module,
+        "each graph of Transformer Engine would hold a dense mask of tokens per rank x tokens, which nobody reads",
+    ),
+    Patch(
+        f"{_LAYER}._get_te_cuda_graph_replay_args",
+        _without_making_masks,
+        "each replay of such a graph would write that mask anew",
     ),
     Patch(
         "megatron.core.models.hybrid.hybrid_block:TENorm",

@@ -37,6 +37,12 @@ WRAPPED = {
     "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache": [
         *("self", "seq_len"),
     ],
+    "megatron.core.transformer.transformer_layer:TransformerLayer.get_layer_static_inputs": [
+        *("self", "seq_length", "micro_batch_size"),
+    ],
+    "megatron.core.transformer.module:GraphableMegatronModule.get_layer_static_inputs": [
+        *("self", "seq_length", "micro_batch_size"),
+    ],
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": ["new_state", "device", "graph_safe"],
 }
 """The parameters with which upstream's functions begin that are replaced or wrapped by ones of the same parameters."""
