@@ -210,25 +210,25 @@ def _merge_some(
     outs: Sequence[Sequence[Tensor]], lses: Sequence[Sequence[Tensor]], out: Sequence[Tensor], lse: Sequence[Tensor]
 ) -> None:
     n, b, h, d = out[0].shape
-    assert all(chunk[0].stride() == chunk[-1].stride() for chunk in (out, lse)), "one stride serves all chunks"
+    out_stride, lse_stride = _stride_of(out), _stride_of(lse)
     lses = [[x if x.stride(-1) == 1 else x.contiguous() for x in chunk] for chunk in lses]
     stacks = _Stacks.of([list(zip(*chunk, strict=True)) for chunk in zip(outs, lses, strict=True)], dims=(4, 3))
-    (out_strides, lse_strides), (stacked_outs, stacked_lses) = stacks.strides, stacks.tensors
+    (all_outs, all_lses), (out_strides, lse_strides) = stacks.tensors, stacks.strides
     _merge[(*_programs(n, b * h), len(out))](
-        stacked_outs,
+        all_outs,
         out_strides,
-        stacked_lses,
+        all_lses,
         lse_strides,
         stacks.counts,
         tuple(out),
-        out[0].stride()[:3],
+        out_stride,
         tuple(lse),
-        lse[0].stride()[:2],
+        lse_stride,
         h,
         n,
         d,
         CHUNKS=len(out),
-        **_blocks(d, *(x for chunk in outs for x in chunk), *out, *lse),
+        **_blocks(d),
     )
 
 
@@ -240,19 +240,19 @@ def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor])
 
 def _sum_some(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor]) -> None:
     n, b, h, d = totals[0].shape
-    assert all(total.stride() == totals[0].stride() for total in totals), "one stride serves all totals"
+    stride = _stride_of(totals)
     stacks = _Stacks.of([[(x,) for x in chunk] for chunk in partials], dims=(4,))
     _sum[(*_programs(n, b * h), len(totals))](
         *stacks.tensors,
         *stacks.strides,
         stacks.counts,
         tuple(totals),
-        totals[0].stride()[:3],
+        stride,
         h,
         n,
         d,
         CHUNKS=len(totals),
-        **_blocks(d, *(x for chunk in partials for x in chunk), *totals),
+        **_blocks(d),
     )
 
 
@@ -261,9 +261,8 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     _, n, b, h, d = out.shape
     lse = lse.contiguous()
     result = lse.new_empty((2, 2, b, h, n))
-    dout, out = dout.flatten(0, 1), out.flatten(0, 1)
     _statistics[_programs(n, 2 * b * h)](
-        dout, dout.stride()[:3], out, out.stride()[:3], lse, result, b, h, n, d, **_blocks(d, dout, out)
+        dout, _row_stride(dout), out, _row_stride(out), lse, result, b, h, n, d, **_blocks(d)
     )
     return result
 
@@ -272,12 +271,27 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     """See `merge.stand_in`."""
     slots, n, b, h, d = dout.shape
     assert delta.stride()[1:] == (h * n, n, 1), "delta is contiguous but for its slots"
-    rows, out = dout.flatten(0, 1), torch.empty_like(dout)
-    result = out.flatten(0, 1)
+    out = torch.empty_like(dout)
     _stand_in[_programs(n, slots * b * h)](
-        rows, rows.stride()[:3], delta, delta.stride(0), result, result.stride()[:3], b, h, n, d, **_blocks(d, rows)
+        dout, _row_stride(dout), delta, delta.stride(0), out, _row_stride(out), b, h, n, d, **_blocks(d)
     )
     return out
+
+
+def _row_stride(chunks: Tensor) -> tuple[int, ...]:
+    """Strides of n, b and h of chunks [slots, n, b, h, d] whose rows follow each other."""
+    chunk, *strides, last = chunks.stride()
+    assert last == 1, "the last dim is contiguous"
+    assert chunks.size(0) == 1 or chunk == chunks.size(1) * strides[0], "chunks follow each other"
+    return tuple(strides)
+
+
+def _stride_of(chunks: Sequence[Tensor]) -> tuple[int, ...]:
+    """The strides, but for the last, that all these tensors have."""
+    *strides, last = chunks[0].stride()
+    assert last == 1, "the last dim is contiguous"
+    assert all(x.stride() == (*strides, 1) for x in chunks[1:]), "one stride serves all chunks"
+    return tuple(strides)
 
 
 class _Stacks(NamedTuple):
@@ -295,40 +309,45 @@ class _Stacks(NamedTuple):
 
     @classmethod
     def of(cls, chunks: Sequence[Sequence[tuple[Tensor, ...]]], dims: tuple[int, ...]) -> _Stacks:
-        """From the partial results of each chunk, a tensor of so many dims of each kind or a stack of such."""
-        positions: list[tuple[object, tuple[Tensor, ...]]] = []  # a layout, and a partial result that has it
+        """From the partial results of each chunk, a tensor of so many dims of each kind or a stack of such.
+
+        Its time counts: a call makes it twice or three times, and a comparison of tensors costs a microsecond.
+        """
+        at: dict[
+            object, int
+        ] = {}  # position of the first partial result of these strides in its chunk, the second, ...
+        samples: list[tuple[Tensor, ...]] = []
+        layouts: list[list[tuple[int, ...]]] = []
         by_position: list[dict[int, tuple[Tensor, ...]]] = []
         for chunk in chunks:
             found: dict[int, tuple[Tensor, ...]] = {}
             for partial in chunk:
-                layout = [(x.dtype, *_stride(x, dim)) for x, dim in zip(partial, dims, strict=True)]
-                free = (i for i, (known, _) in enumerate(positions) if known == layout and i not in found)
-                at = next(free, len(positions))
-                if at == len(positions):
-                    positions.append((layout, partial))
-                found[at] = partial
+                layout = [x.stride() for x in partial]
+                assert all(stride[-1] == 1 for stride in layout), "the last dim is contiguous"
+                key: tuple[object, ...] = (*layout, 0)
+                while (position := at.setdefault(key, len(samples))) in found:
+                    key = (*layout, position + 1)
+                if position == len(samples):
+                    samples.append(partial)
+                    layouts.append(layout)
+                found[position] = partial
             by_position.append(found)
         # Where a chunk has nothing another's partial result stands, and counts for none.
-        whole = [[found.get(i, any_other) for i, (_, any_other) in enumerate(positions)] for found in by_position]
+        whole = [[found.get(i, sample) for i, sample in enumerate(samples)] for found in by_position]
+        stacked = [len(layout[0]) > dims[0] for layout in layouts]
         counts = [
-            tuple(_count(found[i][0], dims[0]) if i in found else 0 for i in range(len(positions)))
+            tuple((found[i][0].size(0) if deep else 1) if i in found else 0 for i, deep in enumerate(stacked))
             for found in by_position
         ]
-        return cls(
-            tuple(tuple(tuple(partial[k] for partial in chunk) for chunk in whole) for k in range(len(dims))),
-            tuple(tuple(_stride(some[k], dim) for _, some in positions) for k, dim in enumerate(dims)),
-            tuple(counts),
+        strides = (
+            tuple(
+                (*layout[k][-dim:-1], layout[k][0] if deep else 0)
+                for layout, deep in zip(layouts, stacked, strict=True)
+            )
+            for k, dim in enumerate(dims)
         )
-
-
-def _count(x: Tensor, dims: int) -> int:
-    return x.size(0) if x.dim() > dims else 1
-
-
-def _stride(x: Tensor, dims: int) -> tuple[int, ...]:
-    """The strides of all dims but the last, and that of the stack, 0 where `x` is none."""
-    strides = x.stride()
-    return (*strides[-dims:-1], strides[0] if len(strides) > dims else 0)
+        by_kind = zip(*(zip(*chunk, strict=True) for chunk in whole), strict=True)
+        return cls(tuple(by_kind), tuple(strides), tuple(counts))
 
 
 _MOST_CHUNKS = 6
@@ -343,6 +362,5 @@ def _programs(n: int, heads: int) -> tuple[int, int]:
     return triton.cdiv(n, _BLOCK_N), heads
 
 
-def _blocks(d: int, *tensors: Tensor) -> dict[str, int]:
-    assert all(x.stride(-1) == 1 for x in tensors), "the last dim is contiguous"
+def _blocks(d: int) -> dict[str, int]:
     return {"BLOCK_N": _BLOCK_N, "BLOCK_D": triton.next_power_of_2(d)}
