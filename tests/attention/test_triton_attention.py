@@ -110,6 +110,13 @@ def compare_table(case: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
 
 
+def scale_by(scale: float) -> None:
+    """Scales that are not above 0 are legal."""
+    q, k, v = (torch.randn(70, 1, 1, 16) for _ in range(3))
+    found, expected = (x.forward(q, k, v, band=CAUSAL, scale=scale) for x in (TritonKernel(), ReferenceKernel()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def plant(value: float) -> None:
     """What is not finite in key or value 40 reaches the outputs of the rows that see it."""
     q, k, v = (torch.randn(70, 1, 1, 16) for _ in range(3))
@@ -129,9 +136,9 @@ def plant(value: float) -> None:
 def test_interpreted_kernels_agree_with_the_reference() -> None:
     # The interpreter is chosen when Triton is imported, hence a process of its own.
     code = (
-        "from tests.attention.test_triton_attention import CASES, TABLES, compare, compare_table, plant; "
+        "from tests.attention.test_triton_attention import CASES, TABLES, compare, compare_table, plant, scale_by; "
         "[compare(case) for case in CASES]; [compare_table(case) for case in TABLES]; "
-        "[plant(float(value)) for value in ('nan', 'inf')]"
+        "[plant(float(value)) for value in ('nan', 'inf')]; [scale_by(scale) for scale in (-0.3, 0.0)]"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)

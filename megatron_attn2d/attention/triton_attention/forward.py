@@ -80,9 +80,6 @@ def _forward(
     first = block * M
     rows = first + tl.arange(0, M)
     q_block = load(head_of(q, batch, head, q_start), q[1][0], first, sq, d, False, M, D)
-    # Scores are scaled in the exponent alone. That wants a scale above 0: the sign goes to the queries.
-    q_block = tl.where(scale2 < 0, -q_block, q_block)
-    scale2 = tl.maximum(tl.abs(scale2), 1e-30)
     k_head = head_of(k, batch, head // group, k_start), k[1][0]
     v_head = head_of(v, batch, head // group, k_start), v[1][0]
     words, keys_at = (rows, rows), k_start
@@ -124,13 +121,16 @@ def forward(
 ) -> None:
     """See `Kernel.forward` and, with a table and a batch of one, `Kernel.forward_segments`; lse is [b * h, sq]."""
     (sq, batch, heads, d), dv = q.shape, v.size(3)
+    # Kernels scale in the exponent alone, where the largest score must be the largest scaled one too.
+    if scale < 0:
+        q, scale = q.neg(), -scale
     blocks, how = tuned(q, v, forward_table(q))
     programs, ends = blocks_of_rows(table, sq, blocks[0])
     arguments = (
         *map(with_strides, (q, k, v, out)),
         lse,
         lse.stride(0),
-        scale * LOG2E.value,
+        max(scale, 1e-30) * LOG2E.value,
         heads,
         heads // k.size(2),
         (sq, k.size(0)),
