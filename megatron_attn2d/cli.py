@@ -62,6 +62,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     plan.add_argument("run", metavar="RUN.yaml")
     plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the YAML")
     plan.add_argument("-o", "--output", metavar="PNG", help="draw predicted speed-ups here")
+    plan.add_argument("--growth", metavar="PNG", help="draw time and bytes at 16 to 4,096 context ranks here")
     plan.set_defaults(command=_plan)
 
     added = [*corpus.add(commands), *run_report.add(commands), *evaluate.add(commands)]
@@ -176,10 +177,15 @@ def _is_finished(run: RunConfig, says: bool) -> bool:
 
 def _plan(args: argparse.Namespace) -> int:
     """Predict time, bytes and memory of a layer's attention for every mode and grid on the YAML's cluster."""
-    from megatron_attn2d.planner import report
+    from megatron_attn2d.planner import growth, report
 
     run = load_run(args.run, args.overrides)
     print(report.report(run))
+    if args.growth:
+        found = growth.growth(run)
+        print(f"\n{growth.table(found, run)}")
+        growth.draw(found, run, Path(args.growth))
+        print(f"growth: {args.growth}")
     if args.output:
         report.draw(run, Path(args.output))
         print(f"speed-ups: {args.output}")

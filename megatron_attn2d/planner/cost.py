@@ -191,24 +191,41 @@ def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float
     return seconds + head_groups * (latency + phase.messages * cluster.message_s)
 
 
-def launches(candidate: Candidate, ranks: int, groups: int) -> tuple[int, int]:
+class Starts(NamedTuple):
+    """What a pass of a mode makes the CPU start, in launches of `Cluster.launch_s`: `fixed`, and more for each rank."""
+
+    fixed: float
+    per_rank: float
+
+
+# Fitted to what calls cost the host with 4 to 256 ranks (docs/planner.md, "Host time"); a launch took 0.38 ms.
+RING_STARTS = Starts(4.0, 0.575)
+"""Transformer Engine's p2p: a step's kernel and messages follow each other quickly once the first has started."""
+ALL_GATHER_STARTS = Starts(4.5, 0.065)
+"""Transformer Engine's all_gather: chunks are put in order before and after the kernels."""
+PEER_STARTS = 0.025
+"""Of a launch, for each rank that an exchange of attention2d has messages with: the exchange itself is one launch."""
+
+
+def launches(candidate: Candidate, ranks: int, groups: int) -> tuple[float, float]:
     """Kernel calls and exchanges that the CPU starts, forward and backward; those of Transformer Engine for a ring.
 
     On a grid: the own chunks, the tile in two, the merge; in the backward pass also delta, and sums for a merge. Keys
     are gathered, and return in the backward pass; queries do both in both. The exchange over heads brings q, k, v and
     their copies, then the output, and the gradients alike.
     """
-    if candidate.axes is None:
-        return 2 * ranks, 2 * ranks
-    if candidate.mode == "all_gather":
-        return 4, 5
+    if candidate.axes is None or candidate.mode == "all_gather":
+        starts = RING_STARTS if candidate.axes is None else ALL_GATHER_STARTS
+        one_pass = starts.fixed + starts.per_rank * ranks
+        return one_pass, one_pass
     spread, rows, cols = candidate.axes
-    moves_keys, moves_queries = rows > 1, cols > 1
+    keys, queries = (bool(peers) + PEER_STARTS * peers for peers in (rows - 1, cols - 1))
     kernels = (4, 5) if rows * cols > 1 else (3, 4)
-    forward = kernels[0] + moves_keys + 2 * moves_queries
-    backward = kernels[1] + 2 * moves_keys + 2 * moves_queries
-    over_heads = (3, 4) if spread > 1 else (0, 0)
-    return groups * forward + over_heads[0], groups * backward + over_heads[1]
+    forward = kernels[0] + keys + 2 * queries
+    backward = kernels[1] + 2 * keys + 2 * queries
+    copies = (1, 2) if spread > 1 else (0, 0)
+    over_heads = 2 * (bool(spread - 1) + PEER_STARTS * (spread - 1))
+    return groups * forward + over_heads + copies[0], groups * backward + over_heads + copies[1]
 
 
 def own_share(candidate: Candidate, work: Workload) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_attn2d.planner.cost import CLOSE, Cluster, Prediction
-from megatron_attn2d.planner.run import cluster, missing_rates, predictions, workload
+from megatron_attn2d.planner.run import cluster, described, predictions, workload
 from megatron_attn2d.planner.traffic import Workload
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def report(run: RunConfig) -> str:
     """
     from megatron_attn2d.config.errors import ConfigError
 
-    if missing := missing_rates(run):
-        raise ConfigError(missing[0], None, "the planner needs it", "extend one of configs/clusters")
+    described(run)
     if run.context_parallel.size == 1:
         raise ConfigError("context_parallel.size", 1, "one rank needs no plan", "choose 2 or more")
     work, machines = workload(run), cluster(run)

@@ -63,6 +63,18 @@ def missing_rates(run: RunConfig) -> list[str]:
     return missing + (["environment.gpus_per_node"] if run.environment.gpus_per_node is None else [])
 
 
+def described(run: RunConfig) -> None:
+    """Refuse a run whose YAML does not describe the cluster.
+
+    Raises:
+        ConfigError: naming the first key that is missing.
+    """
+    from megatron_attn2d.config.errors import ConfigError
+
+    if missing := missing_rates(run):
+        raise ConfigError(missing[0], None, "the planner needs it", "extend one of configs/clusters")
+
+
 def cluster(run: RunConfig) -> Cluster:
     """What a context-parallel rank has, by the YAML's cluster section; `missing_rates` must be empty."""
     rates = {name: getattr(run.cluster, name) for name in _RATES}

@@ -8,7 +8,18 @@ import pytest
 
 from megatron_attn2d.cli import main
 from megatron_attn2d.config import load_run
-from megatron_attn2d.planner.cost import Candidate, Cluster, candidates, plan, predict, transient_bytes
+from megatron_attn2d.planner import growth
+from megatron_attn2d.planner.cost import (
+    PEER_STARTS,
+    RING_STARTS,
+    Candidate,
+    Cluster,
+    candidates,
+    launches,
+    plan,
+    predict,
+    transient_bytes,
+)
 from megatron_attn2d.planner.report import report, verdict
 from megatron_attn2d.planner.run import workload
 from megatron_attn2d.planner.traffic import Workload
@@ -87,12 +98,44 @@ def test_no_pass_is_shorter_than_its_starts(mode: Candidate) -> None:
     work = replace(MHA, seq=4096)
     device = predict(mode, 8, work, NODES)
     slow = predict(mode, 8, work, replace(NODES, launch_s=1e-3))
-    starts = {"ring": (16, 16), "attention2d": (7, 9), "ulysses": (6, 8)}[mode.mode]
+    exchange = {n: 1 + PEER_STARTS * n for n in (1, 3, 7)}  # with so many others
+    starts = {
+        "ring": (RING_STARTS.fixed + 8 * RING_STARTS.per_rank,) * 2,
+        "attention2d": (4 + exchange[1] + 2 * exchange[3], 5 + 2 * exchange[1] + 2 * exchange[3]),
+        "ulysses": (4 + 2 * exchange[7], 6 + 2 * exchange[7]),
+    }[mode.mode]
     assert [slow.forward_s, slow.backward_s] == pytest.approx([1e-3 * n for n in starts])
     assert slow.head_groups == 1
     assert slow.device_s == pytest.approx(predict(mode, 8, work, NODES, (1,)).total_s)
     fast = predict(mode, 8, work, replace(NODES, launch_s=1e-9))
     assert (fast.forward_s, fast.backward_s) == (device.forward_s, device.backward_s)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ranks", "ms"),
+    [
+        *(("ring", ranks, ms) for ranks, ms in ((4, 4.9), (16, 11.3), (64, 30.0), (256, 136.0))),
+        *(("all_gather", ranks, ms) for ranks, ms in ((4, 3.3), (16, 4.0), (64, 6.7), (256, 15.9))),
+        *(("attention2d", axes, ms) for axes, ms in (((1, 4, 1), 4.9), ((1, 8, 8), 5.9), ((1, 64, 1), 6.5))),
+    ],
+)
+def test_starts_are_those_of_hosts(mode: str, ranks: int | tuple[int, int, int], ms: float) -> None:
+    """Milliseconds of the host's part of a call, both passes (docs/planner.md), at 0.38 ms a launch."""
+    axes = ranks if isinstance(ranks, tuple) else None if mode == "ring" else (1, ranks, 1)
+    count = ranks if isinstance(ranks, int) else ranks[1] * ranks[2]
+    assert 0.38 * sum(launches(Candidate(mode, axes, None), count, 1)) == pytest.approx(ms, rel=0.16)
+
+
+def test_a_mode_ends_where_more_ranks_no_longer_pay() -> None:
+    """13B, a million tokens, tensor 2: a ring's bytes stay, a grid's shrink; thousands of steps wait for the host."""
+    run = load_run("configs/runs/gpt3_13b_1m.yaml", ["parallelism.tensor=2", "context_parallel.size=64"])
+    found = growth.growth(run)
+    ends = {mode: None if (at := growth.end(line)) is None else growth.RANKS[at] for mode, line in found.items()}
+    assert ends == {"ring": 64, "all_gather": 64, "R x C": None, "U x R x C": None}
+    assert growth.bound(found["ring"][3]) == "messages"
+    assert growth.bound(found["ring"][-1]) == "host"
+    assert found["R x C"][-1].nic_bytes < found["R x C"][0].nic_bytes / 5
+    assert "ring: ends at 64 ranks" in growth.table(found, run)
 
 
 def test_long_sequences_a_rank_hide_a_rings_messages() -> None:
@@ -180,11 +223,13 @@ RUN = "configs/runs/gpt3_175b_32k.yaml"
 
 
 def test_the_command_prints_a_table_and_draws(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", RUN, "-o", str(tmp_path / "plan.png")]) == 0
+    assert main(["plan", RUN, "-o", str(tmp_path / "plan.png"), "--growth", str(tmp_path / "growth.png")]) == 0
     printed = capsys.readouterr().out
     for word in ("ring", "all_gather", "attention2d", "NIC", "Take "):
         assert word in printed
+    assert "R x C: " in printed
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
 def test_auto_takes_the_planners_choice() -> None:
