@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.groups import over_nccl
-from megatron_attn2d.attention.layout import Mask
+from megatron_attn2d.attention.layout import Band
 from megatron_attn2d.attention.messages import named
+from megatron_attn2d.attention.packing import Packing
 
 _met: WeakSet[dist.ProcessGroup] = WeakSet()
 
@@ -26,7 +27,8 @@ def facts_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask,
+    sequences: Packing,
+    band: Band,
     scale: float,
     sink: Tensor | None,
     dropout: Dropout | None,
@@ -38,9 +40,8 @@ def facts_of(
         "shape of k": tuple(k.shape),
         "shape of v": tuple(v.shape),
         "dtype": q.dtype,
-        "mask": tuple(mask.band),
-        "chunks of sequences": (mask.chunks, mask.key_chunks),
-        "lengths of sequences": mask.lengths,
+        "mask": tuple(band),
+        "packed sequences": sequences.facts,
         "softmax_scale": scale,
         "sink": sink is not None,
         "dropout": None if dropout is None else dropout.p,

@@ -17,7 +17,6 @@ d head dim, dv the values' head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import gcd, sqrt
 from typing import Any
 
@@ -25,17 +24,18 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.agreement import check_agreement, facts_of
-from megatron_attn2d.attention.checks import check_first_derivative, check_sink, mask_of, packed, request_of
+from megatron_attn2d.attention.checks import check_first_derivative, check_sink, packed, request_of, sequences_of
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.exchange import axes
 from megatron_attn2d.attention.grid import Grid
 from megatron_attn2d.attention.kernels import choose_kernel
-from megatron_attn2d.attention.local import local_attention
+from megatron_attn2d.attention.local import Whole, local_attention
 from megatron_attn2d.attention.merge import apply_sink
 from megatron_attn2d.attention.overlap import automatic_head_groups
+from megatron_attn2d.attention.packing import Totals
 from megatron_attn2d.attention.passes import Plan, backward, forward
 from megatron_attn2d.attention.saved import without_neighbours
-from megatron_attn2d.attention.tile import Scores
+from megatron_attn2d.attention.tile import Scores, Tile
 from megatron_attn2d.attention.ulysses import check_heads, collect_heads, spread_heads
 
 
@@ -50,8 +50,9 @@ def attention2d(
     window: tuple[int | None, int | None] | None = None,
     sink: Tensor | None = None,
     dropout: Dropout | None = None,
-    cu_seqlens: Sequence[int] | None = None,
-    cu_seqlens_padded: Sequence[int] | None = None,
+    cu_seqlens: Totals | None = None,
+    cu_seqlens_padded: Totals | None = None,
+    max_seqlen: int | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
     head_groups: int | None = None,
@@ -70,8 +71,10 @@ def attention2d(
         sink: [h], for each of this rank's heads the score of one more key, of value 0, that every row sees.
         dropout: of probabilities, the same in every layout of ranks (`attention.dropout.Dropout`).
         cu_seqlens: running totals [0, s1, s1 + s2, ...] of the lengths of packed sequences. q, k and v are then
-            [t/cp, heads, d], by sequence: both chunks of the first, of the second, ... (see `packing`).
+            [t/cp, heads, d], by sequence: both chunks of the first, of the second, ... (see `packing`). A tensor on a
+            GPU is not read: its numbers are not checked, and chunks that hold nothing but padding travel too.
         cu_seqlens_padded: the same with padding, where sequences are padded to multiples of 2 * cp.
+        max_seqlen: tokens of the longest of them with its padding, or more; for totals on a GPU.
         softmax_scale: factor on the scores; 1/sqrt(d) by default.
         backend: attention kernel, see `choose_kernel`.
         head_groups: in how many groups of heads communication and kernels overlap; must divide g. Where
@@ -88,39 +91,45 @@ def attention2d(
         ExchangeError: on CPU ranks, when a peer hangs beyond its group's timeout or is gone.
         RuntimeError: in the backward pass, when second derivatives are asked for.
     """
-    packing = packed(cu_seqlens, cu_seqlens_padded, (q, k, v), grid.size)
+    packing = packed(cu_seqlens, cu_seqlens_padded, max_seqlen, (q, k, v), grid.size)
     if packing is not None:
-        q, k, v = (packing.by_half(x, grid.size) for x in (q, k, v))
-    mask = mask_of(q, k, v, causal, window, grid.rows * grid.cols, grid.heads, packing)
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    sequences, band = sequences_of(q, k, v, causal, window, grid.rows * grid.cols, grid.heads, packing)
     if head_groups is not None and (head_groups < 1 or k.size(2) % head_groups):
         raise ValueError(f"head_groups={head_groups} does not divide the {k.size(2)} key/value heads of this rank")
     check_heads(q.size(2), k.size(2), grid.heads)
     check_sink(sink, q)
     dropout = Dropout.of_call(dropout)
-    kernel = choose_kernel(backend, request_of(q, v, mask, dropout))
+    kernel = choose_kernel(backend, request_of(q, v, sequences, band, dropout))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
-    facts = facts_of(q, k, v, mask, scale, sink, dropout, head_groups)
+    facts = facts_of(q, k, v, sequences, band, scale, sink, dropout, head_groups)
     check_agreement((grid.head_group, grid.kv_group, grid.q_group), facts, q.device, label)
     if grid.heads > 1:
+        if packing is not None:
+            q, k, v = (packing.to_slots(x, 2) for x in (q, k, v))
         q, k, v = spread_heads(q, k, v, grid, label)
         if packing is not None:
-            q, k, v = (packing.over_heads(x, grid.size, grid.heads) for x in (q, k, v))
+            q, k, v = (packing.to_sequences(x, 2 * grid.heads) for x in (q, k, v))
         first = grid.head_rank * q.size(2)
         sink = None if sink is None else sink[first : first + q.size(2)]
         dropout = None if dropout is None else dropout.starting(first)
     q, k, v = without_neighbours(q, k, v)
-    scores = Scores(kernel, scale, mask.ranks, dropout)
-    if mask.ranks == 1 and packing is None:
-        out = local_attention(q, k, v, sink, scores, mask.band)
+    scores = Scores(kernel, scale, dropout)
+    if sequences.ranks == 1:
+        out = local_attention(q, k, v, sink, Whole(sequences, band, scores))
     else:
         asked = automatic_head_groups(q, k, grid) if head_groups is None else head_groups
         groups = gcd(asked, k.size(2))  # fewer where the head axis leaves a rank fewer heads
-        out = _Attention2D.apply(q, k, v, sink, Plan(*axes(grid, mask, label), scores, grid.rank, groups))
+        plan, row, column = axes(grid, sequences.mask(band), label)
+        tile = Tile(plan, sequences, band, grid.rank)
+        out = _Attention2D.apply(q, k, v, sink, Plan(tile, row, column, scores, groups))
     if grid.heads > 1:
         if packing is not None:
-            out = packing.over_ranks(out, grid.size, grid.heads)
+            out = packing.to_slots(out, 2 * grid.heads)
         out = collect_heads(out, grid, label)
-    return out if packing is None else packing.by_sequence(out, grid.size)
+        if packing is not None:
+            out = packing.to_sequences(out, 2)
+    return out if packing is None else out.squeeze(1)
 
 
 class _Attention2D(torch.autograd.Function):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels.request import Request
-from megatron_attn2d.attention.layout import FULL, Band, Mask
-from megatron_attn2d.attention.packing import Packing
+from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
+from megatron_attn2d.attention.packing import Packing, Totals
 
 
 def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
@@ -102,31 +102,53 @@ def _pair(window: object) -> Sequence[int | None]:
 
 
 def packed(
-    cu_seqlens: Sequence[int] | None, cu_seqlens_padded: Sequence[int] | None, shards: Sequence[Tensor], ranks: int
+    cu_seqlens: Totals | None,
+    cu_seqlens_padded: Totals | None,
+    max_seqlen: int | None,
+    shards: Sequence[Tensor],
+    ranks: int,
 ) -> Packing | None:
     """Where packed sequences lie in shards [t/cp, heads, d] of `ranks` ranks; None where there are none.
 
     Raises:
         ValueError: naming what does not fit.
     """
-    for totals, values in (("cu_seqlens", cu_seqlens), ("cu_seqlens_padded", cu_seqlens_padded)):
-        if isinstance(values, Tensor):
-            raise ValueError(f"{totals} is a tensor: pass {totals}.tolist(), read once a batch, as a GPU is waited for")
-        if any(isinstance(value, Tensor) or not hasattr(value, "__index__") for value in values or ()):
-            raise ValueError(f"{totals} must hold running totals of tokens, as int: got {list(values or ())[:8]}")
+    for name, values in (("cu_seqlens", cu_seqlens), ("cu_seqlens_padded", cu_seqlens_padded)):
+        _check_totals(name, values, shards[0].device)
     if cu_seqlens is None:
         if cu_seqlens_padded is not None:
             raise ValueError("cu_seqlens_padded comes without cu_seqlens: pass both")
         return None
+    if cu_seqlens_padded is not None and _on_gpu(cu_seqlens) != _on_gpu(cu_seqlens_padded):
+        raise ValueError("of cu_seqlens and cu_seqlens_padded one is on a GPU: pass both there, or both to the host")
     for name, x in zip("qkv", shards, strict=True):
         if x.dim() != 3 or x.size(0) != shards[0].size(0):
             raise ValueError(
                 f"{name} of packed sequences must be [t/cp, heads, head dim] with the tokens of q, got {list(x.shape)}"
             )
-    return Packing.of(cu_seqlens, cu_seqlens_padded, shards[0].size(0) * ranks, ranks)
+    tokens = shards[0].size(0) * ranks
+    return Packing.of(cu_seqlens, cu_seqlens_padded, tokens, ranks, shards[0].device, max_seqlen)
 
 
-def mask_of(
+def _check_totals(name: str, values: Totals | None, device: torch.device) -> None:
+    if isinstance(values, Tensor):
+        if values.dtype not in (torch.int32, torch.int64) or values.numel() < 2:
+            raise ValueError(
+                f"{name} must be a tensor of int32 or int64 with [0, s1, s1 + s2, ...], got {values.dtype}"
+            )
+        if _on_gpu(values) and values.device != device:
+            raise ValueError(
+                f"{name} is on {values.device} and q on {device}: pass it on the same device, or on the CPU"
+            )
+    elif any(isinstance(value, Tensor) or not hasattr(value, "__index__") for value in values or ()):
+        raise ValueError(f"{name} must hold running totals of tokens, as int: got {list(values or ())[:8]}")
+
+
+def _on_gpu(totals: Totals) -> bool:
+    return isinstance(totals, Tensor) and totals.is_cuda
+
+
+def sequences_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -135,33 +157,35 @@ def mask_of(
     places: int,
     heads: int,
     packing: Packing | None,
-) -> Mask:
-    """Who sees whom on a zigzag of `places` chunks pairs, each of `heads` ranks' shards.
+) -> tuple[Packing, Band]:
+    """The sequences in chunks of a zigzag of `places`, each of `heads` ranks' shards, and who sees whom within each.
 
     Raises:
         ValueError: naming what does not fit.
     """
-    longest = max(q.size(0), k.size(0)) * places * heads if packing is None else max(packing.places)
+    longest = max(q.size(0), k.size(0)) * places * heads
+    if packing is not None:
+        longest = 2 * packing.ranks * packing.longest
     band = band_of(causal, window, longest)
     check_shards(q, k, v, across=band == FULL and packing is None)
-    if packing is None:
-        _doubt_order(q, places * heads)
-    else:
-        return Mask(band, places, packing.chunks(places), packing.lengths)
-    chunk, key_chunk = (x.size(0) * heads // 2 for x in (q, k))
-    return Mask(band, places, (chunk,), key_chunks=None if key_chunk == chunk else (key_chunk,))
+    if packing is not None:
+        return packing.over(heads), band
+    _doubt_order(q, places * heads)
+    return Packing.of_one(q.size(0) * heads // 2, places, q.device), band
 
 
-def request_of(q: Tensor, v: Tensor, mask: Mask, dropout: Dropout | None) -> Request:
+def request_of(q: Tensor, v: Tensor, sequences: Packing, band: Band, dropout: Dropout | None) -> Request:
     """What the call asks of a kernel."""
+    windows = band not in (FULL, CAUSAL)
     return Request(
         q.device.type,
         q.dtype,
         q.size(3),
         v.size(3),
-        windows=mask.windows,
+        windows=windows,
         dropout=dropout is not None,
         grouped=v.size(2) != q.size(2),
+        segments=not sequences.plain or (windows and sequences.ranks > 1),
     )
 
 

@@ -31,16 +31,16 @@ queries see make a call, so that what returns is rounded once.
 Two chunk pairs of ranks a != b hold 1 + [a > b] + [a < b] = 2 squares of causal work, a rank with itself 1 + 2/2 = 2:
 every tile of every grid has the same work, in whatever order the ranks lie on it.
 
-Sliding windows and padding have no such prefixes. There each query chunk makes a call for every run of key chunks whose
-tokens follow each other, trimmed to the rows and keys that have something to do with each other; chunks that nobody in
-the tile sees are not gathered. Packed sequences are each cut into 2P chunks of their own; a rank's lower half is the
-lower chunks of all sequences one after the other, and each sequence has calls of its own within the same buffers.
+Packed sequences are each cut into 2P chunks of their own; a rank's lower half is the lower chunks of all sequences one
+after the other. So who sees whom in chunks is the same for all of them, and a rectangle of chunks is a table of one
+segment of rows and keys per sequence (`tables`). Padding shortens segments. Under a sliding window a plan says only
+which chunks have to do with each other; chunks that nobody in the tile sees are not gathered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -78,44 +78,35 @@ class Chunk(NamedTuple):
         return self.rank if self.half == LOWER else 2 * ranks - 1 - self.rank
 
 
+type Steps = tuple[tuple[int, int], ...]
+"""(stop, reach), ascending by stop: a chunk before position `stop`, and behind the last one, reaches so many chunks."""
+
+
 @dataclass(frozen=True)
 class Mask:
-    """What a call attends, all tiles alike.
+    """What a call attends, all tiles alike, as far as chunks are concerned: which of them has to do with which.
 
     Attributes:
         band: who sees whom within each sequence.
         ranks: P; where it is left out, only full and causal masks without padding can be planned.
-        chunks: tokens of a chunk of each sequence, one sequence unless they are packed.
-        lengths: tokens of each sequence that are no padding; without it, all.
-        key_chunks: the same as `chunks` for keys, where those are of another sequence.
+        used: so many chunks, in token order, hold tokens that are no padding; without it, all.
+        back: under a window, how many chunks before it a chunk of queries sees, by its position.
+        ahead: how many chunks before it still see a chunk of keys, by the keys' position.
     """
 
     band: Band
     ranks: int = 0
-    chunks: tuple[int, ...] = (1,)
-    lengths: tuple[int, ...] | None = None
-    key_chunks: tuple[int, ...] | None = None
+    used: int | None = None
+    back: Steps = ()
+    ahead: Steps = ()
 
-    @property
-    def padded(self) -> bool:
-        """Whether some token is padding."""
-        whole = tuple(2 * self.ranks * chunk for chunk in self.chunks)
-        return self.lengths is not None and self.lengths != whole
-
-    @property
-    def pack(self) -> bool:
-        """Whether there are several sequences."""
-        return len(self.chunks) > 1
-
-    @property
-    def real_lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence that are no padding."""
-        return self.lengths or tuple(2 * self.ranks * chunk for chunk in self.chunks)
-
-    @property
-    def own_apart(self) -> bool:
-        """Whether windows let a chunk attend itself apart. Padding differs between a rank's two: there they don't."""
-        return not self.padded and self.band.right == 0
+    @classmethod
+    def of_one(cls, band: Band, ranks: int, chunk: int) -> Mask:
+        """That of one sequence without padding, in chunks of `chunk` tokens."""
+        if band in (FULL, CAUSAL):
+            return cls(band, ranks)
+        back, ahead = (2 * ranks if side is None else -(-side // chunk) for side in band)
+        return cls(band, ranks, None, ((2 * ranks, back),), ((2 * ranks, ahead),))
 
     @property
     def windows(self) -> bool:
@@ -123,91 +114,45 @@ class Mask:
         return self.band not in (FULL, CAUSAL)
 
 
-class Call(NamedTuple):
-    """Query tokens [start, stop) attend the key tokens [first, last) of one sequence in the gathered chunks."""
+class Rectangle(NamedTuple):
+    """Query slots [start, stop) see all of key slots [first, last)."""
 
     start: int
     stop: int
     first: int
     last: int
-    band: Band = FULL
-
-    @property
-    def pairs(self) -> int:
-        """Visible pairs of query and key."""
-        rows, keys = self.stop - self.start, self.last - self.first
-        left, right = self.band
-        total = 0
-        for row in range(rows):
-            at = row + keys - rows
-            low = 0 if left is None else max(0, at - left)
-            high = keys if right is None else min(keys, at + right + 1)
-            total += max(0, high - low)
-        return total
 
 
-@dataclass(frozen=True)
-class Part:
-    """The kernel calls of one sequence. Its tokens are [offset, offset + chunk) of each chunk, of keys likewise.
-
-    Where `diagonal` is set, the tile's own rank attends its own two chunks under that band, besides the calls: each to
-    itself, or as `TilePlan.own` says.
-    """
-
-    offset: int
-    chunk: int
-    key_offset: int
-    key_chunk: int
-    calls: tuple[Call, ...] = field(repr=False)
-    diagonal: Band | None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TilePlan:
-    """The kernel calls of one tile; `queries` and `keys` name the chunk in each slot of the two gathered buffers.
+    """What one tile attends, in chunks.
 
     Attributes:
-        queries, keys: as above.
-        parts: the calls by sequence.
-        keys_apart: calls cover whole key slots and few of them the same, so gradients of keys are kept call by call.
-        own: the own rank's two chunks as one sequence, a tile with one causal call, where they are not attended each
-            to itself.
+        queries, keys: the chunk in each slot of the two buffers, in token order if the same keys are seen. On an axis
+            on which nothing travels they are the rank's own two.
+        rectangles: what is seen in full, under masks without a window.
+        diagonal: the tile's own rank attends its own chunks besides, each to itself.
+        own_joined: its upper chunk attends its lower one as well there.
+        queries_travel, keys_travel: others' chunks are among them.
     """
 
     queries: tuple[Chunk, ...]
     keys: tuple[Chunk, ...]
-    parts: tuple[Part, ...]
-    keys_apart: bool = False
-    own: TilePlan | None = None
-
-    @property
-    def own_joined(self) -> bool:
-        """Whether the own two chunks are attended as one sequence."""
-        return self.own is not None
-
-    @property
-    def diagonal(self) -> bool:
-        """Whether the tile's own rank attends its own chunks besides the calls."""
-        return self.parts[0].diagonal is not None
+    rectangles: tuple[Rectangle, ...] = field(repr=False)
+    diagonal: bool
+    own_joined: bool
+    queries_travel: bool
+    keys_travel: bool
 
     @property
     def own_squares(self) -> float:
-        """Work of the own rank's own chunks besides the calls, in squares of chunk x chunk, all sequences together."""
-        chunk, work = max(1, sum(part.chunk for part in self.parts)), 0.0
-        for part in self.parts:
-            if part.diagonal is not None:
-                left = part.diagonal.left
-                width = 1.0 if left is None or left >= part.chunk else (left + 1) / part.chunk
-                work += (2 * (width - width**2 / 2) + self.own_joined) * (part.chunk / chunk) ** 2
-        return work
+        """Work of the own rank's own chunks besides the rectangles, in squares of chunk x chunk, without a window."""
+        return (1.0 + self.own_joined) if self.diagonal else 0.0
 
     @property
     def squares(self) -> float:
-        """All work, in squares of chunk x chunk, all sequences together."""
-        chunk, key_chunk = (sum(getattr(part, name) for part in self.parts) for name in ("chunk", "key_chunk"))
-        calls = [call for part in self.parts for call in part.calls]
-        pairs = sum((c.stop - c.start) * (c.last - c.first) if c.band == FULL else c.pairs for c in calls)
-        return self.own_squares + pairs / (chunk * key_chunk)
+        """All work, in squares of chunk x chunk, under masks without a window."""
+        return self.own_squares + sum((r.stop - r.start) * (r.last - r.first) for r in self.rectangles)
 
 
 def visible_prefix(query: Chunk, key_ranks: tuple[int, ...], causal: bool) -> int:
@@ -219,24 +164,8 @@ def visible_prefix(query: Chunk, key_ranks: tuple[int, ...], causal: bool) -> in
     return len(key_ranks) + sum(rank > query.rank for rank in key_ranks)
 
 
+@lru_cache(maxsize=4096)
 def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask) -> TilePlan:
-    """The plan of a tile, made once. A pack's, which are large and seldom come again, are kept for a few batches."""
-    made = _plan_of_pack if mask.pack else _plan_of_sequence
-    return made(query_ranks, key_ranks, mask)
-
-
-def tile_slots(
-    query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask
-) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
-    """`queries` and `keys` of `tile_plan`, without the calls: what other ranks need to know of a tile."""
-    if mask.windows or mask.padded:
-        return _visible_chunks(query_ranks, key_ranks, mask)
-    one = replace(mask, chunks=(1,), key_chunks=None, lengths=None)  # who sees whom does not depend on lengths
-    plan = _plan_of_sequence(query_ranks, key_ranks, one)
-    return plan.queries, plan.keys
-
-
-def _plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask) -> TilePlan:
     """Plan the tile of the queries of `query_ranks` against the keys of `key_ranks`.
 
     Args:
@@ -246,154 +175,93 @@ def _plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask) 
     """
     shared = set(query_ranks) & set(key_ranks)
     assert len(shared) <= 1, "a row and a column of a grid share one rank"
-    if mask.windows or mask.padded:
-        return _plan_runs(query_ranks, key_ranks, mask)
+    queries_travel, keys_travel = len(query_ranks) > 1, len(key_ranks) > 1
+    travel = queries_travel, keys_travel
+    if mask.windows:
+        queries, keys = _within_reach(query_ranks, key_ranks, mask)
+        return TilePlan(
+            queries if queries_travel else _chunks(query_ranks),
+            keys if keys_travel else _chunks(key_ranks),
+            (),
+            bool(shared),
+            False,
+            *travel,
+        )
     causal = mask.band == CAUSAL
-    keys_travel, queries_travel = len(key_ranks) > 1, len(query_ranks) > 1
     own_joined = causal and bool(shared) and not (keys_travel and queries_travel)
     if own_joined and queries_travel:
         query_ranks = tuple(rank for rank in query_ranks if rank not in shared)
     elif own_joined:
         key_ranks = tuple(rank for rank in key_ranks if rank not in shared)
-    prefix = {
-        Chunk(rank, half): visible_prefix(Chunk(rank, half), key_ranks, causal)
-        for rank in query_ranks
-        for half in (LOWER, UPPER)
-    }
-    queries = tuple(sorted((c for c in prefix if prefix[c]), key=lambda c: (prefix[c], c)))
-    keys = sorted(_chunks(key_ranks), key=lambda c: c.token_order)
-    staircase = []  # from this slot of queries to that, which see so many keys
-    for seen, run in groupby(range(len(queries)), key=lambda slot: prefix[queries[slot]]):
-        slots = list(run)
-        staircase.append((slots[0], slots[-1] + 1, seen))
+    keys = _used(_chunks(key_ranks), mask) if keys_travel else _chunks(key_ranks)
+    found = _used(_chunks(query_ranks), mask) if queries_travel else _chunks(query_ranks)
+    prefix = {chunk: min(len(keys), visible_prefix(chunk, key_ranks, causal)) for chunk in found}
+    # Stable: those that see the same keys stand in token order, so that padding is at the end of them.
+    queries = tuple(sorted((c for c in found if prefix[c] or not queries_travel), key=lambda c: prefix[c]))
+    staircase = [  # from this slot of queries to that, which see so many keys
+        (slots[0], slots[-1] + 1, seen)
+        for seen, run in groupby(range(len(queries)), key=lambda slot: prefix[queries[slot]])
+        if seen and (slots := list(run))
+    ]
     if queries_travel:  # each query's partial result comes from one call, and is rounded once
-        rectangles = [(start, stop, 0, seen) for start, stop, seen in staircase]
+        rectangles = [Rectangle(start, stop, 0, seen) for start, stop, seen in staircase]
     else:  # the same for the gradient of keys
         seen_before = (0, *(seen for _, _, seen in staircase))
         rectangles = [
-            (start, len(queries), before, seen)
+            Rectangle(start, len(queries), before, seen)
             for (start, _, seen), before in zip(staircase, seen_before, strict=False)
         ]
-    parts = tuple(
-        Part(
-            *place,
-            tuple(Call(a * place[1], b * place[1], c * place[3], d * place[3]) for a, b, c, d in rectangles),
-            CAUSAL if causal and shared else None,
-        )
-        for place in _places(mask)
-    )
-    seen_keys = tuple(keys[: max(prefix.values())])
-    own = _own_sequence(min(shared), mask) if own_joined else None
-    return TilePlan(queries, seen_keys, parts, not (keys_travel and queries_travel), own)
+    seen_keys = keys[: max(prefix.values(), default=0)] if keys_travel else keys
+    return TilePlan(queries, seen_keys, tuple(rectangles), causal and bool(shared), own_joined, *travel)
 
 
-_plan_of_sequence, _plan_of_pack = lru_cache(maxsize=4096)(_plan), lru_cache(maxsize=128)(_plan)
-
-
-def _own_sequence(rank: int, mask: Mask) -> TilePlan:
-    """A rank's two chunks, upper after lower, under a causal mask."""
-    chunks = tuple(_chunks((rank,)))
-    parts = tuple(Part(*place, (Call(0, 2 * place[1], 0, 2 * place[1], CAUSAL),), None) for place in _places(mask))
-    return TilePlan(chunks, chunks, parts, keys_apart=True)
-
-
-def _chunks(ranks: tuple[int, ...]) -> list[Chunk]:
-    return [Chunk(rank, half) for rank in ranks for half in (LOWER, UPPER)]
-
-
-def _places(mask: Mask) -> Iterator[tuple[int, int, int, int]]:
-    """Offset and tokens in a chunk of each sequence, of queries and of keys."""
-    offset = key_offset = 0
-    for chunk, key_chunk in zip(mask.chunks, mask.key_chunks or mask.chunks, strict=True):
-        yield offset, chunk, key_offset, key_chunk
-        offset, key_offset = offset + chunk, key_offset + key_chunk
-
-
-def _plan_runs(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask) -> TilePlan:
-    """The plan under any band, with padding: for each query chunk a call a run of key chunks."""
-    lengths, apart = mask.real_lengths, mask.own_apart
-    queries, keys = _visible_chunks(query_ranks, key_ranks, mask)
-    parts = []
-    for place, length in zip(_places(mask), lengths, strict=True):
-        n, calls = place[1], []
-        for slot, query in enumerate(queries):
-            for first, last in _runs(query, keys, mask, apart):
-                at, key_at = query.position(mask.ranks) * n, keys[first].position(mask.ranks) * n
-                found = _trimmed(at, n, key_at, (last - first) * n, length, mask.band)
-                if found is not None:
-                    rows, columns = slot * n - at, first * n - key_at
-                    calls.append(
-                        Call(found[0] + rows, found[1] + rows, found[2] + columns, found[3] + columns, found[4])
-                    )
-        left = mask.band.left
-        diagonal = Band(None if left is None or left >= n - 1 else left, 0)
-        parts.append(Part(*place, tuple(calls), diagonal if apart and set(query_ranks) & set(key_ranks) else None))
-    return TilePlan(queries, keys, tuple(parts))
-
-
-def _visible_chunks(
+def tile_slots(
     query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask
 ) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
-    """Chunks in token order that see, and that are seen by, some chunk of the tile, under any band and with padding."""
-    order = sorted(_chunks(query_ranks), key=lambda c: c.token_order)
-    key_order = sorted(_chunks(key_ranks), key=lambda c: c.token_order)
-    lengths, apart = mask.real_lengths, mask.own_apart
-
-    def visible(query: Chunk, key: Chunk) -> bool:
-        if mask.band.right == 0 and key.position(mask.ranks) > query.position(mask.ranks):
-            return False  # said first, as it saves a look at each sequence
-        return not (apart and query == key) and any(
-            _trimmed(query.position(mask.ranks) * n, n, key.position(mask.ranks) * n, n, length, mask.band)
-            for n, length in zip(mask.chunks, lengths, strict=True)
-        )
-
-    queries = tuple(query for query in order if any(visible(query, key) for key in key_order))
-    keys = tuple(key for key in key_order if any(visible(query, key) for query in order))
-    return queries, keys
+    """`queries` and `keys` of `tile_plan`: what other ranks need to know of a tile."""
+    plan = tile_plan(query_ranks, key_ranks, mask)
+    return plan.queries, plan.keys
 
 
-def _runs(query: Chunk, keys: tuple[Chunk, ...], mask: Mask, apart: bool) -> Iterator[tuple[int, int]]:
-    """Slots [first, last) of key chunks that follow each other in the sequence.
+def _chunks(ranks: tuple[int, ...]) -> tuple[Chunk, ...]:
+    """Their chunks in token order."""
+    return tuple(sorted((Chunk(rank, half) for rank in ranks for half in (LOWER, UPPER)), key=lambda c: c.token_order))
 
-    The query chunk itself is left out where it is attended apart, and by itself under a causal mask without a window:
-    then every call is a full rectangle or a causal square, which every kernel serves.
+
+def _used(chunks: tuple[Chunk, ...], mask: Mask) -> tuple[Chunk, ...]:
+    """Those that hold more than padding."""
+    return chunks if mask.used is None else tuple(c for c in chunks if c.position(mask.ranks) < mask.used)
+
+
+def _within_reach(
+    query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Mask
+) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
+    """Chunks in token order that see, and that are seen by, another chunk of the tile under a window.
+
+    A chunk reaches no farther the later it stands, so its nearest neighbours on both sides decide.
     """
-    first = 0
-    for slot in range(1, len(keys) + 1):
-        if (
-            slot == len(keys)
-            or keys[slot].position(mask.ranks) != keys[slot - 1].position(mask.ranks) + 1
-            or (mask.band.right == 0 and query in (keys[slot], keys[slot - 1]))
-        ):
-            if not (apart and keys[first] == query):
-                yield first, slot
-            first = slot
+    queries, keys = _chunks(query_ranks), _chunks(key_ranks)
+    rows, columns = ([chunk.position(mask.ranks) for chunk in chunks] for chunks in (queries, keys))
+
+    def sees(query: int | None, key: int | None) -> bool:
+        if query is None or key is None:
+            return False
+        return query - key <= _reach(mask.back, query) if key < query else key - query <= _reach(mask.ahead, key)
+
+    return (
+        tuple(c for c, row in zip(queries, rows, strict=True) if any(sees(row, key) for key in _next_to(row, columns))),
+        tuple(c for c, key in zip(keys, columns, strict=True) if any(sees(row, key) for row in _next_to(key, rows))),
+    )
 
 
-def _trimmed(
-    at: int, rows: int, key_at: int, columns: int, length: int, band: Band
-) -> tuple[int, int, int, int, Band] | None:
-    """Rows [start, stop), keys [first, last), in tokens of the sequence, and band of what is visible in a block.
+def _next_to(position: int, others: list[int]) -> tuple[int | None, int | None]:
+    """The nearest of ascending positions before and after this one."""
+    before, after = bisect_left(others, position), bisect_right(others, position)
+    return others[before - 1] if before else None, others[after] if after < len(others) else None
 
-    Args:
-        at, rows: first query and number of queries.
-        key_at, columns: of keys.
-        length: tokens of the sequence; others are padding.
-        band: of the sequence.
-    """
-    stop, last = min(at + rows, length), min(key_at + columns, length)
-    # Row i sees a key of the block if i - left < last and i + right >= key_at.
-    start = at if band.right is None else max(at, key_at - band.right)
-    stop = stop if band.left is None else min(stop, last + band.left)
-    if start >= stop or key_at >= last:
-        return None
-    first = key_at if band.left is None else max(key_at, start - band.left)
-    last = last if band.right is None else min(last, stop + band.right)
-    sq, sk = stop - start, last - first
-    ahead = stop - last  # of the last row before the last key
-    left = None if band.left is None or band.left - ahead >= sk - 1 else band.left - ahead
-    right = None if band.right is None or band.right + ahead >= sq - 1 else band.right + ahead
-    return start, stop, first, last, Band(left, right)
+
+def _reach(steps: Steps, position: int) -> int:
+    return next((reach for stop, reach in steps if position < stop), 0)
 
 
 def place_ranks(rows: int, cols: int, tile_rows: int, tile_cols: int) -> tuple[tuple[int, ...], ...]:

@@ -1,102 +1,363 @@
 """Packed sequences (THD): several sequences one after the other, each of them spread over the ranks on its own.
 
-Megatron and Transformer Engine give a rank both chunks of every sequence in turn. Attention wants the lower chunks of
-all sequences, then the upper ones, so that a chunk is one message whatever is packed:
+Tokens of several chunks, here of two, lie in one of two orders:
 
-    shard of a rank      s1 lower, s1 upper, s2 lower, s2 upper, ...      each sequence in its own zigzag
-    here                 s1 lower, s2 lower, ..., s1 upper, s2 upper, ...
+    by slot        s1 lower, s2 lower, ..., s1 upper, s2 upper, ...    a chunk is one message, whatever is packed
+    by sequence    s1 lower, s1 upper, s2 lower, s2 upper, ...         what a kernel attends of a sequence is one run
+
+A rank's shard comes by sequence, as Megatron and Transformer Engine have it; gathered chunks come by slot. Both orders
+are one where there is a single sequence.
 
 A sequence may end before the tokens that are set apart for it do: the rest is padding, which sees and is seen by
 nobody. Tokens after the last sequence are padding too.
+
+Totals may be numbers of the host or tensors of a GPU. The latter are never read back: what depends on them is made on
+the GPU, whole chunks travel, and nothing of them is checked.
+
+Legend: J sequences, n tokens of a chunk of all of them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.layout import CAUSAL, FULL, Band, Mask, Steps
 
-@dataclass(frozen=True)
+type Totals = Sequence[int] | Tensor
+"""Running totals [0, s1, s1 + s2, ...] of tokens: numbers of the host, or int32 or int64 on any device."""
+
+_MOST_PACKS = 8
+
+
+@dataclass(frozen=True, eq=False)
 class Packing:
-    """Where sequences lie in a pack.
+    """Where sequences lie in the chunks of `ranks` places; a single sequence without padding too.
 
     Attributes:
-        lengths: tokens of each sequence, padding left out.
-        places: tokens set apart for each, a multiple of 2 * cp.
+        chunks: [J] int64, tokens of a chunk of each sequence.
+        lengths: [J] int64, tokens of each sequence that are no padding.
+        ranks: P.
+        tokens: n.
+        longest: at least the largest of `chunks`.
+        padded: some token is padding, or may be.
+        known: the host knows `chunks` and `lengths`, which are on the CPU then.
+        device: where the sequences' tokens are.
+        facts: what tells packings apart that the host knows.
     """
 
-    lengths: tuple[int, ...]
-    places: tuple[int, ...]
+    chunks: Tensor
+    lengths: Tensor
+    ranks: int
+    tokens: int
+    longest: int
+    padded: bool
+    known: bool
+    device: torch.device
+    facts: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, cu_seqlens: Sequence[int], cu_seqlens_padded: Sequence[int] | None, tokens: int, ranks: int) -> Packing:
-        """From running totals as Megatron's PackedSeqParams have them.
+    def of_one(cls, chunk: int, ranks: int, device: torch.device) -> Packing:
+        """A single sequence of chunks of `chunk` tokens, all of them real."""
+        return _of_one(chunk, ranks, device)
+
+    @classmethod
+    def of(
+        cls,
+        cu_seqlens: Totals,
+        cu_seqlens_padded: Totals | None,
+        tokens: int,
+        ranks: int,
+        device: torch.device,
+        max_seqlen: int | None = None,
+    ) -> Packing:
+        """From running totals as Megatron's PackedSeqParams have them; kept for the layers of a few batches.
 
         Args:
             cu_seqlens: [0, length of the first, of the first two, ...].
             cu_seqlens_padded: the same with padding, where there is any between sequences.
             tokens: of the whole pack, all ranks together.
             ranks: context-parallel size.
+            device: where the tokens are.
+            max_seqlen: tokens of the longest sequence with its padding, if totals are on a GPU.
 
         Raises:
-            ValueError: for totals that don't fit each other, the tokens or the ranks.
+            ValueError: for totals that the host knows and that don't fit each other, the tokens or the ranks.
         """
         padded = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
-        lengths, places = (tuple(b - a for a, b in pairwise(x)) for x in (cu_seqlens, padded))
-        if len(lengths) != len(places) or not lengths or cu_seqlens[0] != 0 or padded[0] != 0:
-            raise ValueError(f"cu_seqlens {_short(cu_seqlens)} and cu_seqlens_padded {_short(padded)} don't fit")
-        for i, (length, place) in enumerate(zip(lengths, places, strict=True)):
-            if not 0 <= length <= place:
-                raise ValueError(f"packed sequence {i} has {length} tokens in a place of {place}")
-            if place % (2 * ranks):
-                lower = place // (2 * ranks) * 2 * ranks
-                raise ValueError(
-                    f"packed sequence {i} takes {place} tokens, no multiple of 2 * cp = {2 * ranks}: pad it to "
-                    f"{lower + 2 * ranks} (cu_seqlens_padded){f' or cut it to {lower}' if lower else ''}"
-                )
-        rest = tokens - padded[-1]
-        if rest < 0 or rest % (2 * ranks):
-            raise ValueError(
-                f"packed sequences take {padded[-1]} of {tokens} tokens: what is left must be a multiple of "
-                f"2 * cp = {2 * ranks}"
-            )
-        if rest:
-            lengths, places = (*lengths, 0), (*places, rest)
-        # Places without a token are legal, and nothing.
-        taken = [i for i, place in enumerate(places) if place]
-        if not taken:
-            raise ValueError(f"cu_seqlens {_short(cu_seqlens)} pack no token")
-        return cls(tuple(lengths[i] for i in taken), tuple(places[i] for i in taken))
+        if isinstance(cu_seqlens, Tensor) and cu_seqlens.is_cuda:
+            assert isinstance(padded, Tensor)
+            arguments = (cu_seqlens, padded, tokens, ranks, device, max_seqlen)
+            if torch.cuda.is_current_stream_capturing():  # a replay is to make all of it anew
+                return _on_device(*arguments)
+            versions = tuple((id(x), x._version) for x in (cu_seqlens, padded))
+            return _kept((versions, tokens, ranks, device, max_seqlen), lambda: (_on_device(*arguments), arguments))
+        totals, padded = (tuple(x.tolist() if isinstance(x, Tensor) else x) for x in (cu_seqlens, padded))
+        key = totals, None if cu_seqlens_padded is None else padded, tokens, ranks, device
+        return _kept(key, lambda: (_on_host(totals, padded, tokens, ranks, device), None))
 
-    def chunks(self, ranks: int) -> tuple[int, ...]:
-        """Tokens of a chunk of each sequence, of `ranks` ranks."""
-        return tuple(place // (2 * ranks) for place in self.places)
+    @property
+    def one(self) -> bool:
+        """There is a single sequence, so that both orders of its tokens are one."""
+        return len(self.chunks) == 1
 
-    def by_half(self, shard: Tensor, ranks: int) -> Tensor:
-        """[t/cp, heads, d] by sequence -> [t/cp, 1, heads, d] by half."""
-        pieces = shard.split([chunk for chunk in self.chunks(ranks) for _ in range(2)])
-        return torch.cat(pieces[0::2] + pieces[1::2]).unsqueeze(1)
+    @property
+    def plain(self) -> bool:
+        """It has no padding either."""
+        return self.one and not self.padded
 
-    def by_sequence(self, shard: Tensor, ranks: int) -> Tensor:
-        """The way back."""
-        lower, upper = (half.split(self.chunks(ranks)) for half in shard.squeeze(1).chunk(2))
-        return torch.cat([piece for pair in zip(lower, upper, strict=True) for piece in pair])
+    @property
+    def places(self) -> list[int]:
+        """Tokens set apart for each sequence, for packings that the host knows."""
+        numbers: list[int] = (2 * self.ranks * self.chunks).tolist()
+        return numbers
 
-    def over_heads(self, shard: Tensor, ranks: int, parts: int) -> Tensor:
-        """What `parts` ranks brought together, each by sequence within its half, by sequence over all of them."""
-        chunks = self.chunks(ranks)
-        pieces = shard.unflatten(0, (2, parts, -1)).split(chunks, 2)
-        return torch.cat([piece.flatten(1, 2) for piece in pieces], 1).flatten(0, 1)
+    def over(self, parts: int) -> Packing:
+        """The same sequences in chunks of `parts` times the tokens, on as many times fewer places."""
+        if parts == 1:
+            return self
+        return self.made(
+            ("over", parts),
+            lambda: replace(
+                self,
+                chunks=self.chunks * parts,
+                ranks=self.ranks // parts,
+                tokens=self.tokens * parts,
+                longest=self.longest * parts,
+                _made={},
+            ),
+        )
 
-    def over_ranks(self, shard: Tensor, ranks: int, parts: int) -> Tensor:
-        """The way back."""
-        chunks = self.chunks(ranks)
-        pieces = shard.unflatten(0, (2, -1)).split([chunk * parts for chunk in chunks], 1)
-        return torch.cat([piece.unflatten(1, (parts, -1)) for piece in pieces], 2).flatten(0, 2)
+    def mask(self, band: Band) -> Mask:
+        """Which chunks have to do with each other; chunks that hold nothing but padding are left out where known."""
+        return self.made(("mask", band), lambda: self._mask(band))
+
+    def own_share(self, band: Band) -> float:
+        """Work of a chunk's attention to itself under a band, over that of one sequence of n tokens without a window.
+
+        Where the host knows nothing, all tokens count as one sequence.
+        """
+
+        def share() -> float:
+            if not self.known:
+                return 1.0
+            chunks = self.chunks.double()
+            width = chunks if band.left is None else chunks.clamp(max=band.left + 1)
+            return float((width * (2 * chunks - width)).sum()) / self.tokens**2
+
+        return self.made(("share", band), share)
+
+    def by_slot(self, x: Tensor, slots: int, first: int | None = None) -> Tensor:
+        """Chunks by sequence, [slots * n, ...], -> [slots, n, ...], or the `first` of them alone."""
+        first = slots if first is None else first
+        if self.one:
+            return x.unflatten(0, (slots, -1))[:first]
+        return x.index_select(0, self.slot_rows(slots)[: first * self.tokens]).unflatten(0, (first, -1))
+
+    def by_sequence(self, x: Tensor) -> Tensor:
+        """Chunks by slot, [slots, n, ...], -> [slots * n, ...]."""
+        rows = x.flatten(0, 1)
+        return rows if self.one else rows.index_select(0, self.sequence_rows(x.size(0)))
+
+    def to_slots(self, rows: Tensor, slots: int) -> Tensor:
+        """Rows by sequence, [slots * n, ...], -> rows by slot; differentiable."""
+        if self.one:
+            return rows
+        moved: Tensor = _Reordered.apply(rows, self.slot_rows(slots), self.sequence_rows(slots))
+        return moved
+
+    def to_sequences(self, rows: Tensor, slots: int) -> Tensor:
+        """The way back; differentiable."""
+        if self.one:
+            return rows
+        moved: Tensor = _Reordered.apply(rows, self.sequence_rows(slots), self.slot_rows(slots))
+        return moved
+
+    def statistics_by_slot(self, x: Tensor, slots: int) -> Tensor:
+        """Numbers of each row by sequence, [..., slots * n], -> [slots, ..., n]."""
+        if not self.one:
+            x = x.index_select(-1, self.slot_rows(slots))
+        return x.unflatten(-1, (slots, -1)).movedim(-2, 0)
+
+    def statistics_by_sequence(self, x: Tensor) -> Tensor:
+        """Numbers of each row by slot, [slots, ..., n], -> [..., slots * n]."""
+        rows = x.movedim(0, -2).flatten(-2)
+        return rows if self.one else rows.index_select(-1, self.sequence_rows(x.size(0)))
+
+    def slot_rows(self, slots: int) -> Tensor:
+        """Where each row of `slots` chunks by slot stands by sequence, [slots * n] int32."""
+
+        def rows() -> Tensor:
+            offset, chunk = self._of_each_row()
+            first = torch.arange(self.tokens, device=self.device) + (slots - 1) * offset
+            return (first + torch.arange(slots, device=self.device)[:, None] * chunk).flatten().int()
+
+        return self.made(("slot rows", slots), rows)
+
+    def sequence_rows(self, slots: int) -> Tensor:
+        """Where each row of `slots` chunks by sequence stands by slot, [slots * n] int32."""
+
+        def rows() -> Tensor:
+            there = self.slot_rows(slots)
+            here = torch.arange(len(there), device=self.device, dtype=torch.int32)
+            return torch.empty_like(there).scatter_(0, there.long(), here)
+
+        return self.made(("sequence rows", slots), rows)
+
+    def positions(self, chunks: Sequence[int]) -> Tensor:
+        """Where the rows of chunks of these positions, by sequence, stand in the whole pack, [1, slots * n] int64.
+
+        Made on the device: a copy from the host would wait for it, and can't be captured in a CUDA graph.
+        """
+
+        def found() -> Tensor:
+            offset, chunk = self._of_each_row()
+            first = torch.arange(self.tokens, device=self.device) + (2 * self.ranks - 1) * offset
+            return self.by_sequence(torch.stack([first + position * chunk for position in chunks])).unsqueeze(0)
+
+        return self.made(("positions", tuple(chunks)), found)
+
+    def made[Value](self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What all layers of a batch need once."""
+        if key not in self._made:
+            self._made[key] = make()
+        value: Value = self._made[key]
+        return value
+
+    def _of_each_row(self) -> tuple[Tensor, Tensor]:
+        """For each row of a chunk the offset and the tokens of its sequence's part, [n] each, on the device."""
+
+        def found() -> tuple[Tensor, Tensor]:
+            chunks = _to(self.chunks, self.device)
+            ends = chunks.cumsum(0)
+            rows = torch.arange(self.tokens, device=self.device)
+            sequence = torch.searchsorted(ends, rows, right=True)
+            return (ends - chunks)[sequence], chunks[sequence]
+
+        return self.made("of each row", found)
+
+    def _mask(self, band: Band) -> Mask:
+        whole = 2 * self.ranks
+        if not self.known:
+            reach: Steps = ((whole, whole),)
+            return Mask(band, self.ranks) if band in (FULL, CAUSAL) else Mask(band, self.ranks, None, reach, reach)
+        chunks, lengths = self.chunks.numpy(), self.lengths.numpy()
+        used = _ceil(lengths, chunks)
+        if band in (FULL, CAUSAL):
+            most = int(used.max())
+            return Mask(band, self.ranks, None if most == whole else most)
+        back, ahead = (_steps(used, np.full_like(chunks, whole) if s is None else _ceil(s, chunks)) for s in band)
+        return Mask(band, self.ranks, None, back, ahead)
+
+
+class _Reordered(torch.autograd.Function):
+    """Rows [t, ...] in another order. Gradients take the way back, where that of torch's own would add them up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return grads[0].index_select(0, back), None, None
+
+
+@lru_cache(maxsize=64)
+def _of_one(chunk: int, ranks: int, device: torch.device) -> Packing:
+    chunks = torch.tensor([chunk])
+    return Packing(chunks, 2 * ranks * chunks, ranks, chunk, chunk, False, True, device, ((chunk,),))
+
+
+def _on_host(
+    totals: tuple[int, ...], padded: tuple[int, ...], tokens: int, ranks: int, device: torch.device
+) -> Packing:
+    unit = 2 * ranks
+    if len(totals) != len(padded) or len(totals) < 2 or totals[0] != 0 or padded[0] != 0:
+        raise ValueError(f"cu_seqlens {_short(totals)} and cu_seqlens_padded {_short(padded)} don't fit")
+    lengths, places = (np.diff(np.array(x, dtype=np.int64)) for x in (totals, padded))
+    for i in np.flatnonzero((lengths < 0) | (lengths > places))[:1].tolist():
+        raise ValueError(f"packed sequence {i} has {lengths[i]} tokens in a place of {places[i]}")
+    for i in np.flatnonzero(np.mod(places, unit))[:1].tolist():
+        lower = int(places[i]) // unit * unit
+        raise ValueError(
+            f"packed sequence {i} takes {places[i]} tokens, no multiple of 2 * cp = {unit}: pad it to {lower + unit} "
+            f"(cu_seqlens_padded){f' or cut it to {lower}' if lower else ''}"
+        )
+    rest = tokens - padded[-1]
+    if rest < 0 or rest % unit:
+        raise ValueError(
+            f"packed sequences take {padded[-1]} of {tokens} tokens: what is left must be a multiple of 2 * cp = {unit}"
+        )
+    lengths, places = np.append(lengths, 0), np.append(places, rest)
+    taken = places > 0  # places without a token are legal, and nothing
+    if not taken.any():
+        raise ValueError(f"cu_seqlens {_short(totals)} pack no token")
+    lengths, places = lengths[taken], places[taken]
+    chunks = places // unit
+    return Packing(
+        torch.from_numpy(chunks),
+        torch.from_numpy(lengths),
+        ranks,
+        tokens // unit,
+        int(chunks.max()),
+        bool((lengths != places).any()),
+        True,
+        device,
+        (totals, padded),
+    )
+
+
+def _on_device(
+    cu_seqlens: Tensor, padded: Tensor, tokens: int, ranks: int, device: torch.device, max_seqlen: int | None
+) -> Packing:
+    if cu_seqlens.shape != padded.shape:
+        raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)} and cu_seqlens_padded {list(padded.shape)} don't fit")
+    totals, padded = (x.flatten().to(device, torch.int64) for x in (cu_seqlens, padded))
+    rest = tokens - padded[-1:]  # after the last sequence there may be a place without one
+    chunks = torch.cat((padded.diff(), rest)) // (2 * ranks)
+    lengths = torch.cat((totals.diff(), torch.zeros_like(rest)))
+    longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
+    return Packing(chunks, lengths, ranks, tokens // (2 * ranks), -(-longest // (2 * ranks)), True, False, device)
+
+
+_packs: OrderedDict[Hashable, tuple[Packing, object]] = OrderedDict()
+
+
+def _kept(key: Hashable, make: Callable[[], tuple[Packing, object]]) -> Packing:
+    """What was made for `key`, with what must live as long as it, or is made now in place of the oldest."""
+    if key not in _packs:
+        _packs[key] = make()
+        while len(_packs) > _MOST_PACKS:
+            _packs.popitem(last=False)
+    _packs.move_to_end(key)
+    return _packs[key][0]
+
+
+def _steps(used: np.ndarray, reach: np.ndarray) -> Steps:
+    """Of sequences with so many used chunks and such a reach each, the farthest reach of a chunk by its position."""
+    order = np.argsort(used)
+    stops, farthest = used[order], np.maximum.accumulate(reach[order][::-1])[::-1]
+    last = np.append(farthest[1:] != farthest[:-1], True)
+    return tuple((int(stop), int(most)) for stop, most in zip(stops[last], farthest[last], strict=True) if stop)
+
+
+def _ceil(a: Any, b: np.ndarray) -> np.ndarray:
+    return -(-a // b)
+
+
+def _to(x: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU that the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x
 
 
 def _short(totals: Sequence[int]) -> str:

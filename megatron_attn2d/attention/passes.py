@@ -18,14 +18,14 @@ Legend as in `attention2d`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.exchange import Axis, Returned
-from megatron_attn2d.attention.layout import LOWER, UPPER, TilePlan
+from megatron_attn2d.attention.exchange import Axis, Combine, Returned
+from megatron_attn2d.attention.layout import LOWER, UPPER
 from megatron_attn2d.attention.merge import (
     accumulation_dtype,
     merge_partials,
@@ -37,7 +37,7 @@ from megatron_attn2d.attention.merge import (
 from megatron_attn2d.attention.messages import Pending
 from megatron_attn2d.attention.overlap import Heads, own_heads
 from megatron_attn2d.attention.pieces import PartialGradients, Partials, Slots, only, summed
-from megatron_attn2d.attention.tile import Queries, Scores, attend, attend_own, differentiate, differentiate_own
+from megatron_attn2d.attention.tile import Queries, Scores, Tile, attend, attend_own, differentiate, differentiate_own
 
 type _Own[Results] = list[tuple[Heads, Results]]
 """What a rank's own chunks have of themselves, by heads."""
@@ -54,16 +54,24 @@ class Plan:
         tile: the caller's tile.
         row, column: its axes.
         scores: how scores become probabilities.
-        own: the caller's rank in the layout.
         head_groups: into how many groups of heads the call is cut; divides the key heads.
     """
 
-    tile: TilePlan
+    tile: Tile
     row: Axis
     column: Axis
     scores: Scores
-    own: int
     head_groups: int
+
+    @property
+    def queries_travel(self) -> bool:
+        """Whether others' queries come here and ours go to others."""
+        return self.row.group is not None
+
+    @property
+    def keys_travel(self) -> bool:
+        """The same of keys and values."""
+        return self.column.group is not None
 
     def scores_of(self, i: int, heads: int) -> Scores:
         """Those of head group i of `heads` heads."""
@@ -79,35 +87,39 @@ class Plan:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The output [s/cp, b, h, dv] and its log-sum-exp [2, b, h, n]."""
-    queries, keys, values = (plan.split(_chunks(x)) for x in (q, k, v))
+    """The output [s/cp, b, h, dv] and its log-sum-exp, of the two halves of its rows, [2, b, h, n]."""
+    tile = plan.tile
+    own = [plan.split(_halves(x)) for x in (q, k, v)]
+    queries, keys, values = _to_send(plan, (q, k, v), own)
     out = q.new_empty((*q.shape[:3], v.size(3)))
-    lse = _statistic(q, by_chunk=plan.row.group is not None)
-    outs, lses = plan.split(_chunks(out)), plan.split(lse)
+    lse = _statistic(q, by_chunk=plan.queries_travel)
+    outs, lses = plan.split(_halves(out)), plan.split(lse)
 
     def gather(i: int) -> _Gathered:
         return _Gathered(plan.row.gather([queries[i]], tag=0), plan.column.gather([keys[i], values[i]], tag=0))
 
     def attend_tile(scores: Scores, gathered: _Gathered) -> Partials:
-        (q_all,), (k_all, v_all) = gathered.wait()
-        tile = attend(plan.tile, scores, q_all, k_all, v_all)
-        return tile if plan.row.group is None else tile.merged()
+        rows, columns = gathered.wait()
+        in_order = *tile.in_order(rows, plan.queries_travel), *tile.in_order(columns, plan.keys_travel)
+        found = attend(tile, scores, *in_order)
+        return found.merged() if plan.queries_travel else found
 
     def compute(i: int, gathered: _Gathered) -> tuple[_Own[Partials], _Near, Returned]:
-        scores = plan.scores_of(i, queries[i].size(3))
+        own_q, own_k, own_v = (x[i] for x in own)
+        scores = plan.scores_of(i, own_q.size(3))
 
-        def own(heads: Heads) -> tuple[Heads, Partials]:
-            mine = heads.of(queries[i]), heads.of_keys(keys[i]), heads.of_keys(values[i])
-            return heads, attend_own(plan.tile, scores.starting(heads.first), *mine, plan.own)
+        def attend_some(heads: Heads) -> tuple[Heads, Partials]:
+            mine = heads.of(own_q), heads.of_keys(own_k), heads.of_keys(own_v)
+            return heads, attend_own(tile, scores.starting(heads.first), *mine)
 
-        now, *later = plan.own_heads(queries[i], keys[i], returns=plan.row.group is not None)
-        found = [own(now)]
-        tile = attend_tile(scores, gathered)
+        now, *later = plan.own_heads(own_q, own_k, returns=plan.queries_travel)
+        found = [attend_some(now)]
+        partials = attend_tile(scores, gathered)
         like = [outs[i][LOWER], lses[i][LOWER]]
-        returned = plan.row.give_back([only(tile.outs), only(tile.lses)], like, _merged, tag=1)
-        near = [_near(plan.row, slots) for slots in (tile.outs, tile.lses)]
-        del tile
-        return found + [own(heads) for heads in later], near, returned
+        returned = _give_back(plan.row, [partials.outs, partials.lses], like, _merged)
+        near = [_near(plan.row, slots) for slots in (partials.outs, partials.lses)]
+        del partials
+        return found + [attend_some(heads) for heads in later], near, returned
 
     def finish(i: int, results: tuple[_Own[Partials], _Near, Returned]) -> None:
         own, (near_outs, near_lses), ((far_outs, far_lses), pending) = results
@@ -121,19 +133,22 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor
             )
 
     _pipeline(plan.head_groups, gather, compute, finish)
-    return out, lse
+    return tile.rows(_halves(out), plan.queries_travel), tile.own_statistics(lse, plan.queries_travel)
 
 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and sink, like them."""
+    tile, travel = plan.tile, (plan.queries_travel, plan.keys_travel, plan.keys_travel)
     dout = dout.contiguous()
-    queries, keys, values, douts, outs = (plan.split(_chunks(x)) for x in (q, k, v, dout, out))
     rows = lse.unsqueeze(1)  # [2, 1 or 2, b, h, n]: log-sum-exp, and delta if somebody needs it
-    if sink is not None or plan.row.group is not None or not plan.scores.kernel.needs_out:
-        rows = row_statistics(_chunks(dout), _chunks(out), lse)
-    statistics = plan.split(rows)
+    if sink is not None or plan.queries_travel or not plan.scores.kernel.needs_out:
+        rows = row_statistics(_halves(dout), _halves(out), lse)
+    own = [plan.split(_halves(x)) for x in (q, k, v, dout, out)]
+    own_statistics = plan.split(rows)
+    queries, keys, values, douts = _to_send(plan, (q, k, v, dout), own)
+    statistics = plan.split(tile.statistics_to_send(rows, plan.queries_travel))
     gradients: list[Tensor] = []
 
     def gather(i: int) -> _Gathered:
@@ -141,36 +156,38 @@ def backward(
         return _Gathered(plan.row.gather(shards, tag=0), plan.column.gather([keys[i], values[i]], tag=0))
 
     def differentiate_tile(i: int, scores: Scores, gathered: _Gathered) -> PartialGradients:
-        (q_all, dout_all, statistics_all), (k_all, v_all) = gathered.wait()
-        out_all = None if plan.row.group is not None else plan.row.gather([outs[i]], tag=0)[0][0]
-        needed = _queries(plan, q_all, dout_all, statistics_all, out_all)
-        tile = differentiate(plan.tile, scores, needed, k_all, v_all)
-        dq, dk, dv = tile.dq, tile.dk, tile.dv
-        if plan.row.group is not None:
-            dq = summed(dq)
-        if plan.column.group is not None:
-            dk, dv = summed(dk), summed(dv)
+        (*of_queries, numbers), columns = gathered.wait()
+        if not plan.queries_travel:
+            of_queries += plan.row.gather([own[4][i]], tag=0)[0]
+        q_all, dout_all, *out_all = tile.in_order(of_queries, plan.queries_travel)
+        needed = _queries(plan, q_all, dout_all, tile.statistics_in_order(numbers), *out_all)
+        del q_all, dout_all, out_all
+        found = differentiate(tile, scores, needed, *tile.in_order(columns, plan.keys_travel))
+        dq, dk, dv = (
+            summed(slots) if travels else slots
+            for slots, travels in zip((found.dq, found.dk, found.dv), travel, strict=True)
+        )
         return PartialGradients(dq, dk, dv)
 
     def compute(i: int, gathered: _Gathered) -> tuple[_Own[PartialGradients], _Near, Returned, Returned]:
-        scores = plan.scores_of(i, queries[i].size(3))
+        own_q, own_k, own_v, own_dout, own_out = (x[i] for x in own)
+        scores = plan.scores_of(i, own_q.size(3))
 
-        def own(heads: Heads) -> tuple[Heads, PartialGradients]:
-            q_own, dout_own, rows_own, out_own = map(heads.of, (queries[i], douts[i], statistics[i], outs[i]))
-            mine = _queries(plan, q_own, dout_own, rows_own, out_own)
-            k_own, v_own = heads.of_keys(keys[i]), heads.of_keys(values[i])
-            return heads, differentiate_own(plan.tile, scores.starting(heads.first), mine, k_own, v_own, plan.own)
+        def differentiate_some(heads: Heads) -> tuple[Heads, PartialGradients]:
+            mine = _queries(plan, *map(heads.of, (own_q, own_dout, own_statistics[i], own_out)))
+            k_own, v_own = heads.of_keys(own_k), heads.of_keys(own_v)
+            return heads, differentiate_own(tile, scores.starting(heads.first), mine, k_own, v_own)
 
-        now, *later = plan.own_heads(queries[i], keys[i], returns=True)
-        found = [own(now)]
-        tile = differentiate_tile(i, scores, gathered)
+        now, *later = plan.own_heads(own_q, own_k, returns=True)
+        found = [differentiate_some(now)]
+        partials = differentiate_tile(i, scores, gathered)
         returned = (
-            plan.row.give_back([only(tile.dq)], [queries[i][LOWER]], _summed, tag=1),
-            plan.column.give_back([only(tile.dk), only(tile.dv)], [keys[i][LOWER], values[i][LOWER]], _summed, tag=1),
+            _give_back(plan.row, [partials.dq], [queries[i][LOWER]], _summed),
+            _give_back(plan.column, [partials.dk, partials.dv], [keys[i][LOWER], values[i][LOWER]], _summed),
         )
-        near = [_near(plan.row, tile.dq), _near(plan.column, tile.dk), _near(plan.column, tile.dv)]
-        del tile
-        return found + [own(heads) for heads in later], near, *returned
+        near = [_near(plan.row, partials.dq), _near(plan.column, partials.dk), _near(plan.column, partials.dv)]
+        del partials
+        return found + [differentiate_some(heads) for heads in later], near, *returned
 
     def finish(i: int, results: tuple[_Own[PartialGradients], _Near, Returned, Returned]) -> None:
         own, (near_dq, near_dk, near_dv), ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
@@ -178,7 +195,7 @@ def backward(
         column_pending.wait()
         if not gradients:  # contiguous, whatever q, k, v are
             gradients.extend(x.new_empty(x.shape) for x in (q, k, v))
-        totals = [plan.split(_chunks(x))[i] for x in gradients]
+        totals = [plan.split(_halves(x))[i] for x in gradients]
         for heads, mine in own:
             dq, dk, dv = (of(total).unbind() for of, total in zip(heads.of_each, totals, strict=True))
             _sum(
@@ -188,11 +205,20 @@ def backward(
             )
 
     _pipeline(plan.head_groups, gather, compute, finish)
+    for i, travels in enumerate(travel):
+        gradients[i] = tile.rows(_halves(gradients[i]), travels)
     dq, dk, dv = gradients
     return dq, dk, dv, None if sink is None else sink_gradient(lse, rows[:, 1], sink)
 
 
-def _queries(plan: Plan, q: Tensor, dout: Tensor, statistics: Tensor, out: Tensor | None) -> Queries:
+def _to_send(plan: Plan, shards: Sequence[Tensor], own: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """Of q, k, v and dout, by head group: chunks as they travel, or where they don't halves of the shard as it is."""
+    travel = plan.queries_travel, plan.keys_travel, plan.keys_travel, plan.queries_travel
+    for shard, halves, travels in zip(shards, own, travel, strict=False):
+        yield plan.split(plan.tile.chunks(shard, 2, travels)) if travels else halves
+
+
+def _queries(plan: Plan, q: Tensor, dout: Tensor, statistics: Tensor, out: Tensor | None = None) -> Queries:
     """Queries with what the kernel asks for: delta or an output, a stand-in where the true one is not at hand."""
     lse, *delta = statistics.unbind(1)
     if not plan.scores.kernel.needs_out:
@@ -291,8 +317,17 @@ def _pick[T](places: list[int], items: Sequence[T]) -> list[T]:
     return [items[i] for i in places]
 
 
+def _give_back(axis: Axis, kinds: list[Slots], like: list[Tensor], combine: Combine) -> Returned:
+    """Return results of each kind to where their chunks came from, if they came from others."""
+    if axis.group is None:
+        return [[[], []] for _ in kinds], Pending()
+    return axis.give_back([only(slots) for slots in kinds], like, combine, tag=1)
+
+
 def _near(axis: Axis, slots: Slots) -> Slots:
     """By half, what the own tile found for the caller's own chunks."""
+    if axis.group is None:
+        return slots
     places = [axis.own_slot(half) for half in (LOWER, UPPER)]
     return [[] if slot is None else slots[slot] for slot in places]
 
@@ -302,7 +337,7 @@ def _partials(near: Slots, own: Slots, far: list[list[Tensor]], heads: Callable[
 
     `own`, of those heads already, are those that the own chunks have of themselves.
     """
-    return [[*map(heads, near[half]), *(own[half] if own else []), *map(heads, far[half])] for half in (LOWER, UPPER)]
+    return [[*map(heads, near[half]), *own[half], *map(heads, far[half])] for half in (LOWER, UPPER)]
 
 
 def _statistic(q: Tensor, by_chunk: bool) -> Tensor:
@@ -314,6 +349,6 @@ def _statistic(q: Tensor, by_chunk: bool) -> Tensor:
     return q.new_empty((b, h, 2, n), dtype=dtype).permute(2, 0, 1, 3)
 
 
-def _chunks(shard: Tensor) -> Tensor:
-    """[s/cp, ...] -> [2, n, ...], a view."""
+def _halves(shard: Tensor) -> Tensor:
+    """[s/cp, ...] -> [2, n, ...], a view: its two chunks unless sequences are packed."""
     return shard.unflatten(0, (2, -1))

@@ -9,7 +9,6 @@ Legend as in `attention2d`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -19,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d.attention.agreement import check_agreement, facts_of
-from megatron_attn2d.attention.checks import check_first_derivative, check_sink, mask_of, packed, request_of
+from megatron_attn2d.attention.checks import check_first_derivative, check_sink, packed, request_of, sequences_of
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel
-from megatron_attn2d.attention.layout import LOWER, UPPER, Mask, TilePlan, tile_plan
+from megatron_attn2d.attention.layout import LOWER, UPPER, Band, tile_plan
 from megatron_attn2d.attention.merge import (
     accumulation_dtype,
     apply_sink,
@@ -31,10 +30,12 @@ from megatron_attn2d.attention.merge import (
     sink_gradient,
 )
 from megatron_attn2d.attention.messages import Pending, send_receive
+from megatron_attn2d.attention.packing import Packing, Totals
 from megatron_attn2d.attention.saved import without_neighbours
 from megatron_attn2d.attention.tile import (
     Queries,
     Scores,
+    Tile,
     attend,
     attend_own,
     differentiate,
@@ -55,8 +56,9 @@ def ring_attention(
     window: tuple[int | None, int | None] | None = None,
     sink: Tensor | None = None,
     dropout: Dropout | None = None,
-    cu_seqlens: Sequence[int] | None = None,
-    cu_seqlens_padded: Sequence[int] | None = None,
+    cu_seqlens: Totals | None = None,
+    cu_seqlens_padded: Totals | None = None,
+    max_seqlen: int | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
     label: str = "ring attention",
@@ -66,25 +68,26 @@ def ring_attention(
     Arguments, result and errors are those of `attention2d`; a rank's place in the zigzag layout is its rank in `group`.
     """
     size = 1 if group is None else group.size()
-    packing = packed(cu_seqlens, cu_seqlens_padded, (q, k, v), size)
+    packing = packed(cu_seqlens, cu_seqlens_padded, max_seqlen, (q, k, v), size)
     if packing is not None:
-        q, k, v = (packing.by_half(x, size) for x in (q, k, v))
-    mask = mask_of(q, k, v, causal, window, size, 1, packing)
+        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
+    sequences, band = sequences_of(q, k, v, causal, window, size, 1, packing)
     check_sink(sink, q)
     dropout = Dropout.of_call(dropout)
-    kernel = choose_kernel(backend, request_of(q, v, mask, dropout))
+    kernel = choose_kernel(backend, request_of(q, v, sequences, band, dropout))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
-    check_agreement((group,), facts_of(q, k, v, mask, scale, sink, dropout), q.device, label)
+    check_agreement((group,), facts_of(q, k, v, sequences, band, scale, sink, dropout), q.device, label)
     q, k, v = without_neighbours(q, k, v)
-    ring = _Ring(group, mask, Scores(kernel, scale, size, dropout), label)
+    ring = _Ring(group, sequences, band, Scores(kernel, scale, dropout), label)
     out: Tensor = _RingAttention.apply(q, k, v, sink, ring)
-    return out if packing is None else packing.by_sequence(out, size)
+    return out if packing is None else out.squeeze(1)
 
 
 @dataclass(frozen=True)
 class _Ring:
     group: dist.ProcessGroup | None
-    mask: Mask
+    sequences: Packing
+    band: Band
     scores: Scores
     label: str
 
@@ -96,14 +99,10 @@ class _Ring:
     def rank(self) -> int:
         return 0 if self.group is None else self.group.rank()
 
-    def tile(self, step: int) -> tuple[TilePlan, slice, slice]:
-        """The plan of a step's tile, and which of the two own queries and of the two keys at hand it uses."""
-        plan = tile_plan((self.rank,), ((self.rank - step) % self.size,), self.mask)
-        rows, keys = (
-            slice(chunks[0].half, chunks[-1].half + 1) if chunks else slice(0, 0)
-            for chunks in (plan.queries, plan.keys)
-        )
-        return plan, rows, keys
+    def tile(self, step: int) -> Tile:
+        """The tile of the own queries and the keys at hand; in the first step of the own chunks to themselves too."""
+        plan = tile_plan((self.rank,), ((self.rank - step) % self.size,), self.sequences.mask(self.band))
+        return Tile(plan, self.sequences, self.band, self.rank)
 
     def pass_on(self, tensors: list[Tensor], kind: int, what: str) -> tuple[list[Tensor], Pending]:
         """Start to send tensors to the next rank and to receive the previous rank's."""
@@ -135,8 +134,8 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
-    """The output [s/cp, b, h, dv] and its log-sum-exp [2, b, h, n]."""
-    own_q, own_k, own_v = (_chunks(x) for x in (q, k, v))
+    """The output [s/cp, b, h, dv] and its log-sum-exp, of the two halves of its rows, [2, b, h, n]."""
+    own_q, own_k, own_v = (_halves(x) for x in (q, k, v))
     wide = accumulation_dtype(q.dtype)
     out = torch.zeros((*own_q.shape[:4], v.size(3)), dtype=wide, device=q.device)
     lse = torch.full((2, q.size(1), q.size(2), own_q.size(1)), -torch.inf, dtype=wide, device=q.device)
@@ -144,19 +143,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> tuple[Tensor, Tens
     travelling, pending = [own_k, own_v], Pending()
     for step in range(ring.size):
         pending.wait()
-        keys, values = travelling
+        at_hand = travelling
         if step + 1 < ring.size:
             travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step}")
-        plan, rows, seen = ring.tile(step)
-        halves = [chunk.half for chunk in plan.queries]
-        tile = attend(plan, ring.scores, own_q[rows], keys[seen], values[seen])
-        diagonal = attend_own(plan, ring.scores, own_q, own_k, own_v, ring.rank)
-        partials = [
-            *zip(halves, tile.outs, tile.lses, strict=True),
-            *zip((LOWER, UPPER), diagonal.outs, diagonal.lses, strict=plan.diagonal),
-        ]
-        for half, parts, part_lses in partials:
-            merge_partials([[out[half], *parts]], [[lse[half], *part_lses]], [out[half]], [lse[half]])
+        tile = ring.tile(step)
+        others = attend(tile, ring.scores, *tile.in_order([own_q, *at_hand], False))
+        own = attend_own(tile, ring.scores, own_q, own_k, own_v)
+        for half in (LOWER, UPPER):
+            outs, lses = others.outs[half] + own.outs[half], others.lses[half] + own.lses[half]
+            if outs:
+                merge_partials([[out[half], *outs]], [[lse[half], *lses]], [out[half]], [lse[half]])
     return out.flatten(0, 1).to(q.dtype), lse
 
 
@@ -164,9 +160,9 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sink: Tensor | None, ring: _Ring
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and sink, like them."""
-    own_q, own_k, own_v, own_dout, own_out = (_chunks(x) for x in (q, k, v, dout, out))
+    own_q, own_k, own_v, own_dout, own_out = (_halves(x) for x in (q, k, v, dout, out))
     delta = row_statistics(own_dout, own_out, lse)[:, 1]
-    own = Queries(own_q, own_dout, lse, delta, own_out)
+    queries = Queries(own_q, own_dout, lse, delta, own_out)
     dq = torch.zeros_like(own_q, dtype=lse.dtype)
 
     travelling, pending = [own_k, own_v], Pending()
@@ -174,20 +170,20 @@ def _backward(
     gradients, gradients_pending = home, Pending()
     for step in range(ring.size):
         pending.wait()
-        keys, values = travelling
+        at_hand = travelling
         if step + 1 < ring.size:
             travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step} of the backward pass")
-        plan, rows, seen = ring.tile(step)
-        tile = differentiate(plan, ring.scores, own.slots(rows), keys[seen], values[seen])
-        diagonal = differentiate_own(plan, ring.scores, own, own_k, own_v, ring.rank)
-        for half, parts in (*zip(range(2)[rows], tile.dq, strict=True), *enumerate(diagonal.dq)):
-            for part in parts:
-                dq[half] += part
+        tile = ring.tile(step)
+        in_order = queries if tile.tables is None else queries.in_a_row()
+        others = differentiate(tile, ring.scores, in_order, *tile.in_order(list(at_hand), False))
+        own = differentiate_own(tile, ring.scores, queries, own_k, own_v)
         partial = [torch.zeros_like(own_k), torch.zeros_like(own_v)]
-        for total, by_slot, own_part in zip(partial, (tile.dk, tile.dv), (diagonal.dk, diagonal.dv), strict=True):
-            for half, parts in (*zip(range(2)[seen], by_slot, strict=True), *enumerate(own_part)):
-                for part in parts:
-                    total[half] += part
+        totals = ((dq, others.dq, own.dq), (partial[0], others.dk, own.dk), (partial[1], others.dv, own.dv))
+        for total, *found in totals:
+            for slots in found:
+                for half, parts in enumerate(slots):
+                    for part in parts:
+                        total[half] += part
         if step == 0:
             home = partial
             continue
@@ -203,6 +199,6 @@ def _backward(
     return dq.flatten(0, 1).to(q.dtype), dk.flatten(0, 1), dv.flatten(0, 1), dsink
 
 
-def _chunks(shard: Tensor) -> Tensor:
+def _halves(shard: Tensor) -> Tensor:
     """[s/cp, ...] -> [2, n, ...], contiguous."""
     return shard.contiguous().unflatten(0, (2, -1))

@@ -1,24 +1,112 @@
 """One tile of the score matrix on one device: run its plan's kernel calls forward and backward.
 
-Legend: n tokens of a chunk, b batch, h query heads, g key heads, d head dim, Q and K slots of the plan.
-Log-sum-exps and deltas are kept by chunk, [slots, b, h, n], so that a chunk's part is contiguous.
+One dense sequence takes a kernel call for each rectangle of its plan. Packed sequences, padding and windows take one
+for each table of segments (`tables`), whatever is packed.
+
+Legend: n tokens of a chunk, b batch, h query heads, g key heads, d head dim, Q and K slots of the plan. Chunks are
+[slots, n, b, heads, d]; log-sum-exps and deltas are kept by chunk, [slots, b, h, n], so that a chunk's part is
+contiguous. Where calls take tables, all rows come as one slot, by sequence (`Tile.in_order`). On an axis on which
+nothing travels, chunks are the halves of the rank's shard as it is: `travel` says on which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import Dropout, KeepMask
 from megatron_attn2d.attention.kernels import Kernel
-from megatron_attn2d.attention.layout import LOWER, UPPER, Band, Call, Chunk, Part, TilePlan
-from megatron_attn2d.attention.pieces import PartialGradients, Partials, Pieces, Slots, Sums, joined, summed
+from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, TilePlan
+from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, sum_partials
+from megatron_attn2d.attention.packing import Packing
+from megatron_attn2d.attention.pieces import PartialGradients, Partials, Slots
+from megatron_attn2d.attention.segmented import FEW_CALLS, Positions, attend_tables, differentiate_tables
+from megatron_attn2d.attention.tables import KeyGroup, TileTables, own_tables, tile_tables
 
-_FEW_CALLS = 4
-"""At most so many calls a plain mask makes, whose gradients of keys may be added up in 16 bits, as they come."""
+
+@dataclass(frozen=True)
+class Tile:
+    """What a rank attends, and in which order its rows stand.
+
+    Attributes:
+        plan: the tile's chunks.
+        packing: the sequences that they are of.
+        band: who sees whom within each sequence.
+        rank: the caller's, whose own chunks it attends besides.
+    """
+
+    plan: TilePlan
+    packing: Packing
+    band: Band
+    rank: int
+
+    @cached_property
+    def tables(self) -> TileTables | None:
+        """The tile's calls; None where the plan's rectangles of one sequence serve."""
+        if self.packing.plain and self.band in (FULL, CAUSAL):
+            return None
+        return tile_tables(self.plan, self.packing, self.band)
+
+    @cached_property
+    def own_tables(self) -> TileTables | None:
+        """The calls of the own chunks to themselves; None where squares of one sequence serve."""
+        if self.packing.plain:
+            return None
+        return own_tables(self.plan, self.packing, self.rank, self.band)
+
+    @property
+    def own_squares(self) -> float:
+        """Work of the own chunks to themselves, in squares of chunk x chunk."""
+        return self.plan.own_squares * self.packing.own_share(self.band)
+
+    def chunks(self, rows: Tensor, slots: int, travel: bool, first: int | None = None) -> Tensor:
+        """The first of `slots` chunks, all by default, from rows in order, [slots * n, ...]: [first, n, ...]."""
+        if travel:
+            return self.packing.by_slot(rows, slots, first)
+        return rows.unflatten(0, (slots, -1))
+
+    def rows(self, chunks: Tensor, travel: bool) -> Tensor:
+        """The way back of all of them."""
+        return self.packing.by_sequence(chunks) if travel else chunks.flatten(0, 1)
+
+    def statistics_of_rows(self, rows: Tensor, slots: int, travel: bool) -> Tensor:
+        """`chunks` of numbers of each row, [..., slots * n]: [slots, ..., n], contiguous where they travel."""
+        if travel:
+            return self.packing.statistics_by_slot(rows, slots).contiguous()
+        return rows.unflatten(-1, (slots, -1)).movedim(-2, 0)
+
+    def statistics_of_chunks(self, chunks: Tensor, travel: bool) -> Tensor:
+        """The way back."""
+        return self.packing.statistics_by_sequence(chunks) if travel else _in_a_row(chunks)
+
+    def statistics_to_send(self, halves: Tensor, travel: bool) -> Tensor:
+        """Numbers of each row by chunk, [2, ..., n], of those of the halves of a shard as it is."""
+        if not travel or self.packing.one:
+            return halves
+        return self.statistics_of_rows(_in_a_row(halves), 2, travel)
+
+    def own_statistics(self, chunks: Tensor, travel: bool) -> Tensor:
+        """The way back."""
+        if not travel or self.packing.one:
+            return chunks
+        return self.packing.statistics_by_sequence(chunks).unflatten(-1, (2, -1)).movedim(-2, 0)
+
+    def in_order(self, buffers: list[Tensor], travel: bool) -> list[Tensor]:
+        """Gathered chunks as `attend` and `differentiate` take them; the list is emptied, as memory is short."""
+        return [self._in_order(buffers.pop(0), travel) for _ in range(len(buffers))]
+
+    def statistics_in_order(self, statistics: Tensor) -> Tensor:
+        """The same of numbers of each row of queries, [Q, ..., n]."""
+        if self.tables is None:
+            return statistics
+        return self.statistics_of_chunks(statistics, self.plan.queries_travel).unsqueeze(0)
+
+    def _in_order(self, chunks: Tensor, travel: bool) -> Tensor:
+        return chunks if self.tables is None else self.rows(chunks, travel).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -39,19 +127,15 @@ class Queries:
     delta: Tensor | None
     out: Tensor | None
 
-    def slots(self, which: slice) -> Queries:
-        """Some of the chunks."""
-        delta, out = (None if x is None else x[which] for x in (self.delta, self.out))
-        return Queries(self.q[which], self.dout[which], self.lse[which], delta, out)
-
-    def of(self, part: Part) -> Queries:
-        """Those of one of several packed sequences."""
-        if part.chunk == self.q.size(1):
-            return self
-        rows = slice(part.offset, part.offset + part.chunk)
-        delta = None if self.delta is None else self.delta[..., rows]
-        out = None if self.out is None else self.out[:, rows]
-        return Queries(self.q[:, rows], self.dout[:, rows], self.lse[..., rows], delta, out)
+    def in_a_row(self) -> Queries:
+        """All chunks as one slot."""
+        return Queries(
+            _as_one(self.q),
+            _as_one(self.dout),
+            _in_a_row(self.lse).unsqueeze(0),
+            None if self.delta is None else _in_a_row(self.delta).unsqueeze(0),
+            None if self.out is None else _as_one(self.out),
+        )
 
 
 @dataclass(frozen=True)
@@ -61,13 +145,11 @@ class Scores:
     Attributes:
         kernel: what computes them.
         scale: factor on them.
-        ranks: P, by which positions are known.
         dropout: dropout of probabilities, if any.
     """
 
     kernel: Kernel
     scale: float
-    ranks: int
     dropout: Dropout | None = None
 
     def starting(self, head: int) -> Scores:
@@ -75,155 +157,270 @@ class Scores:
         return self if self.dropout is None else replace(self, dropout=self.dropout.starting(head))
 
 
-def attend(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
-    """The tile's calls: q [Q, n, b, h, d], k and v [K, n, b, g, d]."""
-    parts: list[Partials] = []
-    for part in plan.parts:
-        pieces = Pieces(len(plan.queries), part.chunk)
-        q_rows, k_rows, v_rows = _rows(_queries_of(part, q)), _rows(_keys_of(part, k)), _rows(_keys_of(part, v))
-        for call in part.calls:
-            out, lse = scores.kernel.forward(
-                _cut(q_rows, call.start, call.stop),
-                _cut(k_rows, call.first, call.last),
-                _cut(v_rows, call.first, call.last),
-                band=call.band,
-                scale=scores.scale,
-                dropout=_dropped(scores, plan, part, call, q),
-            )
-            pieces.add(call.start, out, lse)
-        parts.append(pieces.outputs(q, v))
-    if len(parts) == 1:
-        return parts[0]
-    parts = [part.merged() for part in parts]
-    return Partials(joined([part.outs for part in parts], 0), joined([part.lses for part in parts], 2))
+def attend(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
+    """The tile's calls: q [Q, n, b, h, d], k and v [K, n, b, g, d], in order."""
+    plan = tile.plan
+    if tile.tables is None:
+        return _attend_rectangles(tile, scores, q, k, v)
+    positions = _positions(tile, scores, plan.queries, plan.keys)
+    return _partials(tile, *attend_tables(tile.tables, scores, positions, q[0], k[0], v[0]), len(plan.queries))
 
 
-def attend_own(plan: TilePlan, scores: Scores, q: Tensor, k: Tensor, v: Tensor, own: int) -> Partials:
-    """The chunks [2, n, b, heads, d] of rank `own` to themselves, by half; nothing where the plan has no diagonal."""
-    if plan.own is not None:
-        return attend(plan.own, scores, q, k, v)
-    outs: list[Slots] = []
-    lses: list[Slots] = []
-    for part in plan.parts if plan.diagonal else ():
+def attend_own(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
+    """The own chunks to themselves: halves [2, n, b, heads, d] of the shards as they are; by chunk of their axis."""
+    pair = _pair(tile)
+    if tile.own_tables is not None:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return _partials(
+            tile, *attend_tables(tile.own_tables, scores, _positions(tile, scores, pair, pair), q, k, v), 2
+        )
+    if not tile.plan.diagonal:
+        return Partials([[], []], [[], []])
+    if tile.plan.own_joined:
         out, lse = scores.kernel.forward(
-            *(_side_by_side(_queries_of(part, x)) for x in (q, k, v)),
-            band=_band(part),
+            *(x.flatten(0, 1) for x in (q, k, v)),
+            band=CAUSAL,
             scale=scores.scale,
-            dropout=_dropped_diagonal(scores, part, q, own),
+            dropout=_dropped(tile, scores, pair, pair, q, k),
         )
-        outs.append(_halves(out, 1))
-        lses.append(_halves(lse, 0))
-    return Partials(joined(outs, 0), joined(lses, 2))
+        return Partials(_each(out.unflatten(0, (2, -1))), _each(lse.unflatten(2, (2, -1)).movedim(2, 0)))
+    out, lse = scores.kernel.forward(
+        *(_side_by_side(x) for x in (q, k, v)),
+        band=_square(tile),
+        scale=scores.scale,
+        dropout=_dropped_squares(tile, scores, q),
+    )
+    return Partials(_halves(out, 1), _halves(lse, 0))
 
 
-def differentiate(plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
+def differentiate(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
     """Gradients of the tile's calls; arguments as in `attend`."""
-    found: list[list[Slots]] = [[], [], []]  # dq, dk, dv by sequence
-    for part in plan.parts:
-        mine, k_rows, v_rows = queries.of(part), _rows(_keys_of(part, k)), _rows(_keys_of(part, v))
-        q_rows, dout_rows = _rows(mine.q), _rows(mine.dout)
-        out_rows = None if mine.out is None else _rows(mine.out)
-        # Under a plain mask the longest prefix comes first: its dk and dv are what others are added to.
-        of_keys = Pieces if plan.keys_apart else partial(Sums, few=len(part.calls) <= _FEW_CALLS)
-        pieces = (
-            Pieces(len(plan.queries), part.chunk),
-            of_keys(len(plan.keys), part.key_chunk),
-            of_keys(len(plan.keys), part.key_chunk),
-        )
-        for call in reversed(part.calls):
-            gradients = scores.kernel.backward(
-                _cut(dout_rows, call.start, call.stop),
-                _cut(q_rows, call.start, call.stop),
-                _cut(k_rows, call.first, call.last),
-                _cut(v_rows, call.first, call.last),
-                None if out_rows is None else _cut(out_rows, call.start, call.stop),
-                _per_row(mine.lse, call, part.chunk),
-                None if mine.delta is None else _per_row(mine.delta, call, part.chunk),
-                band=call.band,
-                scale=scores.scale,
-                dropout=_dropped(scores, plan, part, call, queries.q),
-            )
-            for piece, start, gradient in zip(pieces, (call.start, call.first, call.first), gradients, strict=True):
-                piece.add(start, gradient)
-        for one, piece, like in zip(found, pieces, (queries.q, k, v), strict=True):
-            one.append(piece.gradients(like))
-    if len(plan.parts) > 1:
-        found = [[summed(slots) for slots in kind] for kind in found]
-    return PartialGradients(*(joined(kind, 0) for kind in found))
+    if tile.tables is None:
+        return _differentiate_rectangles(tile, scores, queries, k, v)
+    return _differentiate_tables(tile, tile.tables, tile.plan.queries, tile.plan.keys, scores, queries, k[0], v[0])
 
 
-def differentiate_own(
-    plan: TilePlan, scores: Scores, queries: Queries, k: Tensor, v: Tensor, own: int
-) -> PartialGradients:
-    """Gradients of `attend_own`, by half."""
-    if plan.own is not None:
-        return differentiate(plan.own, scores, queries, k, v)
-    found: list[list[Slots]] = [[], [], []]
-    for part in plan.parts if plan.diagonal else ():
-        mine = queries.of(part)
+def differentiate_own(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
+    """Gradients of `attend_own`, by chunk of their axis."""
+    plan, pair = tile.plan, _pair(tile)
+    if tile.own_tables is not None:
+        rows = (x.flatten(0, 1) for x in (k, v))
+        return _differentiate_tables(tile, tile.own_tables, pair, pair, scores, queries.in_a_row(), *rows)
+    if not plan.diagonal:
+        return PartialGradients([[], []], [[], []], [[], []])
+    if plan.own_joined:
+        one = queries.in_a_row()
         gradients = scores.kernel.backward(
-            _side_by_side(mine.dout),
-            _side_by_side(mine.q),
-            _side_by_side(_queries_of(part, k)),
-            _side_by_side(_queries_of(part, v)),
-            None if mine.out is None else _side_by_side(mine.out),
-            mine.lse.flatten(0, 1),
-            None if mine.delta is None else mine.delta.flatten(0, 1),
-            band=_band(part),
+            one.dout[0],
+            one.q[0],
+            k.flatten(0, 1),
+            v.flatten(0, 1),
+            None if one.out is None else one.out[0],
+            one.lse[0],
+            None if one.delta is None else one.delta[0],
+            band=CAUSAL,
             scale=scores.scale,
-            dropout=_dropped_diagonal(scores, part, queries.q, own),
+            dropout=_dropped(tile, scores, pair, pair, queries.q, k),
         )
-        for kind, gradient in zip(found, gradients, strict=True):
-            kind.append(_halves(gradient, 1))
-    return PartialGradients(*(joined(kind, 0) for kind in found))
+        return PartialGradients(*(_each(x.unflatten(0, (2, -1))) for x in gradients))
+    gradients = scores.kernel.backward(
+        _side_by_side(queries.dout),
+        _side_by_side(queries.q),
+        _side_by_side(k),
+        _side_by_side(v),
+        None if queries.out is None else _side_by_side(queries.out),
+        queries.lse.flatten(0, 1),
+        None if queries.delta is None else queries.delta.flatten(0, 1),
+        band=_square(tile),
+        scale=scores.scale,
+        dropout=_dropped_squares(tile, scores, queries.q),
+    )
+    return PartialGradients(*(_halves(x, 1) for x in gradients))
 
 
-def _dropped(scores: Scores, plan: TilePlan, part: Part, call: Call, q: Tensor) -> KeepMask | None:
+# Calls of one dense sequence.
+def _attend_rectangles(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
+    plan, n = tile.plan, q.size(1)
+    outs, lses = _no_results(len(plan.queries)), _no_results(len(plan.queries))
+    for start, stop, first, last in plan.rectangles:
+        out, lse = scores.kernel.forward(
+            _cut(q, start, stop).flatten(0, 1),
+            _cut(k, first, last).flatten(0, 1),
+            _cut(v, first, last).flatten(0, 1),
+            band=FULL,
+            scale=scores.scale,
+            dropout=_dropped(tile, scores, plan.queries[start:stop], plan.keys[first:last], q, k),
+        )
+        _add(outs, start, out.unflatten(0, (-1, n)))
+        _add(lses, start, lse.unflatten(2, (-1, n)).movedim(2, 0))
+    return Partials(outs, lses)
+
+
+def _differentiate_rectangles(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
+    plan, n, key_n = tile.plan, queries.q.size(1), k.size(1)
+    dq = _no_results(len(plan.queries))
+    dk, dv = (_KeyGradients(tile, x.shape, x, len(plan.rectangles)) for x in (k, v))
+    for start, stop, first, last in reversed(plan.rectangles):  # the longest prefix of keys first
+        gradients = scores.kernel.backward(
+            _cut(queries.dout, start, stop).flatten(0, 1),
+            _cut(queries.q, start, stop).flatten(0, 1),
+            _cut(k, first, last).flatten(0, 1),
+            _cut(v, first, last).flatten(0, 1),
+            None if queries.out is None else _cut(queries.out, start, stop).flatten(0, 1),
+            _in_a_row(_cut(queries.lse, start, stop)),
+            None if queries.delta is None else _in_a_row(_cut(queries.delta, start, stop)),
+            band=FULL,
+            scale=scores.scale,
+            dropout=_dropped(tile, scores, plan.queries[start:stop], plan.keys[first:last], queries.q, k),
+        )
+        _add(dq, start, gradients[0].unflatten(0, (-1, n)))
+        dk.add(first, gradients[1].unflatten(0, (-1, key_n)))
+        dv.add(first, gradients[2].unflatten(0, (-1, key_n)))
+    return PartialGradients(dq, dk.slots(), dv.slots())
+
+
+# Calls of tables.
+def _partials(tile: Tile, outs: list[Tensor], lses: list[Tensor], slots: int) -> Partials:
+    """Results of layers by slot, merged where they travel."""
+    travel = tile.plan.queries_travel
+    if travel and len(outs) > 1:
+        out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+        merge_partials([outs], [lses], [out], [lse])
+        outs[:], lses[:] = [out], [lse]
+    by_slot: tuple[Slots, Slots] = (_no_results(slots), _no_results(slots))
+    while outs:
+        _add(by_slot[0], 0, tile.chunks(outs.pop(0), slots, travel))
+        _add(by_slot[1], 0, tile.statistics_of_rows(lses.pop(0), slots, travel))
+    return Partials(*by_slot)
+
+
+def _differentiate_tables(
+    tile: Tile,
+    tables: TileTables,
+    rows: Sequence[Chunk],
+    keys: Sequence[Chunk],
+    scores: Scores,
+    queries: Queries,
+    k: Tensor,
+    v: Tensor,
+) -> PartialGradients:
+    """Of tables between such chunks: queries in one slot, k and v [keys, b, g, d]."""
+    plan, packing = tile.plan, tile.packing
+    shape = (len(keys), packing.tokens)
+    dk, dv = (_KeyGradients(tile, torch.Size((*shape, *x.shape[1:])), x, len(tables.groups)) for x in (k, v))
+
+    def add(group: KeyGroup, *gradients: Tensor) -> None:
+        for total, gradient in zip((dk, dv), gradients, strict=True):
+            total.add(0, tile.chunks(gradient, len(keys), plan.keys_travel, group.slots))
+
+    dqs = differentiate_tables(tables, scores, _positions(tile, scores, rows, keys), queries, k, v, add)
+    if plan.queries_travel and len(dqs) > 1:
+        total = torch.empty_like(dqs[0])
+        sum_partials([dqs], [total])
+        dqs = [total]
+    dq = _no_results(len(rows))
+    while dqs:
+        _add(dq, 0, tile.chunks(dqs.pop(0), len(rows), plan.queries_travel))
+    return PartialGradients(dq, dk.slots(), dv.slots())
+
+
+class _KeyGradients:
+    """Gradients of keys or values, of which several calls may share some.
+
+    Where these travel to and fro and queries do too, calls cover prefixes of the keys: their results are added up in
+    place, as kept apart they would take a multiple of memory. Else a few are kept, to be rounded once at the end.
+
+    Args:
+        tile: whose keys they are.
+        shape: of all chunks, [K, n, b, g, d].
+        like: for dtype and device.
+        calls: how many there will be.
+    """
+
+    def __init__(self, tile: Tile, shape: torch.Size, like: Tensor, calls: int) -> None:
+        self._shape, self._like = shape, like
+        self._few = calls <= FEW_CALLS
+        self._apart = self._few and calls > 0 and not (tile.plan.queries_travel and tile.plan.keys_travel)
+        self._kept = _no_results(shape[0])
+        self._total: Tensor | None = None
+
+    def add(self, first: int, chunks: Tensor) -> None:
+        """Those of [slots, n, b, g, d] from slot `first` on. A few are added to the first that has all slots."""
+        if self._apart:
+            _add(self._kept, first, chunks)
+            return
+        if self._total is None:
+            if self._few and chunks.size(0) == self._shape[0]:
+                self._total = chunks
+                return
+            self._total = self._like.new_zeros(self._shape, dtype=accumulation_dtype(chunks.dtype))
+        self._total[first : first + chunks.size(0)] += chunks
+
+    def slots(self) -> Slots:
+        """By slot; 0 where nobody found anything."""
+        if self._apart:
+            return self._kept
+        total = self._like.new_zeros(self._shape) if self._total is None else self._total.to(self._like.dtype)
+        return _each(total)
+
+
+def _positions(tile: Tile, scores: Scores, rows: Sequence[Chunk], keys: Sequence[Chunk]) -> Positions:
+    if scores.dropout is None:
+        return None
+    ranks = tile.packing.ranks
+    first, second = (tile.packing.positions([c.position(ranks) for c in chunks]) for chunks in (rows, keys))
+    return first, second
+
+
+def _dropped(
+    tile: Tile, scores: Scores, rows: Sequence[Chunk], keys: Sequence[Chunk], q: Tensor, k: Tensor
+) -> KeepMask | None:
+    """What a call of such chunks of one sequence drops, whose chunks are like q and k [slots, n, b, heads, d]."""
     if scores.dropout is None:
         return None
     batch, heads = q.shape[2:4]
-    rows = _positions(plan.queries, part.offset, part.chunk, scores.ranks, q)[call.start : call.stop]
-    keys = _positions(plan.keys, part.key_offset, part.key_chunk, scores.ranks, q)[call.first : call.last]
-    sequences = torch.arange(batch, device=q.device)
-    return scores.dropout.at(sequences, heads, rows.expand(batch, -1), keys.expand(batch, -1))
+    first, second = (
+        Packing.of_one(x.size(1), tile.packing.ranks, q.device)
+        .positions([c.position(tile.packing.ranks) for c in chunks])
+        .expand(batch, -1)
+        for x, chunks in ((q, rows), (k, keys))
+    )
+    return scores.dropout.at(torch.arange(batch, device=q.device), heads, first, second)
 
 
-def _dropped_diagonal(scores: Scores, part: Part, q: Tensor, own: int) -> KeepMask | None:
-    if scores.dropout is None:
+def _dropped_squares(tile: Tile, scores: Scores, q: Tensor) -> KeepMask | None:
+    """What the own chunks drop side by side."""
+    positions = _positions(tile, scores, _pair(tile), _pair(tile))
+    if positions is None or scores.dropout is None:
         return None
     batch, heads = q.shape[2:4]
-    halves = (Chunk(own, LOWER), Chunk(own, UPPER))
-    rows = _positions(halves, part.offset, part.chunk, scores.ranks, q).unflatten(0, (2, -1))
-    rows = rows.repeat_interleave(batch, 0)
+    rows = positions[0].view(2, -1).repeat_interleave(batch, 0)
     return scores.dropout.at(torch.arange(batch, device=q.device).repeat(2), heads, rows, rows)
 
 
-def _positions(chunks: tuple[Chunk, ...], offset: int, n: int, ranks: int, like: Tensor) -> Tensor:
-    """Positions of the tokens of chunks, [slots * n]; packed sequences follow each other.
-
-    Made on the device: a copy from the host would wait for it, and can't be captured in a CUDA graph.
-    """
-    starts = (2 * ranks * offset + chunk.position(ranks) * n for chunk in chunks)
-    return torch.cat([torch.arange(start, start + n, device=like.device) for start in starts])
+def _pair(tile: Tile) -> tuple[Chunk, Chunk]:
+    return Chunk(tile.rank, LOWER), Chunk(tile.rank, UPPER)
 
 
-def _band(part: Part) -> Band:
-    assert part.diagonal is not None
-    return part.diagonal
+def _square(tile: Tile) -> Band:
+    """The band of a chunk to itself."""
+    left, right = tile.band
+    return Band(None if left is None or left >= tile.packing.longest - 1 else left, right)
 
 
-def _queries_of(part: Part, chunks: Tensor) -> Tensor:
-    """One packed sequence's part of query chunks [slots, n, ...]."""
-    return chunks if part.chunk == chunks.size(1) else chunks[:, part.offset : part.offset + part.chunk]
+def _no_results(slots: int) -> Slots:
+    return [[] for _ in range(slots)]
 
 
-def _keys_of(part: Part, chunks: Tensor) -> Tensor:
-    return chunks if part.key_chunk == chunks.size(1) else chunks[:, part.key_offset : part.key_offset + part.key_chunk]
+def _add(slots: Slots, first: int, chunks: Tensor) -> None:
+    """One more result for each slot from `first` on."""
+    for slot, chunk in zip(slots[first:], chunks.unbind(), strict=False):
+        slot.append(chunk)
 
 
-def _rows(chunks: Tensor) -> Tensor:
-    """[slots, n, b, h, d] -> [slots * n, b, h, d], a view unless sequences are packed."""
-    return chunks.flatten(0, 1)
+def _each(chunks: Tensor) -> Slots:
+    """One result for each slot."""
+    return [[chunk] for chunk in chunks.unbind()]
 
 
 def _cut(x: Tensor, first: int, last: int) -> Tensor:
@@ -231,12 +428,14 @@ def _cut(x: Tensor, first: int, last: int) -> Tensor:
     return x if last - first == x.size(0) else x[first:last]
 
 
-def _per_row(chunks: Tensor, call: Call, n: int) -> Tensor:
-    """[slots, b, h, n] -> [b, h, sq] of a call's rows; a view where a head's rows lie together."""
-    first, last = call.start // n, -(-call.stop // n)
-    rows = _cut(chunks, first, last).permute(1, 2, 0, 3).flatten(2)
-    within = call.start - first * n, call.stop - first * n
-    return rows if within == (0, rows.size(2)) else rows[..., slice(*within)]
+def _as_one(chunks: Tensor) -> Tensor:
+    """[slots, n, b, h, d] -> [1, slots * n, b, h, d]."""
+    return chunks.flatten(0, 1).unsqueeze(0)
+
+
+def _in_a_row(statistics: Tensor) -> Tensor:
+    """[slots, ..., n] -> [..., slots * n]; a view where a head's rows lie together."""
+    return statistics.movedim(0, -2).flatten(-2)
 
 
 def _side_by_side(halves: Tensor) -> Tensor:
@@ -246,5 +445,4 @@ def _side_by_side(halves: Tensor) -> Tensor:
 
 def _halves(batch: Tensor, dim: int) -> Slots:
     """Undo `_side_by_side`: the lower and the upper half of a batch dim."""
-    lower, upper = batch.unflatten(dim, (2, -1)).unbind(dim)
-    return [[lower], [upper]]
+    return _each(batch.unflatten(dim, (2, -1)).movedim(dim, 0))

@@ -89,7 +89,7 @@ def _sequences(tokens: int, ranks: int, cu_seqlens: Sequence[int] | None) -> lis
             fits = " or ".join(str(n) for n in (tokens // chunks * chunks, tokens // chunks * chunks + chunks) if n)
             raise ValueError(f"{tokens} tokens can't be cut into 2 * cp = {chunks} chunks: choose {fits}")
         return [(0, tokens)]
-    lengths = Packing.of(cu_seqlens, None, tokens, ranks).places
+    lengths = Packing.of(cu_seqlens, None, tokens, ranks, torch.device("cpu")).places
     return list(zip(accumulate(lengths, initial=0), lengths, strict=False))
 
 

@@ -23,7 +23,7 @@ def mask_of(work: Workload, window: Window, places: int) -> Mask:
     if window is None:
         return Mask(CAUSAL if work.causal else FULL, places)
     left, right = window
-    return Mask(Band(left, 0 if work.causal else right), places, (work.seq // (2 * places),))
+    return Mask.of_one(Band(left, 0 if work.causal else right), places, work.seq // (2 * places))
 
 
 @dataclass(frozen=True)

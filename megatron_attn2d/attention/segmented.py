@@ -1,0 +1,121 @@
+"""Run the kernel calls of tables of segments, forward and backward.
+
+Rows of both buffers are [rows, b, h, d] and [keys, b, g, d], by sequence (see `packing`), their log-sum-exps and deltas
+[b, h, rows]. A batch is more heads of one sequence to a kernel, but where positions in it decide what is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.merge import accumulation_dtype
+from megatron_attn2d.attention.tables import KeyGroup, TileTables
+
+if TYPE_CHECKING:
+    from megatron_attn2d.attention.tile import Queries, Scores
+
+FEW_CALLS = 4
+"""The gradients of keys that at most so many calls share may be added up in 16 bits, as they come."""
+
+type Positions = tuple[Tensor, Tensor] | None
+"""Where the rows and keys stand in the whole pack, [1, rows] and [1, keys]; None without dropout."""
+
+type _Pick = Callable[[Tensor], Tensor]
+
+
+def attend_tables(
+    tables: TileTables, scores: Scores, positions: Positions, q: Tensor, k: Tensor, v: Tensor, zeros: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs [rows, b, h, dv] and log-sum-exps [b, h, rows] of each layer; -inf for rows that no call of it has.
+
+    The output of such a row is 0 with `zeros`, else anything.
+    """
+    rows, batch, heads, _ = q.shape
+    wide = accumulation_dtype(q.dtype)
+    shape = (rows, batch, heads, v.size(3))
+    outs = [q.new_zeros(shape) if zeros and not covered else q.new_empty(shape) for covered in tables.covered]
+    lses = [
+        q.new_empty((batch, heads, rows), dtype=wide)
+        if covered
+        else q.new_full((batch, heads, rows), -torch.inf, dtype=wide)
+        for covered in tables.covered
+    ]
+    for call in tables.calls:
+        for of_rows, of_numbers, keep in _sequences(scores, positions, q):
+            scores.kernel.forward_segments(
+                of_rows(q),
+                of_rows(k),
+                of_rows(v),
+                call.segments,
+                scale=scores.scale,
+                dropout=keep,
+                out=of_rows(outs[call.layer]),
+                lse=of_numbers(lses[call.layer]),
+            )
+    return outs, lses
+
+
+def differentiate_tables(
+    tables: TileTables,
+    scores: Scores,
+    positions: Positions,
+    queries: Queries,
+    k: Tensor,
+    v: Tensor,
+    add: Callable[[KeyGroup, Tensor, Tensor], None],
+) -> list[Tensor]:
+    """Gradients of queries of each layer, [rows, b, h, d]; 0 for rows that no call of it has.
+
+    Args:
+        tables, scores, positions: as in `attend_tables`.
+        queries: in one slot of all rows.
+        k, v: [keys, b, g, d].
+        add: takes the gradients of keys and values of one group of calls after the other, [keys, b, g, d].
+    """
+    q, dout, lse = queries.q[0], queries.dout[0], queries.lse[0]
+    delta, out = (None if x is None else x[0] for x in (queries.delta, queries.out))
+    dqs = [_room(q, covered) for covered in tables.covered]
+    for group in tables.groups:
+        dk, dv = (_room(x, group.covered) for x in (k, v))
+        for call in group.calls:
+            for of_rows, of_numbers, keep in _sequences(scores, positions, q):
+                scores.kernel.backward_segments(
+                    of_rows(dout),
+                    of_rows(q),
+                    of_rows(k),
+                    of_rows(v),
+                    None if out is None else of_rows(out),
+                    of_numbers(lse),
+                    None if delta is None else of_numbers(delta),
+                    call.segments,
+                    scale=scores.scale,
+                    dropout=keep,
+                    dq=of_rows(dqs[call.layer]),
+                    dk=of_rows(dk),
+                    dv=of_rows(dv),
+                )
+        add(group, dk, dv)
+        del dk, dv
+    return dqs
+
+
+def _room(like: Tensor, covered: bool) -> Tensor:
+    """Contiguous, for gradients; calls that leave rows out find zeros there."""
+    return like.new_empty(like.shape) if covered else like.new_zeros(like.shape)
+
+
+def _sequences(scores: Scores, positions: Positions, q: Tensor) -> Iterator[tuple[_Pick, _Pick, KeepMask | None]]:
+    """How to take a kernel's [rows, heads, d] and [heads, rows] out of a batch's tensors, and what it drops."""
+    batch, heads = q.shape[1:3]
+    if scores.dropout is None or positions is None:
+        yield lambda x: x.flatten(1, 2), lambda x: x.flatten(0, 1), None
+        return
+    for i in range(batch):
+        number = torch.arange(i, i + 1, device=q.device)
+        keep = scores.dropout.at(number, heads, *positions)
+        yield lambda x, i=i: x[:, i], lambda x, i=i: x[i], keep  # type: ignore[misc]

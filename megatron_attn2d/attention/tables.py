@@ -1,0 +1,327 @@
+"""A tile's plan over packed sequences, padding and windows, as tables of segments: a constant number of kernel calls.
+
+A plan in chunks is the same for every sequence. Its rows lie by sequence (see `packing`), where a run of chunk slots is
+a run of rows of each sequence, so a rectangle of slots is a table of one segment per sequence. Of chunks in token order
+the real rows are the first: padding shortens segments.
+
+Under a window of l tokens back, what a chunk of queries [a, a + x) sees of earlier chunks are two pieces:
+
+    keys           a - l         T              a            T = a + x - 1 - l, the first key that the last row sees
+    row a            # # # # # # # # # # # # # #  own
+    ...                # # # # # # # # # # # # #  chunk,       [a - l, T)  a triangle, of band (0, all)
+    row a + x - 1              # # # # # # # # #  apart        [T, a)      a full rectangle
+
+The tile holds some of these chunks' keys. Those that it holds follow each other in its buffer, the triangle's too: it
+is shorter than a chunk, so it touches two neighbours at most. Keys after a chunk of queries, under a window of r tokens
+ahead, are the mirror image, but that a band ends at the bottom right: there the triangle must be a square, and rows
+below a square that is cut by a missing chunk or the sequence's end see all of its keys, a full rectangle.
+
+Tables of numbers that the host knows hold no empty segment. Those of a GPU's numbers do.
+
+Legend: J sequences, Q and K slots of the plan's queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, TilePlan
+from megatron_attn2d.attention.packing import Packing
+from megatron_attn2d.attention.segments import Numbers, Segments
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call: no two calls of one `layer` share a query row."""
+
+    segments: Segments
+    layer: int
+
+
+@dataclass(frozen=True)
+class KeyGroup:
+    """Calls no two of which share a key row.
+
+    Attributes:
+        calls: as above.
+        slots: they have keys of the first so many slots.
+        covered: together they have every row of these.
+    """
+
+    calls: tuple[Call, ...]
+    slots: int
+    covered: bool
+
+
+@dataclass(frozen=True)
+class TileTables:
+    """The kernel calls of a tile.
+
+    Attributes:
+        groups: all calls; where they share keys, the group of the most keys comes first.
+        covered: for each layer, whether its calls have every query row.
+    """
+
+    groups: tuple[KeyGroup, ...]
+    covered: tuple[bool, ...]
+
+    @property
+    def calls(self) -> Iterator[Call]:
+        """All calls."""
+        return (call for group in self.groups for call in group.calls)
+
+
+def tile_tables(plan: TilePlan, packing: Packing, band: Band) -> TileTables:
+    """The calls of a tile between other ranks' chunks, and between a rank's own two where they are not apart."""
+    return packing.made((plan, band), lambda: _Rows(plan, packing).tables(band))
+
+
+def own_tables(plan: TilePlan, packing: Packing, rank: int, band: Band) -> TileTables:
+    """The call of a rank's two chunks, each to itself or as the plan joins them; none where the tile has them."""
+    if not plan.diagonal:
+        return TileTables((), ())
+    key = "own", plan.own_joined, rank, band
+    return packing.made(key, lambda: _Rows.own(rank, packing).squares(band, plan.own_joined))
+
+
+def whole_tables(packing: Packing, band: Band) -> TileTables:
+    """The call of whole sequences, on a single place."""
+    return packing.made(("whole", band), lambda: _Rows.own(0, packing).squares(band, True))
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Segments by sequence and slot, int64 [J, slots]."""
+
+    q_start: Tensor
+    q_length: Tensor
+    k_start: Tensor
+    k_length: Tensor
+
+
+class _Rows:
+    """Rows of the two buffers of a plan by sequence and slot."""
+
+    def __init__(self, plan: TilePlan, packing: Packing) -> None:
+        self._plan, self._packing = plan, packing
+        self._n = packing.chunks[:, None]
+        self._offset = packing.chunks.cumsum(0)[:, None] - self._n
+        self._queries, self._keys = (
+            tuple(chunk.position(packing.ranks) for chunk in chunks) for chunks in (plan.queries, plan.keys)
+        )
+
+    def tables(self, band: Band) -> TileTables:
+        if not self._queries or not self._keys:
+            return TileTables((), ())
+        if band in (FULL, CAUSAL):
+            return self._of_rectangles()
+        return self._of_window(band)
+
+    @classmethod
+    def own(cls, rank: int, packing: Packing) -> _Rows:
+        """Of a rank's shard."""
+        pair = Chunk(rank, LOWER), Chunk(rank, UPPER)
+        return cls(TilePlan(pair, pair, (), True, False, False, False), packing)
+
+    def squares(self, band: Band, joined: bool) -> TileTables:
+        """Chunks to themselves; with `joined` both of a sequence's as one."""
+        start, length = self._starts(self._queries), self._real(self._queries)
+        if joined:
+            start, length = start[:, :1], length.sum(1, keepdim=True)
+        most = (1 + joined) * self._packing.longest
+        left, right = (None if side is None or side >= most - 1 else side for side in band)
+        segments = self._table(_Pieces(start, length, start, length), Band(left, right), most, most)
+        covered = not self._packing.padded
+        if segments is None:  # all is padding
+            return TileTables((), (False,))
+        return TileTables((KeyGroup((Call(segments, 0),), len(self._keys), covered),), (covered,))
+
+    def _of_rectangles(self) -> TileTables:
+        plan, whole = self._plan, not self._packing.padded
+        q_real, k_real = (self._real(positions).cumsum(1) for positions in (self._queries, self._keys))
+        calls = []
+        for number, (start, stop, first, last) in enumerate(plan.rectangles):
+            pieces = _Pieces(
+                self._starts(self._queries)[:, start : start + 1],
+                _between(q_real, start, stop),
+                self._starts(self._keys)[:, first : first + 1],
+                _between(k_real, first, last),
+            )
+            most = self._packing.longest
+            segments = self._table(pieces, FULL, (stop - start) * most, (last - first) * most)
+            if segments is not None:
+                calls.append((plan.rectangles[number], segments))
+        if plan.queries_travel:  # rectangles share keys: prefixes, the longest last
+            groups = []
+            for rectangle, segments in reversed(calls):
+                slots = rectangle.last if plan.keys_travel else len(plan.keys)
+                groups.append(KeyGroup((Call(segments, 0),), slots, whole and slots == rectangle.last))
+            return TileTables(tuple(groups), (whole,) if calls else ())
+        together = tuple(Call(segments, layer) for layer, (_, segments) in enumerate(calls))
+        covered = tuple(whole and (r.start, r.stop) == (0, len(plan.queries)) for r, _ in calls)
+        all_keys = whole and sum(r.last - r.first for r, _ in calls) == len(plan.keys)
+        return TileTables((KeyGroup(together, len(plan.keys), all_keys),) if calls else (), covered)
+
+    def _of_window(self, band: Band) -> TileTables:
+        pieces = [(0, FULL, piece) for piece in self._apart(self._seen_before(band))]
+        if band.left is not None:
+            pieces.append((1, Band(0, None), self._left_edge(band.left)))
+        if band.right != 0:
+            pieces += [(2, FULL, piece) for piece in self._apart(self._seen_after(band))]
+        if band.right:
+            edge, below = self._right_edge(band.right)
+            pieces += [(3, CAUSAL, edge), (3, FULL, below)]
+        most = self._packing.longest
+        tables = [(layer, self._table(p, kind, most, len(self._keys) * most)) for layer, kind, p in pieces]
+        found = [(layer, table) for layer, table in tables if table is not None]
+        layers = sorted({layer for layer, _ in found})
+        groups = (KeyGroup((Call(table, layers.index(layer)),), len(self._keys), False) for layer, table in found)
+        return TileTables(tuple(groups), (False,) * len(layers))
+
+    # Pieces of a window. Positions are tokens of the sequence.
+    def _seen_before(self, band: Band) -> _Pieces:
+        """What every row of a chunk sees of earlier chunks."""
+        at, real = self._at, self._real(self._queries)
+        last_row_sees = at - at if band.left is None else at + real - 1 - band.left
+        return self._piece(0, real, torch.minimum(last_row_sees, at), at)
+
+    def _left_edge(self, left: int) -> _Pieces:
+        at, real = self._at, self._real(self._queries)
+        stop = torch.minimum(at + real - 1 - left, at)
+        end = self._end(stop)  # of the keys that the tile holds of them
+        return self._piece(0, torch.where(real > 0, end + left - at, 0), at - left, stop)
+
+    def _seen_after(self, band: Band) -> _Pieces:
+        """What every row of a chunk sees of later chunks: they hold tokens only where it is full."""
+        at, length = self._at, self._packing.lengths[:, None]
+        seen = length if band.right is None else torch.minimum(at + band.right + 1, length)
+        return self._piece(0, self._real(self._queries), at + self._n, seen)
+
+    def _right_edge(self, right: int) -> tuple[_Pieces, _Pieces]:
+        """Squares, and the rows below them that see all of their keys."""
+        at, after = self._at, self._at + self._n
+        start = torch.maximum(at + right + 1, after)
+        stop = torch.minimum(after + right, self._packing.lengths[:, None])
+        first, last = self._begin(start), self._end(stop)
+        square = self._piece(first - right - at, last - first, start, stop)
+        below = self._piece(last - right - at, after - (last - right), start, stop)
+        return square, below
+
+    def _piece(self, first: Tensor | int, rows: Tensor, start: Tensor, stop: Tensor) -> _Pieces:
+        """Rows from the `first` of each chunk on, and the keys that the tile holds of positions [start, stop)."""
+        key, end = self._held(start), self._held(stop)
+        empty = (rows <= 0) | (end <= key)
+        starts = self._starts(self._queries)
+        q_start = torch.where(empty, starts, starts + first)
+        q_length, k_length = torch.where(empty, 0, rows), torch.where(empty, 0, end - key)
+        return _Pieces(q_start, q_length, len(self._keys) * self._offset + key, k_length)
+
+    @property
+    def _at(self) -> Tensor:
+        """The first position of each chunk of queries."""
+        return torch.cat([self._n * position for position in self._queries], 1)
+
+    def _held(self, position: Tensor) -> Tensor:
+        """How many keys before this position of its sequence the tile holds."""
+        chunk, position = self._chunk_of(position)
+        before, held = (x[chunk] for x in _lookup(self._keys, 2 * self._packing.ranks, self._n.device))
+        return before * self._n + held * (position - chunk * self._n)
+
+    def _end(self, stop: Tensor) -> Tensor:
+        """`stop`, or the end of the chunk before if the tile does not hold the key before `stop`."""
+        chunk, last = self._chunk_of(stop - 1)
+        return torch.where(self._is_held(chunk), last + 1, chunk * self._n)
+
+    def _begin(self, start: Tensor) -> Tensor:
+        """`start`, or the start of the next chunk if the tile does not hold this key."""
+        chunk, start = self._chunk_of(start)
+        return torch.where(self._is_held(chunk), start, (chunk + 1) * self._n)
+
+    def _is_held(self, chunk: Tensor) -> Tensor:
+        return _lookup(self._keys, 2 * self._packing.ranks, self._n.device)[1][chunk] > 0
+
+    def _chunk_of(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of the chunk of a position, and the position, both within the sequence and its end."""
+        position = torch.minimum(position.clamp(min=0), 2 * self._packing.ranks * self._n)
+        return position // self._n.clamp(min=1), position
+
+    def _apart(self, pieces: _Pieces) -> Iterator[_Pieces]:
+        """The same pieces so that those of one table share no key row.
+
+        Starts and ends of their keys ascend, so pieces that share a row follow each other: with at most m of these,
+        every m-th goes into one table. A GPU's numbers are not known: there each slot has a table.
+        """
+        if not self._packing.known:
+            for slot in range(len(self._queries)):
+                yield _Pieces(*(x[:, slot : slot + 1] for x in _columns(pieces)))
+            return
+        rows = np.stack([x.flatten().numpy() for x in _columns(pieces)], 1)
+        rows = _joined(rows[rows[:, 1] > 0])
+        start, end = rows[:, 2], rows[:, 2] + rows[:, 3]
+        most = 1
+        while most < len(rows) and (end[:-most] > start[most:]).any():
+            most += 1
+        for i in range(most):
+            yield _Pieces(*torch.from_numpy(rows[i::most]).unsqueeze(1).unbind(2))
+
+    def _starts(self, positions: Sequence[int]) -> Tensor:
+        """The first row of each slot."""
+        return torch.cat([len(positions) * self._offset + slot * self._n for slot in range(len(positions))], 1)
+
+    def _real(self, positions: Sequence[int]) -> Tensor:
+        """The rows of each slot that are no padding: its first."""
+        if not self._packing.padded:
+            return self._n.expand(-1, len(positions))
+        length = self._packing.lengths[:, None]
+        return torch.cat([(length - p * self._n).clamp(min=0).minimum(self._n) for p in positions], 1)
+
+    def _table(self, pieces: _Pieces, band: Band, most_q: int, most_k: int) -> Segments | None:
+        """None where the host knows that all are empty."""
+        packing = self._packing
+        q_rows, k_rows = (len(slots) * packing.tokens for slots in (self._queries, self._keys))
+        empty = (pieces.q_length <= 0) | (pieces.k_length <= 0)
+        if packing.known:
+            rows = torch.stack([x.flatten() for x in _columns(pieces)], 1)[~empty.flatten()].numpy()
+            return Segments.of(rows, band, q_rows, k_rows, packing.device) if len(rows) else None
+        q_starts, k_starts = (
+            torch.cat((x.flatten(), x.new_full((1,), rows))).int()
+            for x, rows in ((pieces.q_start, q_rows), (pieces.k_start, k_rows))
+        )
+        q_lengths, k_lengths = (torch.where(empty, 0, x).flatten().int() for x in (pieces.q_length, pieces.k_length))
+        return Segments(q_starts, q_lengths, k_starts, k_lengths, band, most_q, most_k)
+
+
+def _columns(pieces: _Pieces) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return pieces.q_start, pieces.q_length, pieces.k_start, pieces.k_length
+
+
+def _between(totals: Tensor, start: int, stop: int) -> Tensor:
+    """Sums of slots [start, stop) of running totals [J, slots], as [J, 1]."""
+    found = totals[:, stop - 1 : stop]
+    return found - totals[:, start - 1 : start] if start else found
+
+
+def _joined(rows: Numbers) -> Numbers:
+    """Neighbouring full rectangles of the same keys as one."""
+    if len(rows) < 2:
+        return rows
+    same = (rows[1:, 2:] == rows[:-1, 2:]).all(1) & (rows[1:, 0] == rows[:-1, 0] + rows[:-1, 1])
+    first = np.flatnonzero(np.append(True, ~same))
+    joined = rows[first]
+    joined[:, 1] = np.add.reduceat(rows[:, 1], first)
+    return joined
+
+
+@lru_cache(maxsize=1024)
+def _lookup(held: tuple[int, ...], chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each position of a chunk, and behind the last: how many held chunks stand before it, whether it is held."""
+    flags = [int(position in held) for position in range(chunks)] + [0]
+    before = list(accumulate(flags, initial=0))[:-1]
+    return torch.tensor(before, device=device), torch.tensor(flags, device=device)
