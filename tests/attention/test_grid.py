@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatron_attn2d import Grid, attention2d
 from megatron_attn2d.attention import groups
 from megatron_attn2d.attention.exchange import axes
-from megatron_attn2d.attention.layout import CAUSAL, Mask
+from megatron_attn2d.attention.layout import Band, Mask
 from tests.attention.dense import dense_gradients, inputs, zigzag
 from tests.pool import RankPool
 
@@ -360,7 +360,7 @@ def masks_kept(rank: int, batches: int) -> tuple[int, bool]:
     assert dist.group.WORLD is not None
     grid = Grid.from_group(dist.group.WORLD, rows=2, cols=2)
     for batch in range(batches):
-        mask = Mask(CAUSAL, 4, (1, 2 + batch))
+        mask = Mask.of_one(Band(2 + batch, 0), 4, 1000)
         plans = [axes(grid, mask, f"layer {n}")[0] for n in range(3)]
     (_, row, column), again = axes(grid, mask, "layer 2"), axes(grid, mask, "layer 2")[1]
     assert row is again

@@ -226,8 +226,8 @@ def test_other_misuse_is_refused() -> None:
         ValueError, match=r"no attention kernel serves .*float8.*: reference serves fp16, bf16, fp32 and"
     ):
         attention2d(*[q.to(torch.float8_e4m3fn)] * 3, Grid.single())
-    with pytest.raises(ValueError, match=r"cu_seqlens is a tensor: pass cu_seqlens.tolist\(\)"):
-        attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"cu_seqlens must be a tensor of int32 or int64 .*, got torch.float32"):
+        attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=torch.tensor([0.0, 4.0]))
     for totals in ([0, 4.0], [torch.tensor(0), torch.tensor(4)]):
         with pytest.raises(ValueError, match="cu_seqlens must hold running totals of tokens, as int"):
             attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=totals)
