@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from itertools import accumulate
 
@@ -10,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, TilePlan, tile_plan
+from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, tile_plan
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.attention.segments import Segments
-from megatron_attn2d.attention.tables import TileTables, own_tables, tile_tables, whole_tables
+from megatron_attn2d.attention.tables import TileTables, own_tables, tile_tables
 from tests.attention.test_layout import grid
 
 CPU = torch.device("cpu")
@@ -55,7 +54,9 @@ def tokens_of(packing: Packing, chunks: tuple[Chunk, ...]) -> np.ndarray:
     ).reshape(-1, 2)
 
 
-def pairs_of(packing: Packing, tables: TileTables, queries: np.ndarray, keys: np.ndarray) -> Counter[tuple[int, int, int]]:
+def pairs_of(
+    packing: Packing, tables: TileTables, queries: np.ndarray, keys: np.ndarray
+) -> Counter[tuple[int, int, int]]:
     """How often (sequence, query token, key token) is attended; and all that a table promises."""
     seen: Counter[tuple[int, int, int]] = Counter()
     layers: dict[int, Counter[int]] = {}
