@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_attn2d.quiet_imports import indexed_dataset
+
 END_OF_DOCUMENT = 256
 TOKENIZER_ARGUMENTS = (
     "--tokenizer-type",
@@ -111,12 +113,10 @@ def build(files: Iterable[Path], prefix: Path) -> Path:
     Raises:
         ValueError: no file, or none with any text.
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}-") as scratch:
         bin_path, idx_path = Path(scratch, "data.bin"), Path(scratch, "data.idx")
-        builder = IndexedDatasetBuilder(str(bin_path), dtype=np.uint16)
+        builder = indexed_dataset().IndexedDatasetBuilder(str(bin_path), dtype=np.uint16)
         documents = 0
         for file in files:
             if text := file.read_bytes():

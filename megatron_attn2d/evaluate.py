@@ -19,8 +19,8 @@ from megatron_attn2d.config.errors import ConfigErrors, UsageError, show
 from megatron_attn2d.config.keys import changed, value
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.run import build_run
-from megatron_attn2d.corpus.upstream import hushed
 from megatron_attn2d.data import prefix_fault
+from megatron_attn2d.quiet_imports import quiet_import
 
 _FORWARD_ONLY = (
     "training.micro_batch_size=1",
@@ -172,9 +172,9 @@ def _stages_of_training(trained: RunConfig, pipeline: int) -> list[str]:
     dropped = [name for name in _STAGES if given.get(name) is not None]
     layout = given.get("pipeline_model_parallel_layout")
     if layout is not None and pipeline == trained.parallelism.pipeline:
-        with hushed():
-            from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-        kept = PipelineParallelLayerLayout.get_num_stages_from_str(str(layout)) == pipeline  # else it is interleaved
+        upstream = quiet_import("megatron.core.transformer.pipeline_parallel_layer_layout")
+        stages = upstream.PipelineParallelLayerLayout.get_num_stages_from_str(str(layout))
+        kept = stages == pipeline  # else it is interleaved
     else:
         kept = pipeline == trained.parallelism.pipeline
     return dropped if kept else dropped + [name for name in UNEVEN if given.get(name) is not None]

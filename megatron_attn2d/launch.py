@@ -5,8 +5,6 @@ On a cluster torchrun or Slurm start the ranks instead, and nothing here is need
 
 from __future__ import annotations
 
-import importlib
-import logging
 import multiprocessing
 import os
 import re
@@ -16,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -25,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_attn2d import environment
 from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.quiet_imports import quiet_import
 
 PRELOAD: tuple[str, ...] = (
     "megatron.training.arguments",
@@ -93,15 +91,9 @@ def run_local(nprocs: int, target: Target, args: Sequence[str], device: Literal[
 
 
 def _preload() -> None:
-    """Imports `PRELOAD` without what upstream prints about missing libraries; what follows from them is in the log."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for module in PRELOAD:
-                importlib.import_module(module)
-    finally:
-        logging.disable(logging.NOTSET)
+    """Imports `PRELOAD`; what follows from libraries that Megatron misses is in the log."""
+    for module in PRELOAD:
+        quiet_import(module)
 
 
 def _run_rank(

@@ -9,14 +9,14 @@ import contextlib
 import importlib.metadata
 import io
 import json
-import logging
-import warnings
 from argparse import ArgumentParser, BooleanOptionalAction
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
+
+from megatron_attn2d.quiet_imports import quiet_import
 
 _TABLE = "upstream_flags.json"
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
@@ -95,13 +95,8 @@ class _Parser(ArgumentParser):
 @cache
 def parser() -> ArgumentParser:
     """Megatron's parser; importing it takes seconds."""
-    logging.disable(logging.WARNING)  # what upstream says about missing libraries is no concern of a parser's
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            from megatron.training.arguments import add_megatron_arguments
-    finally:
-        logging.disable(logging.NOTSET)
-    return add_megatron_arguments(_Parser(allow_abbrev=False, exit_on_error=False))
+    arguments = quiet_import("megatron.training.arguments")
+    return arguments.add_megatron_arguments(_Parser(allow_abbrev=False, exit_on_error=False))
 
 
 def _write(path: Path) -> None:

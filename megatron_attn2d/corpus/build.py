@@ -32,8 +32,8 @@ from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.corpus import tokenizers
 from megatron_attn2d.corpus.readers import BadDocument, Raw, find_files, read
 from megatron_attn2d.corpus.tokenizers import Tokenizer, TokenizerChoice
-from megatron_attn2d.corpus.upstream import indexed_dataset
 from megatron_attn2d.data import seal_index
+from megatron_attn2d.quiet_imports import indexed_dataset
 
 SUFFIXES = (".bin", ".json", ".idx.sha256", ".idx")
 """What a data set consists of, in the order in which it appears; without the last it is none."""

@@ -13,8 +13,8 @@ from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.corpus import tokenizers
 from megatron_attn2d.corpus.build import counted
 from megatron_attn2d.corpus.tokenizers import TokenizerChoice
-from megatron_attn2d.corpus.upstream import hushed, indexed_dataset
 from megatron_attn2d.data import is_complete
+from megatron_attn2d.quiet_imports import hushed, indexed_dataset
 
 
 def description(prefix: Path) -> dict[str, Any]:

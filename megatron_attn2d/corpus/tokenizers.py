@@ -14,8 +14,8 @@ import numpy as np
 from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.config.schema import Data
 from megatron_attn2d.corpus.readers import library
-from megatron_attn2d.corpus.upstream import hushed
 from megatron_attn2d.data import END_OF_DOCUMENT
+from megatron_attn2d.quiet_imports import hushed, quiet_import
 
 Kind = Literal["bytes", "huggingface", "sentencepiece", "tiktoken"]
 _LIBRARY = {"huggingface": "transformers", "sentencepiece": "sentencepiece", "tiktoken": "tiktoken"}
@@ -149,11 +149,10 @@ def _of_megatron(choice: TokenizerChoice) -> Any:
     # Files come from local disk alone, and several processes tokenize: threads below them would only be in the way.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     with hushed():
-        from megatron.core.tokenizers import MegatronTokenizer
-
+        upstream = quiet_import("megatron.core.tokenizers")
         options: dict[str, Any] = {"vocab_size": choice.vocab_size} if choice.vocab_size else {}
         try:
-            return MegatronTokenizer.from_pretrained(
+            return upstream.MegatronTokenizer.from_pretrained(
                 tokenizer_path=choice.model, metadata_path={"library": choice.kind}, **options
             )
         except Exception as error:  # each library raises its own kinds
