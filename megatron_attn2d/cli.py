@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 
 from megatron_attn2d import __version__, checkpoints, environment, evaluate, memory, run_lock
 from megatron_attn2d import report as run_report
-from megatron_attn2d.config import RunConfig, load_run, megatron_arguments, resolved_yaml
+from megatron_attn2d.config import RunConfig, continued, load_run, megatron_arguments, resolved_yaml
 from megatron_attn2d.config.arguments import left_out
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.config.errors import UsageError, show
 from megatron_attn2d.config.files import check_files
+from megatron_attn2d.config.keys import ORDER, changed, value
 from megatron_attn2d.corpus import command as corpus
 from megatron_attn2d.slurm import submit
 from megatron_attn2d.topology import picture
@@ -159,9 +160,16 @@ def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
 
 
 def _continuation(run: RunConfig) -> Iterator[str]:
-    """What a user should know about how the run goes on from its checkpoint."""
+    """What a user should know about how the run goes on from its checkpoint or that of another."""
+    step = checkpoints.last_complete(Path(run.directory) / "checkpoints")
+    if (before := continued.begun(run)) is not None and (keys := changed(before, run)):
+        lines = [f"{key} {show(value(before, key))} -> {show(value(run, key))}" for key in keys]
+        yield f"changed, as checkpoint.may_change allows: {', '.join(lines)}"
+        if set(keys) & {*ORDER}:
+            from megatron_attn2d import data_order
+
+            yield data_order.told(before, run, continued.step_of(run))
     if outdated := left_out(run):
-        step = checkpoints.last_complete(Path(run.directory) / "checkpoints")
         yield f"left out, as the run goes on from its own step {step}, not from its first start: {', '.join(outdated)}"
 
 

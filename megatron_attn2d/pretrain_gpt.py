@@ -174,6 +174,9 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
     from megatron_attn2d.corpus.matching import largest_id
 
     args = get_args()
+    # Upstream asks for the samples of all steps at today's batch, and ends early where earlier steps took more of them.
+    rest = max(0, (args.train_iters or 0) - args.iteration) * args.global_batch_size
+    num_samples = [max(num_samples[0], args.consumed_train_samples + rest), *num_samples[1:]]
     prefixes = [Path(prefix) for prefix in args.data_path or []]  # and weights, which are no data sets
     for prefix in prefixes:
         data.verify_index(prefix)

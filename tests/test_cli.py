@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_attn2d import cli, environment, run_lock
-from megatron_attn2d.config import ConfigError, load_run
+from megatron_attn2d.config import ConfigError, load_run, resolved_yaml
 from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.plot import Curve, draw, read_curve, table
 from megatron_attn2d.topology import context_group, picture
@@ -263,6 +263,27 @@ def test_options_of_the_first_start_are_left_out_once_there_is_a_checkpoint(star
     assert cli.main(["train", QUICKSTART, *more, "megatron_args.skip_train=true"]) == 3
     arguments = started[-1][3]
     assert not {"--ckpt-step", "--no-load-optim", "theirs"} & set(arguments)
+
+
+def test_a_change_that_is_allowed_is_told_with_what_repeats(started, saved, tmp_path, capsys, monkeypatch):
+    from megatron_attn2d import data_order
+
+    asked = []
+    monkeypatch.setattr(data_order, "told", lambda *given: asked.append(given) or "half of it repeats")
+    (tmp_path / "runs/quickstart/config.yaml").write_text(resolved_yaml(load_run(QUICKSTART)))
+    more = ["training.seed=3", "model.hidden_dropout=0.1", "training.train_iters=61"]
+    assert cli.main(["train", QUICKSTART, *more]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    allowed = "checkpoint.may_change=[training.seed, model.hidden_dropout, training.train_iters]"
+    assert cli.main(["train", QUICKSTART, *more, allowed]) == 3
+    assert capsys.readouterr().out == (
+        "changed, as checkpoint.may_change allows: model.hidden_dropout 0.0 -> 0.1, training.train_iters 60 -> 61, "
+        "training.seed 1234 -> 3\nhalf of it repeats\n"
+    )
+    ((before, now, step),) = asked
+    assert (before.training.seed, now.training.seed, step) == (1234, 3, 60)
+    assert cli.main(["train", QUICKSTART, *more, allowed]) == 3, "the second start goes on as the first"
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,10 @@ REFUSED = {
         "checkpoint.verify_integrity = true: only checkpoints of the format torch_dist carry checksums, not torch; "
         "choose false, or leave megatron_args.ckpt_format out"
     ),
+    "megatron_args.non_persistent_save_interval=2": (
+        "megatron_args.non_persistent_save_interval = 2: Megatron saves those by a "
+        "megatron_args.non_persistent_ckpt_type, which is null; set that to global, or leave both out"
+    ),
     "checkpoint.may_change=[data.path]": "checkpoint.may_change = ['data.path']: data.path is no key; ...",
     "checkpoint.may_change=[model.num_layers]": (
         "checkpoint.may_change = ['model.num_layers']: weights or states depend on model.num_layers; leave it out"

@@ -152,12 +152,15 @@ def _graphs(run: RunConfig) -> list[str]:
 
 
 def _data(run: RunConfig) -> list[str]:
-    data = run.data
-    if data.mock:
-        return []
-    if isinstance(data.paths, dict):
-        return _flag("data-path", *(token for path, weight in data.paths.items() for token in (weight, path)))
-    return _flag("data-path", *(data.paths or [embedded_data(run)]))
+    return [] if run.data.mock else _flag("data-path", *data_blend(run))
+
+
+def data_blend(run: RunConfig) -> list[str]:
+    """The prefixes of the data sets, each after its weight where they have weights, as `--data-path` takes them."""
+    paths = run.data.paths
+    if isinstance(paths, dict):
+        return [str(word) for path, weight in paths.items() for word in (weight, path)]
+    return [*paths] or [embedded_data(run)]
 
 
 def embedded_data(run: RunConfig) -> str:

@@ -426,3 +426,9 @@ def _check_start(run: RunConfig) -> Iterator[Refusal]:
             f"only checkpoints of the format torch_dist carry checksums, not {arguments['ckpt_format']}",
             "choose false, or leave megatron_args.ckpt_format out",
         )
+    if checkpoint.async_save and not torch_dist:
+        reason = f"Megatron saves no checkpoints of the format {arguments['ckpt_format']} in the background"
+        yield "checkpoint.async_save", reason, "choose false, or leave megatron_args.ckpt_format out"
+    if arguments.get("non_persistent_save_interval") and arguments.get("non_persistent_ckpt_type") is None:
+        reason = "Megatron saves those by a megatron_args.non_persistent_ckpt_type, which is null"
+        yield "megatron_args.non_persistent_save_interval", reason, "set that to global, or leave both out"

@@ -29,6 +29,16 @@ def begun(run: RunConfig) -> RunConfig | None:
         return None
 
 
+def step_of(run: RunConfig) -> int:
+    """The step after which `run` goes on from the checkpoint that it loads; there must be one."""
+    own = checkpoints.last_complete(Path(run.directory) / "checkpoints")
+    if own is not None:
+        return own
+    asked = run.megatron_args.get("ckpt_step")
+    found = checkpoints.tracked(Path(run.checkpoint.load or "")) if asked is None else asked
+    return found if isinstance(found, int) else 0
+
+
 def check_continued(run: RunConfig) -> Iterator[ConfigError]:
     """What another configuration than the one that a run was begun with has changed, and must not."""
     before, directory = begun(run), begun_in(run)

@@ -155,17 +155,18 @@ def _without_making_masks(get_replay_args: Any) -> Any:
 
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
+REFUSING_NO_TOKENS = Patch(
+    "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
+    _refusing_no_tokens,
+    "a split with a weight but without documents would be counted through for ever",
+)
 FIXES = (
     Patch(
         "megatron.core.datasets.utils:compile_helpers",
         _unless_compiled,
         "the wheel ships the compiled helpers without the Makefile, and upstream exits when `make` fails",
     ),
-    Patch(
-        "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
-        _refusing_no_tokens,
-        "a split with a weight but without documents would be counted through for ever",
-    ),
+    REFUSING_NO_TOKENS,
     Patch(
         f"{_OPTIMIZER}.sharded_state_dict",
         _with_initialized_states,

@@ -28,6 +28,8 @@ _SHAPES = (
 )
 _SECTIONS: dict[str, type[Section]] = {"model": Model, "data": Data}
 _SCHEDULE = re.compile(r"OptimizerParamScheduler: class input value (.+) and checkpoint ?value (.+) for (.+) do not")
+_LIMITS = re.compile(r"--override-ckpt-iteration|DistributedOptimizer|[Ff]ully parallel load|model-space")
+"""Of upstream's RuntimeErrors those that are about a checkpoint."""
 
 
 def fitting() -> AbstractContextManager[None]:
@@ -49,6 +51,10 @@ def fitting() -> AbstractContextManager[None]:
                 return load_checkpoint(ddp_model, optimizer, scheduler, load_arg, *rest, **kwargs)
             except (AssertionError, CheckpointingException, CheckpointException) as error:  # torch's is no Exception
                 raise UsageError(f"{checkpoint}: {_in_words(error)}") from error
+            except (KeyError, RuntimeError, SystemExit) as error:
+                if checkpoint is None or not (said := _in_words(error)):
+                    raise
+                raise UsageError(f"{checkpoint}: {said}") from error
 
         return load
 
@@ -89,6 +95,13 @@ def _shape(args: Namespace, name: str) -> Any:
 
 
 def _in_words(error: BaseException) -> str:
+    """What `error` says of a checkpoint; empty for errors of other things, of messages between ranks for one."""
+    if isinstance(error, SystemExit):
+        return "Megatron gave it up, and its log, logs/rank-0.log, says why"
+    if isinstance(error, KeyError):
+        return f"it holds no {error.args[0]!r}, as with no_save_optim; take the weights alone by checkpoint.start_from"
+    if isinstance(error, RuntimeError) and not _LIMITS.search(str(error)):
+        return ""
     said = str(error).strip().splitlines()[-1]
     if found := _SCHEDULE.search(said):
         here, there, what = found.groups()

@@ -1,4 +1,4 @@
-"""Which arguments of a checkpoint describe other weights than those of a run."""
+"""Which arguments of a checkpoint describe other weights than those of a run, and how a load that fails is told."""
 
 from argparse import Namespace
 from typing import Any
@@ -34,3 +34,21 @@ def test_differences(theirs: dict[str, Any], ours: dict[str, Any], said: list[st
     found = list(differences(Namespace(**RUN | theirs), Namespace(**RUN | ours)))
     assert len(found) == len(said)
     assert all(line.startswith(start) for line, start in zip(found, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (SystemExit(), "Megatron gave it up, and its log, logs/rank-0.log, says why"),
+        (KeyError("optimizer"), "it holds no 'optimizer', as with no_save_optim; take the weights alone by ..."),
+        (RuntimeError("[gloo] Timed out waiting 1000ms for recv"), ""),
+        (
+            RuntimeError("(TP, PP) mismatch: not supported for DistributedOptimizer with"),
+            "it does not fit this run: ...",
+        ),
+    ],
+)
+def test_how_a_load_that_fails_is_told(error: BaseException, said: str) -> None:
+    from megatron_attn2d.megatron.fitting import _in_words
+
+    assert _in_words(error) == said or (said.endswith("...") and _in_words(error).startswith(said[:-3]))
