@@ -140,7 +140,10 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
     asked = build_run(read_run(path, [*decided, *overrides]))
     _check_overrides(trained, build_run(read_run(path, decided)), asked, context)
     decided += [f"megatron_args.{name}=null" for name in _stages_of_training(trained, asked.parallelism.pipeline)]
-    return load_run(path, [*decided, *overrides], world_size=world_size)
+    try:
+        return load_run(path, [*decided, *overrides], world_size=world_size)
+    except ConfigError as error:  # of keys that the user spelled otherwise
+        raise UsageError(str(error).replace(f"training.seq_length = {context}", f"--context {context}")) from error
 
 
 def _check_overrides(trained: RunConfig, decided: RunConfig, asked: RunConfig, context: int) -> None:

@@ -17,7 +17,7 @@ from megatron_attn2d.config.errors import ConfigError, ConfigErrors
 from megatron_attn2d.config.schema import Data, RunConfig
 from megatron_attn2d.corpus import tokenizers
 from megatron_attn2d.corpus.inspect import description, open_indexed
-from megatron_attn2d.corpus.tokenizers import TokenizerChoice
+from megatron_attn2d.corpus.tokenizers import TIKTOKEN_SIZE, TokenizerChoice
 from megatron_attn2d.data import END_OF_DOCUMENT
 
 _BLOCK, _BLOCKS = 1 << 16, 1 << 12
@@ -42,7 +42,7 @@ def mismatches(prefix: Path, data: Data, reads_eod: bool = False) -> Iterator[Co
     if not known:
         return
     theirs, described = TokenizerChoice(**known["tokenizer"]), f"{prefix}.json says that {prefix} holds"
-    # What sets of before these were kept holds bytes, or is seen when ranks start.
+    # Older descriptions lack both: of bytes they are known, of other ids the ranks look at the set itself.
     of_bytes = theirs.kind == "bytes"
     largest = known.get("largest_id", END_OF_DOCUMENT if of_bytes else None)
     end = known.get("end_of_document", END_OF_DOCUMENT if of_bytes else None)
@@ -62,8 +62,8 @@ def mismatches(prefix: Path, data: Data, reads_eod: bool = False) -> Iterator[Co
     elif _differ(choice, theirs, known):
         reason = f"{described} ids of {_named(theirs)}, with another vocabulary"
         yield ConfigError("data.tokenizer_model", data.tokenizer_model, reason, _choose(theirs))
-    elif choice.vocab_size != theirs.vocab_size:
-        reason = f"{described} ids of a vocabulary of {theirs.vocab_size or 'default size'}"
+    elif (choice.vocab_size or TIKTOKEN_SIZE) != (size := theirs.vocab_size or TIKTOKEN_SIZE):
+        reason = f"{described} ids of a vocabulary of {size}"
         yield ConfigError("data.vocab_size", data.vocab_size, reason, _choose(theirs))
 
 

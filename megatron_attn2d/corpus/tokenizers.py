@@ -24,6 +24,8 @@ _TYPE = {
     "sentencepiece": "SentencePieceTokenizer",
     "tiktoken": "TikTokenizer",
 }
+TIKTOKEN_SIZE = 1 << 17
+"""Megatron's default."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class TokenizerChoice:
     model: str | None = None
     """File or folder of the tokenizer, on local disk; None for bytes."""
     vocab_size: int | None = None
-    """For tiktoken: how many ids to use, its 1000 special ones included. None: 131072, Megatron's default."""
+    """For tiktoken: how many ids to use, its 1000 special ones included. None: TIKTOKEN_SIZE."""
 
 
 class Tokenizer(Protocol):

@@ -115,6 +115,11 @@ WRITTEN_AND_READ = [
     (HF, HF_RUN | {"tokenizer_model": "elsewhere"}, ""),  # told by check_files
     (HF, HF_RUN | {"tokenizer_model": "other"}, "data.tokenizer_model = 'other': set.json says that set holds ids of "),
     (
+        {"kind": "tiktoken", "model": "hf"},
+        {"tokenizer_type": "TikTokenizer", "tokenizer_model": "hf", "vocab_size": 131072},
+        "",
+    ),
+    (
         {"kind": "tiktoken", "model": "hf", "vocab_size": 1300},
         {"tokenizer_type": "TikTokenizer", "tokenizer_model": "hf", "vocab_size": 1200},
         "data.vocab_size = 1200: set.json says that set holds ids of a vocabulary of 1300; choose ",

@@ -188,7 +188,7 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
             ["--context", "64", "megatron_args.squared_relu=true"],
             "megatron_args.squared_relu = true: the run",
         ),
-        (["--context", "65", "context_parallel.size=2", "context_parallel.grid=auto"], "training.seq_length = 65: not"),
+        (["--context", "65", "context_parallel.size=2", "context_parallel.grid=auto"], "--context 65: not a"),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str, run_dir: Path, text: Path, capsys) -> None:
