@@ -9,10 +9,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -50,13 +49,13 @@ def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]
         console = stack.enter_context(progress.quiet(run_dir, rank))
         stack.enter_context(compat.applied_fixes())
         stack.enter_context(cpu.seam())
-        from megatron_attn2d.megatron import cuda_graphs  # imports Megatron, whose greeting is for the log
+        from megatron_attn2d.megatron import cuda_graphs, refusals  # imports Megatron, whose greeting is for the log
 
         stack.callback(_reset_megatron, owns_process_group=not torch.distributed.is_initialized())
         stack.callback(cuda_graphs.delete)  # also after an error: groups can't be destroyed before their graphs
         derive.set_environment(megatron_args)
-        with refusals():
-            arguments = derive.with_derived_arguments(megatron_args)
+        stack.enter_context(refusals.told(megatron_args))
+        arguments = derive.with_derived_arguments(megatron_args)
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_gpt", *arguments]))
         try:
             body(console)
@@ -75,9 +74,8 @@ def parsed() -> tuple[Namespace, Any]:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
-    with refusals():
-        args = parse_and_validate_args(extra_args_provider=_add_own_arguments)
-        return args, pretrain_cfg_container_from_args(args, _model(args))
+    args = parse_and_validate_args(extra_args_provider=_add_own_arguments)
+    return args, pretrain_cfg_container_from_args(args, _model(args))
 
 
 def _model(args: Namespace) -> Any:
@@ -97,20 +95,6 @@ def _model(args: Namespace) -> Any:
         if model.transformer_layer_spec is None:
             model.transformer_layer_spec = partial(attention2d_layer_spec, head_groups=args.attention2d_head_groups)
     return model
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Makes what refuses Megatron's arguments a user's mistake, told without its traceback, which is in the log."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (AssertionError, ValueError) as error:
-        traceback.print_exc()
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        said = str(error) or f"{last.line} ({Path(last.filename).name}, line {last.lineno})"
-        raise UsageError(f"Megatron's arguments: {said}") from error
 
 
 def _pretrain(given: int, console: TextIO) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_attn2d import config
-from megatron_attn2d.config import ConfigError, keys, load_run, megatron_arguments, resolved_yaml, upstream
+from megatron_attn2d.config import ConfigError, effects, keys, load_run, megatron_arguments, resolved_yaml, upstream
 from megatron_attn2d.config.arguments import embedded_data, left_out
 from megatron_attn2d.config.continued import check_continued
 from megatron_attn2d.config.files import check_files
@@ -403,6 +403,32 @@ REFUSED = {
     "megatron_args.yaml_cfg=x.yaml": (
         "megatron_args.yaml_cfg = 'x.yaml': --yaml-cfg discards all other arguments; leave it out"
     ),
+    # arguments that were measured to change nothing
+    "megatron_args.reset_position_ids=true model.position_embedding_type=rope": (
+        "megatron_args.reset_position_ids = true: --reset-position-ids changes nothing in a GPT whose "
+        "position_embedding_type is rope; leave it out"
+    ),
+    "megatron_args.use_rope_scaling=true": "megatron_args.use_rope_scaling = true: --use-rope-scaling changes ...",
+    "model.rotary_base=500000": (
+        "model.rotary_base = 500000: --rotary-base changes nothing in a GPT whose position_embedding_type is "
+        "learned_absolute; leave it out"
+    ),
+    "megatron_args={multi_latent_attention: true, yarn_original_max_position_embeddings: 8192}": (
+        "megatron_args.yarn_original_max_position_embeddings = 8192: --yarn-original-max-position-embeddings changes "
+        "nothing in a GPT with latent attention whose rope_type is yarn; leave it out"
+    ),
+    "megatron_args={hybrid_layer_pattern: '*-*-', use_rope_scaling: true} model.position_embedding_type=rope": (
+        "megatron_args.use_rope_scaling = true: --use-rope-scaling changes nothing in a hybrid model whose ..."
+    ),
+    "megatron_args.hybrid_layer_pattern='*-*-' model.qk_layernorm=true": (
+        "model.qk_layernorm = true: --qk-layernorm changes nothing in a hybrid model whose ..."
+    ),
+    "megatron_args.rope_scaling_factor=16 model.position_embedding_type=rope": (
+        "megatron_args.rope_scaling_factor = 16: --rope-scaling-factor changes nothing without use_rope_scaling; "
+        "set use_rope_scaling too, or leave it out"
+    ),
+    "megatron_args.moe_z_loss_coeff=0.001": "megatron_args.moe_z_loss_coeff = 0.001: --moe-z-loss-coeff changes ...",
+    "megatron_args.grpo_iterations=4": "megatron_args.grpo_iterations = 4: --grpo-iterations changes nothing in ...",
     "megatron_args={'': 1}": "megatron_args.: no argument of Megatron; none of ...",
     "megatron_args.log_progres=true": "megatron_args.log_progres: no argument of Megatron; did you mean log_progress?",
     "megatron_args.apply_rope_fusion=false": (
@@ -517,6 +543,27 @@ def test_megatron_shares_layers_out_unevenly_where_it_is_told_to(base, given):
     with pytest.raises(ConfigError, match=r"do not share model\.num_layers = 3 evenly"):
         load_run(base, layers)
     assert load_run(base, [*layers, f"megatron_args.{given}"]).model.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "megatron_args.rope_scaling_factor=8.0",  # Megatron's own
+        "megatron_args={num_experts: 4, moe_z_loss_coeff: 0.001}",
+        "megatron_args.use_rope_scaling=true megatron_args.rope_scaling_factor=16 model.position_embedding_type=rope",
+        "megatron_args={multi_latent_attention: true, rope_type: rope} model.rotary_percent=0.5",
+        "megatron_args={hybrid_layer_pattern: '*-*-/*-', mtp_loss_scaling_factor: 0.3}",
+        "megatron_args={multi_latent_attention: true, reset_position_ids: true}",  # with learned positions on top
+    ],
+)
+def test_what_changes_something_is_passed_on(base, overrides):
+    assert arguments(base, *split_overrides(overrides))
+
+
+def test_the_table_of_effects_is_of_the_pinned_version_and_of_arguments_that_there_are():
+    assert set(effects.table()) <= set(upstream.options())
+    kinds = {kind for effect in effects.table().values() for kind in effect.kinds}
+    assert kinds >= effects.EXTRAS.keys() | set(effects.EXTRAS.values())
 
 
 def test_the_table_of_refusals_is_large_enough():

@@ -8,10 +8,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_attn2d.checkpoints import last_complete
-from megatron_attn2d.config import upstream
-from megatron_attn2d.config.errors import ConfigError, nearest
+from megatron_attn2d.config import effects, upstream
+from megatron_attn2d.config.errors import ConfigError, ConfigErrors, nearest
 from megatron_attn2d.config.keys import FIRST_START, is_schedule
 from megatron_attn2d.config.schema import NO_FLAG, Flag, RunConfig
+from megatron_attn2d.config.yaml_io import parse
 
 CP_COMM_TYPES = {"attention2d": "attention2d", "ring": "p2p", "all_gather": "all_gather", "ulysses": "a2a"}
 
@@ -83,7 +84,8 @@ def megatron_arguments(run: RunConfig) -> list[str]:
     """Megatron's command line for `run`, and `--run-dir`.
 
     Raises:
-        ConfigError: `megatron_args` holds a key that Megatron doesn't know, a wrong value, or what `run` decides.
+        ConfigError: `megatron_args` holds a key that Megatron doesn't know, a wrong value, or what `run` decides, or an
+            argument would change nothing in this model.
     """
     sections = [getattr(run, name) for name in type(run).model_fields if name != "megatron_args"]
     arguments = [token for section in sections for token in _section_arguments(section)]
@@ -91,7 +93,21 @@ def megatron_arguments(run: RunConfig) -> list[str]:
         arguments += build(run)
     outdated = {key.removeprefix("megatron_args.") for key in left_out(run)}
     passed = {name: None if name in outdated else value for name, value in run.megatron_args.items()}
-    return [*arguments, "--run-dir", run.directory, *_passed_through(passed)]
+    arguments += ["--run-dir", run.directory, *_passed_through(passed)]
+    if errors := [_ignored(one) for one in effects.ignored(arguments)]:
+        raise ConfigErrors(errors)
+    return arguments
+
+
+def _ignored(one: effects.Ignored) -> ConfigError:
+    values = [parse(value, one.flag) for value in one.values] or [True]
+    return ConfigError(key_of(one.flag), values[0] if len(values) == 1 else values, one.reason, one.choice)
+
+
+def key_of(flag: str) -> str:
+    """The key of a run's YAML that decides about an argument of Megatron's."""
+    name = flag.removeprefix("--")
+    return _owners().get(name, f"megatron_args.{name.replace('-', '_')}")
 
 
 def _flag(name: str, *values: object) -> list[str]:

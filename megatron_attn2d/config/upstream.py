@@ -10,6 +10,7 @@ import importlib.metadata
 import io
 import json
 from argparse import ArgumentParser, BooleanOptionalAction
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -38,13 +39,34 @@ class Option:
     group: str | None = None
 
 
+def installed() -> str:
+    """The installed version of Megatron-Core."""
+    return importlib.metadata.version("megatron-core")
+
+
 @cache
 def options() -> dict[str, Option]:
     """Megatron's arguments by their flags."""
     table = json.loads(resources.files(__package__).joinpath(_TABLE).read_text())
-    if table["megatron-core"] != importlib.metadata.version("megatron-core"):
+    if table["megatron-core"] != installed():
         return described()
     return {flag: Option(**fields) for flag, fields in table["flags"].items()}
+
+
+def given(arguments: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
+    """Each of Megatron's arguments on a command line, by where Megatron stores it: its flag and its values."""
+    known: dict[str, Option] = options()
+    found: dict[str, tuple[str, list[str]]] = {}
+    values: list[str] = []
+    for token in arguments:
+        if not token.startswith("--"):
+            values.append(token)
+            continue
+        flag, equals, value = token.partition("=")
+        values = [value] if equals else []
+        if flag in known:
+            found[known[flag].dest] = flag, values
+    return found
 
 
 def described() -> dict[str, Option]:
@@ -104,7 +126,7 @@ def _write(path: Path) -> None:
         return {name: value for name, value in asdict(option).items() if value is not None}
 
     lines = [f"    {json.dumps(flag)}: {json.dumps(shortened(option))}" for flag, option in sorted(described().items())]
-    version = json.dumps(importlib.metadata.version("megatron-core"))
+    version = json.dumps(installed())
     path.write_text(f'{{\n  "megatron-core": {version},\n  "flags": {{\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.megatron.patching import Patch, applied
 
 _LIBRARIES = ("torch", "megatron-core", "megatron-attn2d", "transformer-engine")
@@ -21,7 +22,7 @@ _MAY_DIFFER = {"--data-path", "--data-cache-path", "--tokenizer-model", "--run-d
 """Paths on a host's own disk: whether they are given must agree, where they lead need not."""
 
 
-class DisagreementError(ValueError):
+class DisagreementError(UsageError):
     """Ranks of one run were started differently."""
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_attn2d.config import effects
 from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.graph_environment import graph_fault
 
@@ -91,6 +92,8 @@ def derived_arguments(arguments: Sequence[str], installed: Installed) -> list[De
     for flag, why in REFUSED.items():
         if flag in given:
             raise ValueError(f"{flag} is not supported: {why}; leave it out")
+    for unread in effects.ignored(arguments):
+        raise ValueError(f"{' '.join([unread.flag, *unread.values])}: {unread.reason}; {unread.choice}")
     if given.get("--attention-backend") == "local":
         raise ValueError(
             "--attention-backend local is not supported: Megatron would silently replace context-parallel attention by "

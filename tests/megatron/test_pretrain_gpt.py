@@ -16,12 +16,32 @@ from tests.pool import RankFailed, RankPool
     [
         ({"no_such_flag": True}, "UsageError: Megatron's arguments: unrecognized arguments: --no-such-flag"),
         ({"seq_length": "long"}, "UsageError: Megatron's arguments: argument --seq-length: invalid int value: 'long'"),
-        ({"hybrid_context_parallel": True}, "UsageError: Megatron's arguments: --hybrid-context-parallel is not"),
-        (
+        ({"hybrid_context_parallel": True}, "UsageError: --hybrid-context-parallel is not"),
+        (  # while the arguments are read
             {"swiglu": True, "squared_relu": True},
-            r"UsageError: .*: assert not args.swiglu \(argument_utils.py, line",
+            r"UsageError: Megatron's arguments: assert not args.swiglu \(argument_utils.py, line \d+\); given: "
+            r"model.swiglu = true, megatron_args.squared_relu = true$",
         ),
-        ({"num_experts": 3, "expert_model_parallel_size": 2}, "UsageError: Megatron's arguments: .*xpert"),
+        (
+            {"num_experts": 3, "expert_model_parallel_size": 2},
+            "UsageError: Megatron's arguments: .*xpert.*; given: megatron_args.num_experts = 3, parallelism.expert = 2",
+        ),
+        (  # while the model is configured, and built
+            {"no_rope_freq": "[1,0,1]"},
+            r"UsageError: .*no_rope list .*; given: megatron_args.no_rope_freq = \[1,0,1\], model.num_layers = 4$",
+        ),
+        (
+            {"apply_layernorm_1p": True},
+            "UsageError: .*zero_centered_gamma not supported .*; given: megatron_args.apply_layernorm_1p = true$",
+        ),
+        (  # while the optimizer is
+            {"lr_warmup_iters": 11},
+            "UsageError: .*: assert self.lr_warmup_steps < .*; given: optimizer.lr_warmup_iters = 11$",
+        ),
+        (  # in the first step, which doesn't check
+            {"num_experts": 1, "moe_ffn_hidden_size": 64, "disable_bias_linear": True},
+            r"UsageError: Megatron's arguments: Megatron fails in .*topk.* \(moe_utils.py, line \d+\): selected index ",
+        ),
         ({"hybrid_layer_pattern": "*M"}, "UsageError: hybrid_layer_pattern: M and G, Mamba and Gated DeltaNet, need"),
     ],
 )
