@@ -119,7 +119,7 @@ def packed(
         if cu_seqlens_padded is not None:
             raise ValueError("cu_seqlens_padded comes without cu_seqlens: pass both")
         return None
-    if cu_seqlens_padded is not None and _on_gpu(cu_seqlens) != _on_gpu(cu_seqlens_padded):
+    if cu_seqlens_padded is not None and Packing.on_gpu(cu_seqlens) != Packing.on_gpu(cu_seqlens_padded):
         raise ValueError("of cu_seqlens and cu_seqlens_padded one is on a GPU: pass both there, or both to the host")
     for name, x in zip("qkv", shards, strict=True):
         if x.dim() != 3 or x.size(0) != shards[0].size(0):
@@ -136,16 +136,12 @@ def _check_totals(name: str, values: Totals | None, device: torch.device) -> Non
             raise ValueError(
                 f"{name} must be a tensor of int32 or int64 with [0, s1, s1 + s2, ...], got {values.dtype}"
             )
-        if _on_gpu(values) and values.device != device:
+        if Packing.on_gpu(values) and values.device != device:
             raise ValueError(
                 f"{name} is on {values.device} and q on {device}: pass it on the same device, or on the CPU"
             )
     elif any(isinstance(value, Tensor) or not hasattr(value, "__index__") for value in values or ()):
         raise ValueError(f"{name} must hold running totals of tokens, as int: got {list(values or ())[:8]}")
-
-
-def _on_gpu(totals: Totals) -> bool:
-    return isinstance(totals, Tensor) and totals.is_cuda
 
 
 def sequences_of(

@@ -93,16 +93,22 @@ class Packing:
             ValueError: for totals that the host knows and that don't fit each other, the tokens or the ranks.
         """
         padded = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
-        if isinstance(cu_seqlens, Tensor) and cu_seqlens.is_cuda:
+        if cls.on_gpu(cu_seqlens):
+            assert isinstance(cu_seqlens, Tensor)
             assert isinstance(padded, Tensor)
             arguments = (cu_seqlens, padded, tokens, ranks, device, max_seqlen)
-            if torch.cuda.is_current_stream_capturing():  # a replay is to make all of it anew
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # a replay is to make all of it anew
                 return _on_device(*arguments)
             versions = tuple((id(x), x._version) for x in (cu_seqlens, padded))
             return _kept((versions, tokens, ranks, device, max_seqlen), lambda: (_on_device(*arguments), arguments))
-        totals, padded = (tuple(x.tolist() if isinstance(x, Tensor) else x) for x in (cu_seqlens, padded))
+        totals, padded = (tuple(x.flatten().tolist() if isinstance(x, Tensor) else x) for x in (cu_seqlens, padded))
         key = totals, None if cu_seqlens_padded is None else padded, tokens, ranks, device
         return _kept(key, lambda: (_on_host(totals, padded, tokens, ranks, device), None))
+
+    @staticmethod
+    def on_gpu(totals: Totals) -> bool:
+        """Whether reading them would wait for a GPU."""
+        return isinstance(totals, Tensor) and totals.is_cuda
 
     @property
     def one(self) -> bool:

@@ -286,10 +286,12 @@ class _Rows:
         """None where the host knows that all are empty."""
         packing = self._packing
         q_rows, k_rows = (len(slots) * packing.tokens for slots in (self._queries, self._keys))
-        empty = (pieces.q_length <= 0) | (pieces.k_length <= 0)
         if packing.known:
-            rows = torch.stack([x.flatten() for x in _columns(pieces)], 1)[~empty.flatten()].numpy()
-            return Segments.of(rows, band, q_rows, k_rows, packing.device) if len(rows) else None
+            rows = np.stack([x.numpy().ravel() for x in _columns(pieces)])
+            taken = (rows[1] > 0) & (rows[3] > 0)
+            rows = rows if taken.all() else rows[:, taken]
+            return Segments.of(rows.T, band, q_rows, k_rows, packing.device) if rows.size else None
+        empty = (pieces.q_length <= 0) | (pieces.k_length <= 0)
         q_starts, k_starts = (
             torch.cat((x.flatten(), x.new_full((1,), rows))).int()
             for x, rows in ((pieces.q_start, q_rows), (pieces.k_start, k_rows))

@@ -180,9 +180,11 @@ class ContextParallelAttention(MegatronModule):
             raise ValueError(f"attention mask {mask_type.name} is not supported: choose causal or no_mask")
         return served[mask_type]
 
-    def _packed(self, packing: PackedSeqParams) -> dict[str, list[int] | None]:
-        totals = _totals(packing)
-        padded = totals["cu_seqlens_padded"] not in (None, totals["cu_seqlens"])
+    def _packed(self, packing: PackedSeqParams) -> dict[str, Any]:
+        totals = _totals(packing, read=not self.captured)
+        padded = totals["cu_seqlens_padded"] is not None
+        if padded and not isinstance(totals["cu_seqlens"], Tensor):
+            padded = totals["cu_seqlens_padded"] != totals["cu_seqlens"]
         if self.config.mtp_num_layers and padded and not _rolls_within_padding():
             raise ValueError(
                 "packed sequences with padding are not supported with mtp_num_layers: multi-token prediction "
@@ -218,13 +220,15 @@ def _rolls_within_padding() -> bool:
     return getattr(multi_token_prediction._roll_tensor_packed_seq, ROLLS_WITHIN_PADDING, False)
 
 
-def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:
-    """Running totals of packed sequences, for attention.
+def _totals(packing: PackedSeqParams, read: bool) -> dict[str, Any]:
+    """Running totals of packed sequences, and the longest of them, for attention.
+
+    They are read from the GPU once a batch, but for a CUDA graph, whose replays find other numbers in the same tensors.
 
     Raises:
         ValueError: for what is packed in a way that is not served.
     """
-    known: dict[str, list[int] | None] | None = vars(packing).get("_attention2d_totals")
+    known: dict[str, Any] | None = vars(packing).get("_attention2d_totals")
     if known is not None:  # read once for all layers: each reading makes the GPU's queue run empty
         return known
     if packing.qkv_format != "thd":
@@ -236,14 +240,19 @@ def _totals(packing: PackedSeqParams) -> dict[str, list[int] | None]:
         )
     if packing.cu_seqlens_q is None:
         raise ValueError("packed_seq_params.cu_seqlens_q is missing: packed sequences need their running totals")
-    totals: dict[str, list[int] | None] = {}
+    totals: dict[str, Any] = {}
     for name, queries, keys in (
         ("cu_seqlens", packing.cu_seqlens_q, packing.cu_seqlens_kv),
         ("cu_seqlens_padded", packing.cu_seqlens_q_padded, packing.cu_seqlens_kv_padded),
     ):
+        if queries is not None and queries.is_cuda and not read:
+            totals[name] = queries.flatten()
+            continue
         totals[name] = None if queries is None else queries.flatten().tolist()
         if keys is not None and keys is not queries and keys.flatten().tolist() != totals[name]:
             raise ValueError(f"{name}_q and {name}_kv differ: packed queries attend their own sequences only")
+    if packing.cu_seqlens_q_padded is None and isinstance(packing.max_seqlen_q, int):
+        totals["max_seqlen"] = packing.max_seqlen_q
     vars(packing)["_attention2d_totals"] = totals
     return totals
 

@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention import attention2d as grids
+from megatron_attn2d.attention import packing as packing_module
+from megatron_attn2d.attention import ring as rings
 from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.kernels.reference import ReferenceKernel
+from megatron_attn2d.attention.packing import Packing
 from tests.pool import RankPool
 
 WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
@@ -25,6 +30,18 @@ _WAITS = {
     _aten.masked_select.default,
     _aten.is_nonzero.default,
 }
+
+
+class Blind(ReferenceKernel):
+    """Takes tables and does not read them."""
+
+    def forward_segments(self, *_: Any, out: Tensor, lse: Tensor, **__: Any) -> None:
+        out.zero_()
+        lse.zero_()
+
+    def backward_segments(self, *_: Any, dq: Tensor, dk: Tensor, dv: Tensor, **__: Any) -> None:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
 
 
 class Refuses(TorchDispatchMode):
@@ -45,6 +62,12 @@ def waits_nowhere(rank: int, layout: tuple[int, ...] | None, **how: Any) -> bool
         grid = Grid.from_group(group, heads=heads, rows=rows, cols=cols, **tiles)
     q, k, v = (torch.randn(16, 2, heads, 8).requires_grad_() for heads in (4, 2, 2))
     dout, sink, seed = torch.randn(16, 2, 4, 8), torch.randn(4).requires_grad_(), torch.tensor([3])
+    patches: list[Any] = []
+    if "cu_seqlens" in how:
+        q, k, v, dout = (x[:, 0].detach().requires_grad_() for x in (q, k, v, dout))
+        how["cu_seqlens"] = torch.tensor(how["cu_seqlens"])
+        patches.append(mock.patch.object(Packing, "on_gpu", lambda totals: isinstance(totals, Tensor)))
+        patches += [mock.patch.object(module, "choose_kernel", return_value=Blind()) for module in (grids, rings)]
 
     def call() -> tuple[Tensor, ...]:
         asked = {**how, "dropout": Dropout(how["dropout"], seed)} if "dropout" in how else dict(how)
@@ -53,8 +76,11 @@ def waits_nowhere(rank: int, layout: tuple[int, ...] | None, **how: Any) -> bool
         attend = ring_attention(q, k, v, group, **asked) if layout is None else attention2d(q, k, v, grid, **asked)
         return torch.autograd.grad(attend, (q, k, v), dout)
 
-    call()
     with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        call()
+        packing_module._packs.clear()  # a graph makes anew what depends on totals
         for name in WAITS:
             fails = mock.Mock(side_effect=AssertionError(f"Tensor.{name} waits for the GPU"))
             stack.enter_context(mock.patch.object(Tensor, name, fails))
@@ -73,6 +99,9 @@ def waits_nowhere(rank: int, layout: tuple[int, ...] | None, **how: Any) -> bool
         ((2, 1, 2), {"window": (5, 0)}),
         ((4, 1, 1), {}),
         ((1, 2, 2, 1, 2), {}),
+        ((1, 2, 2), {"cu_seqlens": (0, 24, 64)}),
+        ((2, 2, 1), {"cu_seqlens": (0, 24, 64), "window": (5, 3), "causal": False}),
+        (None, {"cu_seqlens": (0, 24, 64)}),
         (None, {"dropout": 0.1}),
         (None, {"window": (5, 0), "sinks": True}),
     ],

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention import overlap
 from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.packing import Packing
 from tests.attention.dense import dense_gradients, inputs, packed_gradients, packed_zigzag, zigzag
 from tests.pool import RankPool
 
@@ -135,15 +136,18 @@ def packs(rank: int, layout: Layout, cases: list[dict[str, Any]]) -> list[float]
         places_and_rest = [*places, *([q.size(0) - sum(places)] if case.get("rest") else [])]
         mine = packed_zigzag(places_and_rest, size, rank)
         shards = [x[mine].requires_grad_() for x in (q, k, v)]
-        padded = [0, *accumulate(places)]
-        with kept_back(case):
+        totals: list[Any] = [[0, *accumulate(lengths)], None if lengths == places else [0, *accumulate(places)]]
+        on_gpu = case.get("on_gpu", False)
+        if on_gpu:
+            totals = [None if x is None else torch.tensor(x) for x in totals]
+        with kept_back(case), mock.patch.object(Packing, "on_gpu", return_value=on_gpu):
             out, _ = run(
                 layout,
                 shards,
                 causal=causal,
                 window=window,
-                cu_seqlens=[0, *accumulate(lengths)],
-                cu_seqlens_padded=None if lengths == places else padded,
+                cu_seqlens=totals[0],
+                cu_seqlens_padded=totals[1],
             )
             found = (out, *torch.autograd.grad(out, shards, dout[mine]))
         expected = packed_gradients((q, k, v, dout), lengths, places, causal, window)
@@ -175,6 +179,10 @@ PACKS: list[dict[str, Any]] = [
     {"lengths": [of(3), of(1)], "window": (3, 0)},
     {"lengths": [of(3, 2), of(2)], "window": (3, 0), "rest": 2},
     {"lengths": [of(3, 2), of(2)], "window": (2, 1), "causal": False},
+    {"lengths": [of(2), of(0), of(1), of(3)], "on_gpu": True},
+    {"lengths": [of(3, 1), of(0), of(1, 1), of(2, 5)], "causal": False, "rest": 1, "on_gpu": True},
+    {"lengths": [of(3, 1), of(2, 100)], "window": (4, 0), "on_gpu": True},
+    {"lengths": [of(3, 1), of(0), of(2)], "window": (2, 1), "causal": False, "on_gpu": True},
 ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.attention.dense import dense_gradients, hidden, inputs, packed_zigzag, zigzag
 from tests.pool import RankPool
@@ -159,6 +160,22 @@ def test_it_is_upstreams_attention(pool: RankPool, changes: dict[str, Any]) -> N
     for error, same_checkpoints in pool.run(upstream_error, 1, changes):
         assert error <= 2e-6
         assert same_checkpoints
+
+
+def test_a_graph_gets_totals_as_they_are() -> None:
+    """Its replays find other numbers in the same tensors; without graphs they are read once for all layers."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from megatron_attn2d.megatron.core_attention import _totals
+
+    with FakeTensorMode():
+        totals = torch.empty(4, dtype=torch.int32, device="cuda")
+        found = _totals(PackedSeqParams("thd", totals, totals, max_seqlen_q=64), read=False)
+    assert found["cu_seqlens"].device.type == "cuda"
+    assert (found["cu_seqlens_padded"], found["max_seqlen"]) == (None, 64)
+    totals = torch.tensor([0, 8, 64])
+    found = _totals(PackedSeqParams("thd", totals, totals, totals, totals, max_seqlen_q=64), read=True)
+    assert found == {"cu_seqlens": [0, 8, 64], "cu_seqlens_padded": [0, 8, 64]}
 
 
 def windows(rank: int, freq: Any) -> list[Any]:
