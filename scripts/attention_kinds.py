@@ -66,7 +66,7 @@ class Kind:
 
     def pack(self, ranks: int, seed: int = 0) -> Pack | None:
         """The documents, drawn with a seed; None for a dense sequence."""
-        return Pack.drawn(self, ranks, seed) if self.documents else None
+        return Pack.drawn(self.seq, self.documents, ranks, seed, self.padded) if self.documents else None
 
     def for_ranks(self, ranks: int) -> Kind | None:
         """The same with tokens that divide by 2 * ranks; None where so many documents don't fit on so many ranks."""
@@ -181,18 +181,22 @@ class Pack:
     places: tuple[int, ...]
 
     @classmethod
-    def drawn(cls, kind: Kind, ranks: int, seed: int) -> Pack:
-        """Documents as real text has them, many short and a few long: log-normal, rounded to 2 * ranks tokens."""
+    def drawn(cls, seq: int, documents: int, ranks: int, seed: int = 0, padded: bool = False) -> Pack:
+        """Documents as real text has them, many short and a few long: log-normal, rounded to 2 * ranks tokens.
+
+        Args:
+            seq: tokens of the pack, at least 2 * ranks for each document.
+            padded: documents end up to 2 * ranks tokens before their places do.
+        """
         unit = 2 * ranks
-        spare = kind.seq // unit - kind.documents
-        assert spare >= 0, f"{kind.documents} documents of at least {unit} tokens don't fit into {kind.seq}"
-        draw = random.Random(1000 * kind.documents + seed)
-        weights = [draw.lognormvariate(0.0, _SIGMA) for _ in range(kind.documents)]
+        spare = seq // unit - documents
+        assert spare >= 0, f"{documents} documents of at least {unit} tokens don't fit into {seq}"
+        draw = random.Random(1000 * documents + seed)
+        weights = [draw.lognormvariate(0.0, _SIGMA) for _ in range(documents)]
         units = [1 + int(spare * weight / sum(weights)) for weight in weights]
-        units[max(range(len(units)), key=units.__getitem__)] += kind.seq // unit - sum(units)  # what rounding left
+        units[max(range(len(units)), key=units.__getitem__)] += seq // unit - sum(units)  # what rounding left
         places = tuple(n * unit for n in units)
-        lengths = tuple(n - draw.randrange(unit) for n in places) if kind.padded else places
-        return cls(lengths, places)
+        return cls(tuple(n - draw.randrange(unit) for n in places) if padded else places, places)
 
     @property
     def cu_seqlens(self) -> list[int]:

@@ -4,10 +4,12 @@
     sudo python scripts/benchmark_emulated_cluster.py --hosts 16
     sudo python scripts/benchmark_emulated_cluster.py --hosts 64 --nic 4mbit --modes ring 8x8 16x4 8x4x2
     sudo python scripts/benchmark_emulated_cluster.py --hosts 16 --ranks-per-host 4 --modes ring 8x8:2x2 8x8:1x4
+    sudo python scripts/benchmark_emulated_cluster.py --hosts 16 --seq 2048 --shapes 4/4x64 --documents 0 32
 
 Hosts are network namespaces on this machine whose cards are limited to --nic in each direction. Ranks are processes
 that run this package's attention over Gloo, fp32, causal. A mode is `ring`, RxC or UxRxC; `:rxc` behind it is the block
-of the grid that a host's ranks fill. Several --seq and --shapes run one after the other on the same cluster.
+of the grid that a host's ranks fill. Several --seq, --shapes and --documents run one after the other on the same
+cluster; documents are packed, with lengths drawn as real text has them, and 0 stands for one dense sequence.
 
 A row's bytes are those that a card received, the mean over the hosts, in units of a rank's shard of Q: all, less the
 packets' headers, and what the plan lists. `predicted` is the planner's time, the least of each table marked *; what a
@@ -33,6 +35,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from attention_kinds import Pack
 from emulated_cluster import HEADERS, EmulatedCluster, card_received
 
 from megatron_attn2d import Grid, attention2d, ring_attention
@@ -40,6 +43,13 @@ from megatron_attn2d.planner.cost import Candidate, Cluster, predict
 from megatron_attn2d.planner.traffic import Workload, attention2d_traffic, ring_traffic
 
 _RATES = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
+
+
+class Case(NamedTuple):
+    """What one table is about; `documents` are packed, 0: one dense sequence."""
+
+    work: Workload
+    documents: int
 
 
 class Mode(NamedTuple):
@@ -79,6 +89,7 @@ def main() -> None:
     parser.add_argument("--nic", default="50mbit", help="rate of a card in each direction, as tc writes it")
     parser.add_argument("--seq", type=int, nargs="+", default=[512], help="tokens of the sequence")
     parser.add_argument("--shapes", nargs="+", default=["64/64x128"], help="query/key heads x head dim")
+    parser.add_argument("--documents", type=int, nargs="+", default=[0], help="packed; 0: one dense sequence")
     parser.add_argument("--modes", nargs="+", help="default: ring, the square grids, and those with heads over 2, 4, 8")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=700.0, help="seconds for all of it")
@@ -87,14 +98,18 @@ def main() -> None:
     ranks = args.hosts * args.ranks_per_host
     modes = [Mode.parse(text) for text in args.modes or default_modes(ranks)]
     works = [workload(shape, seq) for shape in args.shapes for seq in args.seq]
+    cases = [Case(work, documents) for work in works for documents in args.documents]
+    for work, documents in cases:
+        if work.seq < 2 * ranks * documents:
+            parser.error(f"--documents {documents}: {work.seq} tokens on {ranks} ranks hold {work.seq // (2 * ranks)}")
     torch.set_num_threads(1)
     with EmulatedCluster(args.hosts, args.nic) as cluster:
-        found = cluster.run(run_rank, args.ranks_per_host, modes, works, args.repeats, timeout=args.timeout)
+        found = cluster.run(run_rank, args.ranks_per_host, modes, cases, args.repeats, timeout=args.timeout)
     rows = []
-    for i, work in enumerate(works):
+    for i, case in enumerate(cases):
         measured = [rank[i] for rank in found]
-        machines = calibrated([rank["probe"] for rank in measured], work, args)
-        table = [row(mode, [rank[mode.name] for rank in measured], work, machines, args) for mode in modes]
+        machines = calibrated([rank["probe"] for rank in measured], case.work, args)
+        table = [row(mode, [rank[mode.name] for rank in measured], case, machines, args) for mode in modes]
         show(table, args)
         rows += table
     if args.json:
@@ -119,17 +134,18 @@ def default_modes(ranks: int) -> list[str]:
     return modes
 
 
-def run_rank(rank: int, modes: list[Mode], works: list[Workload], repeats: int) -> list[dict[str, dict[str, float]]]:
-    """For each workload: what `probe` and every mode measured on one rank."""
+def run_rank(rank: int, modes: list[Mode], cases: list[Case], repeats: int) -> list[dict[str, dict[str, float]]]:
+    """For each case: what `probe` and every mode measured on one rank."""
     torch.manual_seed(rank)
-    results = [{"probe": probe(work)} for work in works]
+    probes = {work: probe(work) for work in dict.fromkeys(case.work for case in cases)}
+    results = [{"probe": probes[case.work]} for case in cases]
     for mode in modes:
         grid = mode.grid()
-        small = shards(replace(works[0], head_dim=8), 2)
+        small = shards(replace(cases[0].work, head_dim=8), 2)
         out = attend(grid, *small)  # connects the ranks, and pays for what torch does at a first backward pass
         torch.autograd.grad(out, small, torch.ones_like(out))
-        for work, result in zip(works, results, strict=True):
-            result[mode.name] = measure(grid, work, repeats)
+        for case, result in zip(cases, results, strict=True):
+            result[mode.name] = measure(grid, case, repeats)
     return results
 
 
@@ -139,19 +155,26 @@ def shards(work: Workload, tokens: int) -> list[Tensor]:
     return [torch.randn(tokens, 1, n, work.head_dim).requires_grad_() for n in heads]
 
 
-def attend(grid: Grid | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(grid: Grid | None, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int] | None = None) -> Tensor:
     """Attention on a grid; on the ring of all ranks if there is none."""
-    return ring_attention(q, k, v, dist.group.WORLD) if grid is None else attention2d(q, k, v, grid)
+    if grid is None:
+        return ring_attention(q, k, v, dist.group.WORLD, cu_seqlens=cu_seqlens)
+    return attention2d(q, k, v, grid, cu_seqlens=cu_seqlens)
 
 
-def measure(grid: Grid | None, work: Workload, repeats: int) -> dict[str, float]:
+def measure(grid: Grid | None, case: Case, repeats: int) -> dict[str, float]:
     """Medians of the seconds, bytes and packets that the host's card received, forward and backward."""
-    tensors = shards(work, work.seq // dist.get_world_size())
+    world = dist.get_world_size()
+    tensors = shards(case.work, case.work.seq // world)
+    cu_seqlens = None
+    if case.documents:
+        cu_seqlens = Pack.drawn(case.work.seq, case.documents, world).cu_seqlens
+        tensors = [x.detach().squeeze(1).requires_grad_() for x in tensors]
     dout = torch.randn_like(tensors[0])
     runs = []
     for _ in range(repeats):
         first, begin = settled_card(), time.perf_counter()
-        out = attend(grid, *tensors)
+        out = attend(grid, *tensors, cu_seqlens)
         middle = time.perf_counter()
         second, start = settled_card(), time.perf_counter()
         torch.autograd.grad(out, tensors, dout)
@@ -228,9 +251,10 @@ def calibrated(ranks: list[dict[str, float]], work: Workload, args: argparse.Nam
 
 
 def row(
-    mode: Mode, ranks: list[dict[str, float]], work: Workload, machines: Cluster, args: argparse.Namespace
+    mode: Mode, ranks: list[dict[str, float]], case: Case, machines: Cluster, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One line of a table: the slowest rank's seconds, the mean card's bytes."""
+    work = case.work
     world = len(ranks)
     node = args.ranks_per_host
     traffic = (
@@ -246,6 +270,7 @@ def row(
         "nic": args.nic,
         "seq": work.seq,
         "shape": f"{work.heads}/{work.kv_heads}x{work.head_dim}",
+        "documents": case.documents,
         "mode": mode.name,
         "predicted_s": predict(candidate, world, work, machines, (1,)).total_s,
     }
@@ -264,7 +289,8 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Print the table of one workload."""
     first = rows[0]
     hosts = f"{args.hosts} hosts x {args.ranks_per_host} ranks, {args.nic} cards"
-    print(f"\n{hosts}, S={first['seq']}, heads {first['shape']}, fp32")
+    packed = f", {first['documents']} documents" if first["documents"] else ""
+    print(f"\n{hosts}, S={first['seq']}{packed}, heads {first['shape']}, fp32")
     print(
         "mode          forward  backward       sum   speed     predicted    received a card, u: all (no headers, plan)"
     )

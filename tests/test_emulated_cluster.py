@@ -39,11 +39,13 @@ def namespaces() -> set[str]:
 def test_cards_receive_what_the_plan_lists(tmp_path: Path) -> None:
     before, threshold = namespaces(), THRESHOLD.read_text()
     size = ["--hosts", "4", "--ranks-per-host", "2", "--seq", "256", "--shapes", "16/16x64", "--nic", "100mbit"]
-    modes = ["--modes", "ring", "2x4", "4x2:2x1", "2x2x2", "--timeout", "150"]
+    modes = ["--modes", "ring", "2x4", "4x2:2x1", "2x2x2", "--documents", "0", "5", "--timeout", "150"]
     done = python(["scripts/benchmark_emulated_cluster.py", *size, *modes, "--json", str(tmp_path / "rows.json")])
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["mode"] for row in rows] == ["ring", "2x4", "4x2:2x1", "2x2x2"]
+    assert [row["mode"] for row in rows] == ["ring", "2x4", "4x2:2x1", "2x2x2"] * 2
+    assert [row["documents"] for row in rows] == [0] * 4 + [5] * 4
+    assert "S=256, 5 documents, heads 16/16x64" in done.stdout
     for row in rows:
         for side in ("forward", "backward"):
             plan = row[f"{side}_plan_u"]
