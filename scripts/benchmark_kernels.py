@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention_kinds import Kind, Pack
+from attention_kinds import Pack
 from attention_timing import alone
 
 from megatron_attn2d.attention.dropout import Dropout
@@ -90,7 +90,7 @@ def row(name: str, dims: str, mask: str, args: argparse.Namespace) -> str:
         how["band"] = band
         attend = partial(kernel.forward, q, k, v, **how)
     else:
-        lengths = Pack.drawn(Kind("packed", args.tokens, 1, 1, documents=args.documents), 1, 0).lengths
+        lengths = Pack.drawn(args.tokens, args.documents, 1).lengths
         starts = np.cumsum([0, *lengths[:-1]])
         table = Segments.of(np.stack((starts, lengths, starts, lengths), 1), band, args.tokens, args.tokens, q.device)
         q, k, v, dout = (x.squeeze(1) for x in (q, k, v, dout))
