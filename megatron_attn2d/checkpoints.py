@@ -16,6 +16,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _LAST_WRITTEN = "metadata.json"
 CHECKSUMS = "integrity.json"
 """Of every file of a checkpoint, by upstream's `--verify-integrity`, which writes it last of all."""
+CONFIGURATION = "config.yaml"
+"""How the run was configured that wrote a checkpoint, beside its files, and last in the run's directory."""
 _DELETED = ".deleted-"
 
 
@@ -70,8 +72,14 @@ def repair_tracker(directory: Path) -> None:
 
 def begin_save(directory: Path, step: int) -> None:
     """To be called before `step` is saved: one that is overwritten is no longer complete."""
-    for name in (_LAST_WRITTEN, CHECKSUMS):
+    for name in (_LAST_WRITTEN, CHECKSUMS, CONFIGURATION):
         (folder(directory, step) / name).unlink(missing_ok=True)
+
+
+def keep_configuration(directory: Path, step: int, run_dir: Path) -> None:
+    """To be called once `step` is saved: keeps beside it the configuration in `run_dir`, where there is one."""
+    if (run_dir / CONFIGURATION).is_file() and folder(directory, step).is_dir():
+        shutil.copyfile(run_dir / CONFIGURATION, folder(directory, step) / CONFIGURATION)
 
 
 def prune(directory: Path, keep: int) -> threading.Thread:

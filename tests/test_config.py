@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_attn2d import config
+from megatron_attn2d.checkpoints import begin_save, keep_configuration
 from megatron_attn2d.config import ConfigError, effects, keys, load_run, megatron_arguments, resolved_yaml, upstream
 from megatron_attn2d.config.arguments import embedded_data, left_out
 from megatron_attn2d.config.continued import check_continued
@@ -1087,6 +1088,19 @@ def test_a_run_is_continued_as_it_was_begun(base, tmp_path, overrides):
         assert messages[0].startswith(expected.removesuffix("..."))
     else:
         assert messages == ([expected] if expected else [])
+
+
+def test_a_start_that_saved_nothing_leaves_the_run_as_it_was(base, tmp_path):
+    given = [f"run.dir={tmp_path}", "data.mock=true"]
+    write_checkpoint(tmp_path, 4)
+    (tmp_path / "config.yaml").write_text(resolved_yaml(load_run(base, given)))
+    keep_configuration(tmp_path / "checkpoints", 4, tmp_path)
+    (tmp_path / "config.yaml").write_text(resolved_yaml(load_run(base, [*given, "training.seed=3"])))
+    assert not [*check_continued(load_run(base, given))]
+    begin_save(tmp_path / "checkpoints", 4)
+    for name in (".metadata", "metadata.json"):
+        (tmp_path / "checkpoints" / "iter_0000004" / name).touch()
+    assert [error.key for error in check_continued(load_run(base, given))] == ["training.seed"]
 
 
 def write_checkpoint(run_dir, step):

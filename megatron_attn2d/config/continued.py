@@ -19,14 +19,19 @@ def begun_in(run: RunConfig) -> Path | None:
 
 
 def begun(run: RunConfig) -> RunConfig | None:
-    """How the run that `run` continues was configured last; None where nothing says so."""
+    """How the run that `run` continues was configured at its checkpoint; None where nothing says so."""
     directory = begun_in(run)
-    if directory is None or not (directory / "config.yaml").is_file():
+    if directory is None:
         return None
-    try:
-        return build_run(read_run(directory / "config.yaml"))
-    except ConfigError:  # of another version of this package
-        return None
+    saved = Path(run.directory) / "checkpoints" if directory == Path(run.directory) else Path(run.checkpoint.load or "")
+    # The directory's own file is that of the last start, which may have ended before it saved.
+    for folder in (checkpoints.folder(saved, step_of(run)), directory):
+        if (folder / checkpoints.CONFIGURATION).is_file():
+            try:
+                return build_run(read_run(folder / checkpoints.CONFIGURATION))
+            except ConfigError:  # of another version of this package
+                return None
+    return None
 
 
 def step_of(run: RunConfig) -> int:

@@ -30,15 +30,19 @@ def _failure(directory: Path, step: int, error: BaseException) -> str:
 
 @contextmanager
 def retained(args: Namespace) -> Iterator[None]:
-    """While entered, an overwritten checkpoint counts as incomplete until it is saved, and `--keep-last` is kept."""
+    """While entered, an overwritten checkpoint counts as incomplete until it is saved, `--keep-last` is kept, and each
+    checkpoint has the configuration beside it that it was trained with."""
 
     def around(save_checkpoint: Any) -> Any:
         @functools.wraps(save_checkpoint)
         def save(iteration: int, *rest: Any, **kwargs: Any) -> Any:
-            if args.rank == 0 and not kwargs.get("non_persistent_ckpt"):
+            keeps = args.rank == 0 and not kwargs.get("non_persistent_ckpt")
+            if keeps:
                 checkpoints.begin_save(Path(args.save), iteration)
             try:
                 result = save_checkpoint(iteration, *rest, **kwargs)
+                if keeps and args.run_dir:
+                    checkpoints.keep_configuration(Path(args.save), iteration, Path(args.run_dir))
             except (Exception, CheckpointException) as error:  # torch's is no Exception
                 raise SaveError(_failure(Path(args.save), iteration, error)) from error
             prune()
