@@ -139,9 +139,9 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
     ]
     asked = build_run(read_run(path, [*decided, *overrides]))
     _check_overrides(trained, build_run(read_run(path, decided)), asked, context)
-    decided += [f"megatron_args.{name}=null" for name in _stages_of_training(trained, asked.parallelism.pipeline)]
+    left_out = [f"megatron_args.{name}=null" for name in _stages_of_training(trained, asked)]
     try:
-        return load_run(path, [*decided, *overrides], world_size=world_size)
+        return load_run(path, [*decided, *overrides, *left_out], world_size=world_size)
     except ConfigError as error:  # of keys that the user spelled otherwise
         raise UsageError(str(error).replace(f"training.seq_length = {context}", f"--context {context}")) from error
 
@@ -169,18 +169,29 @@ def _check_overrides(trained: RunConfig, decided: RunConfig, asked: RunConfig, c
         raise ConfigErrors(errors)
 
 
-def _stages_of_training(trained: RunConfig, pipeline: int) -> list[str]:
-    """Arguments of Megatron in `trained` about its stages that don't hold for an evaluation on `pipeline` stages."""
-    given = trained.megatron_args
-    dropped = [name for name in _STAGES if given.get(name) is not None]
-    layout = given.get("pipeline_model_parallel_layout")
-    if layout is not None and pipeline == trained.parallelism.pipeline:
-        upstream = quiet_import("megatron.core.transformer.pipeline_parallel_layer_layout")
-        stages = upstream.PipelineParallelLayerLayout.get_num_stages_from_str(str(layout))
-        kept = stages == pipeline  # else it is interleaved
-    else:
-        kept = pipeline == trained.parallelism.pipeline
-    return dropped if kept else dropped + [name for name in UNEVEN if given.get(name) is not None]
+def _stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
+    """Arguments of Megatron about the stages of `trained` that don't hold for the evaluation `asked`.
+
+    Raises:
+        ConfigError: an override says what holds for no evaluation.
+    """
+    pipeline, left_out = asked.parallelism.pipeline, []
+    for name in (*_STAGES, *UNEVEN):
+        given = asked.megatron_args.get(name)
+        if given is None:
+            continue
+        reason = "one window is evaluated at a time, which an interleaved schedule can't"
+        fits = name in UNEVEN and pipeline == trained.parallelism.pipeline
+        if name == "pipeline_model_parallel_layout":
+            upstream = quiet_import("megatron.core.transformer.pipeline_parallel_layer_layout")
+            stages = upstream.PipelineParallelLayerLayout.get_num_stages_from_str(str(given))
+            fits = stages == pipeline
+            reason = f"{stages} stages, but parallelism.pipeline is {pipeline}, and {reason}"
+        if given == trained.megatron_args.get(name):
+            left_out += [] if fits else [name]
+        elif not fits and (name in _STAGES or name == "pipeline_model_parallel_layout"):
+            raise ConfigError(f"megatron_args.{name}", given, reason, "leave it out")
+    return left_out
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> int:

@@ -250,6 +250,10 @@ REFUSED = {
     "data.paths={a: 1, b: 0}": (
         "data.paths = {'a': 1.0, 'b': 0.0}: a weight of a blend is not positive; leave out what has weight 0"
     ),
+    "data.paths=[corpus] data.tokenizer_model=tokenizer": (
+        "data.tokenizer_model = 'tokenizer': data.tokenizer_type = NullTokenizer takes ids as they are, and reads no "
+        "file; choose null, or name data.tokenizer_type too"
+    ),
     "data.paths=[corpus] data.vocab_size=null": (
         "data.vocab_size = null: NullTokenizer does not know the size of the vocabulary; choose 512 for bytes"
     ),

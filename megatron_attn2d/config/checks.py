@@ -346,6 +346,12 @@ def _check_data(run: RunConfig) -> Iterator[Refusal]:
     if data.tokenizer_type == "NullTokenizer":
         if data.vocab_size is None:
             yield "data.vocab_size", "NullTokenizer does not know the size of the vocabulary", "choose 512 for bytes"
+        if data.tokenizer_model is not None:
+            yield (
+                "data.tokenizer_model",
+                "data.tokenizer_type = NullTokenizer takes ids as they are, and reads no file",
+                "choose null, or name data.tokenizer_type too",
+            )
         eod = data.null_tokenizer_eod_id
         if eod is not None and data.vocab_size is not None and eod >= data.vocab_size:
             yield "data.null_tokenizer_eod_id", f"outside data.vocab_size = {data.vocab_size}", "choose 256 for bytes"

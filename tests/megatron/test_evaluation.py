@@ -179,6 +179,14 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
             ["--context", "64", "data.vocab_size=300"],
             "data.vocab_size = 300: the run was trained with 512",
         ),
+        (
+            ["--context", "64", "megatron_args.num_layers_per_virtual_pipeline_stage=1"],
+            "megatron_args.num_layers_per_virtual_pipeline_stage = 1: one window is evaluated at a time, which an ",
+        ),
+        (
+            ["--context", "64", "megatron_args.pipeline_model_parallel_layout=Et|tL"],
+            "pipeline_model_parallel_layout = 'Et|tL': 2 stages, but parallelism.pipeline is 1, and one window is",
+        ),
         (["--context", "64", "model.num_layers=1"], "model.num_layers = 1: the run was trained with 2; leave it out"),
         (
             ["--context", "64", "model.rotary_base=99"],
@@ -217,7 +225,8 @@ STAGES = [
     ("megatron_args.num_layers_per_virtual_pipeline_stage=1", 2, {}),
     ("megatron_args.pipeline_model_parallel_layout='Et|tttL'", 2, {"pipeline_model_parallel_layout": "Et|tttL"}),
     ("megatron_args.pipeline_model_parallel_layout='Et|tttL'", 4, {}),
-    ("megatron_args.pipeline_model_parallel_layout='Et|(t|)*2tL'", 2, {}),
+    ("megatron_args.pipeline_model_parallel_layout='Et|t|t|tL'", 2, {}),
+    ("megatron_args.pipeline_model_parallel_layout='Et|t|t|tL'", 4, {"pipeline_model_parallel_layout": "Et|t|t|tL"}),
     ("megatron_args.decoder_first_pipeline_num_layers=1", 2, {"decoder_first_pipeline_num_layers": 1}),
     ("megatron_args.decoder_first_pipeline_num_layers=1", 1, {}),
 ]
