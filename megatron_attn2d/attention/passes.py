@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.exchange import Axis, Combine, Returned
+from megatron_attn2d.attention.axis import Axis, Combine, Returned
 from megatron_attn2d.attention.layout import LOWER, UPPER
 from megatron_attn2d.attention.merge import (
     accumulation_dtype,
@@ -116,7 +116,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor
         found = [attend_some(now)]
         partials = attend_tile(scores, gathered)
         like = [outs[i][LOWER], lses[i][LOWER]]
-        returned = _give_back(plan.row, [partials.outs, partials.lses], like, _merged)
+        returned = _give_back(plan.row, [partials.outs, partials.lses], like, _MERGED)
         near = [_near(plan.row, slots) for slots in (partials.outs, partials.lses)]
         del partials
         return found + [attend_some(heads) for heads in later], near, returned
@@ -182,8 +182,8 @@ def backward(
         found = [differentiate_some(now)]
         partials = differentiate_tile(i, scores, gathered)
         returned = (
-            _give_back(plan.row, [partials.dq], [queries[i][LOWER]], _summed),
-            _give_back(plan.column, [partials.dk, partials.dv], [keys[i][LOWER], values[i][LOWER]], _summed),
+            _give_back(plan.row, [partials.dq], [queries[i][LOWER]], _SUMMED),
+            _give_back(plan.column, [partials.dk, partials.dv], [keys[i][LOWER], values[i][LOWER]], _SUMMED),
         )
         near = [_near(plan.row, partials.dq), _near(plan.column, partials.dk), _near(plan.column, partials.dv)]
         del partials
@@ -265,26 +265,35 @@ class _Gathered:
         return row, column
 
 
-def _merged(kinds: list[list[list[Tensor]]]) -> list[list[Tensor]]:
-    """Partial outputs and log-sum-exps of chunks from several ranks of a node, as one of each."""
+def _merged(kinds: list[list[Tensor]]) -> list[Tensor]:
+    """Partial outputs [chunks, n, b, h, d] and log-sum-exps [chunks, b, h, n], or stacks of such, as one of each."""
     outs, lses = kinds
-    merged = [_room(outs), _room(lses)]
-    merge_partials(outs, lses, *merged)
-    return merged
+    out, lse = outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
+    for i in range(out.size(2)):  # a launch for all chunks of a sequence: they take the place of the batch
+        merge_partials(
+            [[_of_sequence(x, i) for x in outs]],
+            [[x.select(-3, i) for x in lses]],
+            [_of_sequence(out, i)],
+            [lse.select(-3, i)],
+        )
+    return [out, lse]
 
 
-def _summed(kinds: list[list[list[Tensor]]]) -> list[list[Tensor]]:
-    """Partial gradients of chunks from several ranks of a node, as one of each kind."""
-    totals = [_room(kind) for kind in kinds]
-    for kind, total in zip(kinds, totals, strict=True):
-        sum_partials(kind, total)
+def _summed(kinds: list[list[Tensor]]) -> list[Tensor]:
+    """Partial gradients [chunks, n, b, heads, d], or stacks of such, as one of each kind."""
+    totals = [partials[0].new_empty(partials[0].shape) for partials in kinds]
+    for partials, total in zip(kinds, totals, strict=True):
+        for i in range(total.size(2)):
+            sum_partials([[_of_sequence(x, i) for x in partials]], [_of_sequence(total, i)])
     return totals
 
 
-def _room(chunks: list[list[Tensor]]) -> list[Tensor]:
-    """A tensor for each chunk, like its partial results."""
-    like = chunks[0][0]
-    return list(like.new_empty((len(chunks), *like.shape)).unbind())
+def _of_sequence(chunks: Tensor, i: int) -> Tensor:
+    """[..., chunks, n, b, heads, d] -> [..., n, chunks, heads, d] of sequence i of the batch, a view."""
+    return chunks.select(-3, i).transpose(-4, -3)
+
+
+_MERGED, _SUMMED = Combine(_merged, (0.0, -torch.inf)), Combine(_summed, (0.0, 0.0))  # of dq, or of dk and dv
 
 
 def _merge(

@@ -20,9 +20,6 @@ from typing import Any, NamedTuple
 
 from megatron_attn2d.attention.layout import LOWER, UPPER, Chunk
 
-BETWEEN, WITHIN = 0, 1
-"""The stages of an exchange, between nodes and within them."""
-
 NOWHERE = -1
 """The place of no message: the last one of each list."""
 
@@ -33,6 +30,11 @@ class Message(NamedTuple):
     sender: int
     receiver: int
     chunk: Chunk
+
+    @property
+    def back(self) -> Message:
+        """The way of a result for the chunk."""
+        return Message(self.receiver, self.sender, self.chunk)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Round:
     sends: tuple[int, ...]
     receives: tuple[int, ...]
 
+    @property
+    def back(self) -> Round:
+        """The same round the other way."""
+        return Round(self.receives, self.sends)
+
     def of[T](self, places: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
         """What is sent to each rank and received from it."""
         sent, received = self._pick
@@ -86,12 +93,21 @@ class Round:
         return itemgetter(*self.sends), itemgetter(*self.receives)
 
 
-def rounds(
-    messages: Sequence[Message],
+class Run(NamedTuple):
+    """Chunks [first, last) of those that the sender holds, on their way to a rank of its node."""
+
+    sender: int
+    receiver: int
+    first: int
+    last: int
+
+
+def rounds[M: (Message, Run)](
+    messages: Sequence[M],
     rank: int,
     order: Mapping[int, int],
-    place_sent: Callable[[Message], int],
-    place_received: Callable[[Message], int],
+    place_sent: Callable[[M], int],
+    place_received: Callable[[M], int],
 ) -> tuple[Round, ...]:
     """The messages of all ranks of a group in rounds, as `rank` sees them: the k-th of a pair of ranks is in round k.
 
@@ -116,85 +132,48 @@ def rounds(
     return tuple(Round(tuple(sends), tuple(receives)) for sends, receives in found)
 
 
-class Landing(NamedTuple):
-    """What returns to a rank in one stage: so many results, first those of its lower, then of its upper chunk."""
-
-    lower: int
-    both: int
-    all: int
-
-
 @dataclass(frozen=True)
 class Script:
-    """What one rank does along an axis in each call, told in places of lists of tensors.
+    """What one rank does along an axis in each call, told in places of lists of tensors; every chunk travels directly.
 
     Attributes:
         own: half and slot of the own chunks that the own tile needs.
-        carried: how many chunks the rank passes on that its tile does not need.
-        gather: by stage, rounds over [own lower chunk, own upper chunk, slots, carried chunks, nothing].
-        landing: by stage, what returns.
-        combined: for each chunk of which the rank's node has several results the places of those in
-            [slots, what returned within the node].
-        give_back: by stage, rounds over [slots, what returns within the node, combined results, what returns between
-            nodes, nothing]; the first stage knows the first two.
+        gather: rounds over [own lower chunk, own upper chunk, slots, nothing].
+        give_back: rounds over [slots, what returns, nothing].
+        returning: how many results return of the own lower chunk, then of the upper one.
     """
 
     own: tuple[tuple[int, int], ...]
-    carried: int
-    gather: tuple[tuple[Round, ...], ...]
-    landing: tuple[Landing, ...]
-    combined: tuple[tuple[int, ...], ...]
-    give_back: tuple[tuple[Round, ...], ...]
+    gather: tuple[Round, ...]
+    give_back: tuple[Round, ...]
+    returning: tuple[int, int]
 
 
-def script_of(routes: Routes, rank: int, slots: Sequence[Chunk], order: Mapping[int, int]) -> Script:
+def script_of(messages: Sequence[Message], rank: int, slots: Sequence[Chunk], order: Mapping[int, int]) -> Script:
     """The script of `rank`, whose tile needs `slots`; `order` is the place of each rank of the axis in its group."""
-    stages = routes.between, routes.within
     slot_of = {chunk: slot for slot, chunk in enumerate(slots)}
-    to_carry = [m.chunk for m in routes.between if m.receiver == rank]
-    carried = [chunk for chunk in to_carry if chunk not in slot_of]
-
-    def held(message: Message) -> int:
-        chunk = message.chunk
-        if chunk.rank == rank:
-            return chunk.half
-        return 2 + (slot_of[chunk] if chunk in slot_of else len(slots) + carried.index(chunk))
-
-    # The way back: what came to a rank goes out again, what it sent returns.
-    landings = [sorted((m for m in stage if m.sender == rank), key=_own_first(rank)) for stage in stages]
-    back = [[Message(m.receiver, m.sender, m.chunk) for m in stage] for stage in stages]
-    near = {message: len(slots) + i for i, message in enumerate(landings[WITHIN])}
-    result: dict[Chunk, int] = {}
-    combined: list[tuple[int, ...]] = []
-    for chunk in to_carry:
-        pieces = [slot_of[chunk]] if chunk in slot_of else []
-        pieces += [place for message, place in near.items() if message.chunk == chunk]
-        result[chunk] = pieces[0] if len(pieces) == 1 else len(slots) + len(near) + len(combined)
-        if len(pieces) > 1:
-            combined.append(tuple(pieces))
-    first = len(slots) + len(near) + len(combined)
-    far = {message: first + i for i, message in enumerate(landings[BETWEEN])}
-
-    def landed(places: Mapping[Message, int]) -> Callable[[Message], int]:
-        return lambda message: places[Message(message.receiver, message.sender, message.chunk)]
-
+    place_of, returning = returns(messages, rank)
     return Script(
-        tuple((half, slot_of[Chunk(rank, half)]) for half in (LOWER, UPPER) if Chunk(rank, half) in slot_of),
-        len(carried),
-        tuple(rounds(stage, rank, order, held, held) for stage in stages),
-        tuple(_landing(rank, messages) for messages in landings),
-        tuple(combined),
-        (
-            rounds(back[BETWEEN], rank, order, lambda message: result[message.chunk], landed(far)),
-            rounds(back[WITHIN], rank, order, lambda message: slot_of[message.chunk], landed(near)),
+        own_slots(rank, slot_of),
+        rounds(messages, rank, order, lambda m: m.chunk.half, lambda m: 2 + slot_of[m.chunk]),
+        rounds(
+            [m.back for m in messages],
+            rank,
+            order,
+            lambda m: slot_of[m.chunk],
+            lambda m: len(slots) + place_of[m.back],
         ),
+        returning,
     )
 
 
-def _own_first(rank: int) -> Callable[[Message], tuple[bool, int]]:
-    return lambda message: (message.chunk.rank != rank, message.chunk.half)
+def own_slots(rank: int, slot_of: Mapping[Chunk, int]) -> tuple[tuple[int, int], ...]:
+    """Half and slot of a rank's own chunks, of those that have one."""
+    return tuple((half, slot_of[Chunk(rank, half)]) for half in (LOWER, UPPER) if Chunk(rank, half) in slot_of)
 
 
-def _landing(rank: int, messages: Sequence[Message]) -> Landing:
-    own = [message.chunk.half for message in messages if message.chunk.rank == rank]
-    return Landing(own.count(LOWER), len(own), len(messages))
+def returns(messages: Sequence[Message], rank: int) -> tuple[dict[Message, int], tuple[int, int]]:
+    """Where the result of each message of `rank` lands, the lower chunk's first, and how many there are."""
+    own = sorted((m for m in messages if m.sender == rank), key=lambda m: m.chunk.half)
+    lower = sum(m.chunk.half == LOWER for m in own)
+    return {m: i for i, m in enumerate(own)}, (lower, len(own) - lower)
