@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,12 @@ def attempt(
         if kind.seq <= COMPARED and not args.forward and (ours or not kind.dropout):
             row["apart"] = slowest(apart(functions[0], leaves, dout, str(kind), reference), args.device)
         return row, ""
-    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
+    except Exception as error:  # a kernel's compiler has kinds of its own
+        if dist.get_rank() == 0:
+            traceback.print_exc()  # into the log
+        refused = isinstance(error, (RuntimeError, AssertionError, ValueError, ImportError))
         cause = "out of memory: " if isinstance(error, torch.OutOfMemoryError) else ""
+        cause = cause if refused else f"{type(error).__name__}: "
         return {}, cause + (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
