@@ -115,11 +115,6 @@ def run_section(section: Section, out: Path, case_timeout: float, end: float) ->
     return known
 
 
-def same_case(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured of the kind of a row."""
-    return [r for r in rows if r["kind"] == row["kind"] and "ms" in r]
-
-
 def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Print a row, its speed against Transformer Engine's best mode so far, or against the ring."""
     kind = Kind.read(row["kind"])
@@ -129,7 +124,8 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         foreseen = "" if predicted is None else f", predicted {predicted:.3f} ms"
         print(f"{head} {row['failed']}{foreseen}", flush=True)
         return
-    theirs = [r["ms"] for r in same_case(row, rows) if r["mode"].startswith("te:") or r["mode"] == "ring"]
+    same = [r for r in rows if r["kind"] == row["kind"] and "ms" in r]
+    theirs = [r["ms"] for r in same if not r["mode"].startswith("attention2d")]
     said = [f"{row['ms']:9.3f} ms (+-{row['spread'] * 50:4.1f}%)"]
     said += [f"{min(theirs) / row['ms']:5.2f}x" if theirs else "     -"]
     if "host_forward_ms" in row:

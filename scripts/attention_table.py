@@ -142,7 +142,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("speed over the fastest other mode")
     axes.set_title(found["title"], fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    if series:
+    if compared:
         axes.legend(frameon=False, fontsize=8, ncols=len(series), loc="upper center")
     figure.savefig(path, format="png")
 

@@ -105,11 +105,14 @@ def parse() -> argparse.Namespace:
         )
     except ValueError as error:
         parser.error(str(error))
-    tiny = args.device == "cpu" and not (sized or args.documents)
-    if tiny:  # one size of each kind
-        args.chosen = list({kind.label: kind for kind in (kind.for_cpu(args.ranks) for kind in args.chosen)}.values())
-    else:
-        args.chosen = [fitting for kind in args.chosen if (fitting := kind.for_ranks(args.ranks))]
+    if args.device == "cpu" and not (sized or args.documents):  # one tiny size of each kind
+        tiny = [kind.for_cpu(args.ranks) for kind in args.chosen]
+        args.chosen = list({kind.label: kind for kind in tiny}.values())
+        return args
+    for kind in args.chosen:
+        if kind.for_ranks(args.ranks) is None:
+            print(f"not run: {kind.label}, {kind.sizes}: on {args.ranks} ranks a document has {2 * args.ranks} tokens")
+    args.chosen = [fitting for kind in args.chosen if (fitting := kind.for_ranks(args.ranks))]
     return args
 
 
