@@ -62,8 +62,12 @@ class Model(nn.Module):
 def train(rows: int, cols: int, steps: int, batch: int = 16) -> list[float]:
     """Train on the world's ranks, rows x cols of them a sequence; returns the loss of each step."""
     device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= dist.get_world_size() else "cpu"
-    context = rows * cols
-    replicas = dist.get_world_size() // context
+    context, world = rows * cols, dist.get_world_size()
+    if world % context:
+        raise SystemExit(
+            f"--grid {rows} {cols}: a sequence takes {context} ranks, which don't divide the world's {world}"
+        )
+    replicas = world // context
     mesh = init_device_mesh(device, (replicas, cols, rows), mesh_dim_names=("data", "query", "key"))
     grid = Grid.from_mesh(mesh["query", "key"])
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Reading RUN_DIR/metrics.jsonl and validation.jsonl, which `megatron.progress` writes: a JSON object a step."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ Steps = dict[int, dict[str, float]]
 
 
 def read_steps(run_dir: Path) -> Steps:
-    """The steps of a run, ascending; a step recorded twice counts as it was last, what is null is left out.
+    """The steps of a run, ascending; a step recorded twice counts as it was last.
+
+    A loss that is null is NaN here; anything else that is null is left out.
 
     Raises:
         UsageError: there is no such file, or none that can be read.
@@ -21,7 +24,7 @@ def read_steps(run_dir: Path) -> Steps:
 
     def step(recorded: dict[str, Any]) -> tuple[int, dict[str, float]]:
         values = {name: float(value) for name, value in recorded.items() if value is not None}
-        return int(recorded["step"]), {"loss": float(recorded["loss"]), **values}
+        return int(recorded["step"]), values if recorded["loss"] is not None else {"loss": math.nan, **values}
 
     steps = dict(_records(path, step, "a step"))
     if not steps:

@@ -287,7 +287,11 @@ def _loss(
             tolerance=0.0,
             fatal=True,
         )
-    return total, num_tokens, {"lm loss": torch.stack([total.detach(), num_tokens.to(total.dtype)])}
+    counted = num_tokens.to(total.dtype)
+    reported = {"lm loss": torch.stack([total.detach(), counted])}
+    if torch.is_grad_enabled():  # a step's, that is: upstream would print more of a validation
+        reported[progress.COUNTED] = torch.stack([counted, torch.full_like(counted, mask.numel())])
+    return total, num_tokens, reported
 
 
 def _reset_megatron(owns_process_group: bool) -> None:

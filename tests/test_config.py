@@ -408,6 +408,28 @@ REFUSED = {
     "megatron_args.yaml_cfg=x.yaml": (
         "megatron_args.yaml_cfg = 'x.yaml': --yaml-cfg discards all other arguments; leave it out"
     ),
+    "megatron_args={window_size: [8, 0], window_attn_skip_freq: [1, 0, 1]}": (
+        "megatron_args.window_attn_skip_freq = [1, 0, 1]: says it of 3 layers, model.num_layers is 4; name each"
+    ),
+    "megatron_args={window_size: [8, 0], window_attn_skip_freq: [1, 0, 2, 1]}": (
+        "megatron_args.window_attn_skip_freq = [1, 0, 2, 1]: --window-attn-skip-freq takes 0 or 1 for each layer; ..."
+    ),
+    "megatron_args.num_experts=1": (
+        "megatron_args.num_experts = 1: a token goes to megatron_args.moe_router_topk = 2 of them; choose 2 or ..."
+    ),
+    "megatron_args={hybrid_layer_pattern: '*-+E', multi_latent_attention: true, num_experts: 4}": (
+        "megatron_args.hybrid_layer_pattern = '*-+E': Megatron has attention (*) or latent attention (+); choose one"
+    ),
+    "megatron_args.hybrid_layer_pattern='*E'": (
+        "megatron_args.hybrid_layer_pattern = '*E': E is a layer of experts; set megatron_args.num_experts too"
+    ),
+    "megatron_args.pipeline_model_parallel_layout='E(t|)*4L' training.micro_batch_size=4": (
+        "training.global_batch_size = 4: 1 micro-batches a replica, the interleaved schedule needs "
+        "parallelism.pipeline = 2; choose 8"
+    ),
+    "megatron_args.num_layers_per_virtual_pipeline_stage=1 training.micro_batch_size=4": (
+        "training.global_batch_size = 4: 1 micro-batches a replica, the interleaved schedule needs ..."
+    ),
     # arguments that were measured to change nothing
     "megatron_args.reset_position_ids=true model.position_embedding_type=rope": (
         "megatron_args.reset_position_ids = true: --reset-position-ids changes nothing in a GPT whose "
@@ -553,6 +575,7 @@ def test_megatron_shares_layers_out_unevenly_where_it_is_told_to(base, given):
 @pytest.mark.parametrize(
     "overrides",
     [
+        "megatron_args={window_size: [8, 0], window_attn_skip_freq: [1, 0, 1, 1]}",
         "megatron_args.rope_scaling_factor=8.0",  # Megatron's own
         "megatron_args={num_experts: 4, moe_z_loss_coeff: 0.001}",
         "megatron_args.use_rope_scaling=true megatron_args.rope_scaling_factor=16 model.position_embedding_type=rope",

@@ -91,6 +91,8 @@ def attention2d(
         ExchangeError: on CPU ranks, when a peer hangs beyond its group's timeout or is gone.
         RuntimeError: in the backward pass, when second derivatives are asked for.
     """
+    if not isinstance(grid, Grid):
+        raise ValueError(f"grid is a {type(grid).__name__}, no Grid: Grid.from_group(group, rows=R, cols=C) makes one")
     packing = packed(cu_seqlens, cu_seqlens_padded, max_seqlen, (q, k, v), grid.size)
     if packing is not None:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))

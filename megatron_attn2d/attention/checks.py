@@ -193,6 +193,8 @@ def check_first_derivative() -> None:
 
 def check_sink(sink: Tensor | None, q: Tensor) -> None:
     """Raise ValueError unless there is a score for each head of q."""
+    if sink is not None and not isinstance(sink, Tensor):
+        raise ValueError(f"sink must be a tensor [{q.size(2)}], one score for each query head: got {sink!r}")
     if sink is not None and (sink.shape != (q.size(2),) or sink.device != q.device):
         raise ValueError(
             f"sink must be one score for each of the {q.size(2)} query heads, on {q.device}: got shape "

@@ -57,7 +57,13 @@ class Dropout:
 
     @classmethod
     def of_call(cls, dropout: Dropout | None) -> Dropout | None:
-        """As a call finds it, whatever its seed's tensor holds when the backward pass comes; None for p = 0."""
+        """As a call finds it, whatever its seed's tensor holds when the backward pass comes; None for p = 0.
+
+        Raises:
+            ValueError: `dropout` is something else, a probability alone, say, which has no seed.
+        """
+        if dropout is not None and not isinstance(dropout, cls):
+            raise ValueError(f"dropout={dropout!r} is no Dropout: pass attention.dropout.Dropout(p, seed)")
         if dropout is None or dropout.p == 0:
             return None
         return replace(dropout, seed=dropout.seed.clone()) if isinstance(dropout.seed, Tensor) else dropout

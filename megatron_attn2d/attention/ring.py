@@ -67,6 +67,8 @@ def ring_attention(
 
     Arguments, result and errors are those of `attention2d`; a rank's place in the zigzag layout is its rank in `group`.
     """
+    if not (group is None or isinstance(group, dist.ProcessGroup)):
+        raise ValueError(f"group is a {type(group).__name__}, not a process group: pass that of the context ranks")
     size = 1 if group is None else group.size()
     packing = packed(cu_seqlens, cu_seqlens_padded, max_seqlen, (q, k, v), size)
     if packing is not None:

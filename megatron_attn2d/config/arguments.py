@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from megatron_attn2d.checkpoints import last_complete
 from megatron_attn2d.config import effects, upstream
+from megatron_attn2d.config.checks import PER_LAYER
 from megatron_attn2d.config.errors import ConfigError, ConfigErrors, nearest
 from megatron_attn2d.config.keys import FIRST_START, is_schedule
 from megatron_attn2d.config.schema import NO_FLAG, Flag, RunConfig
@@ -289,6 +290,10 @@ def _parsed_by_upstream(name: str, value: object) -> list[str]:
             reason = "not how many tokens before and after it a token sees"
             raise ConfigError(key, value, reason, "write [left, right], the right one -1 for all")
         return _flag(name, word)
+    if key.removeprefix("megatron_args.") in PER_LAYER and isinstance(value, list):  # in one word, too
+        if not all(one in (0, 1) for one in value):
+            raise ConfigError(key, value, f"{flag} takes 0 or 1 for each layer", "write [1, 0, ...], or one number")
+        return _flag(name, f"[{','.join(map(str, value))}]")
     if known[flag].nargs is None and len(values) != 1:
         raise ConfigError(key, value, f"{flag} takes one value", "write that alone")
     tokens = _flag(name, *values)

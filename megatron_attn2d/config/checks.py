@@ -1,6 +1,7 @@
 """Whether the keys of a run fit together: every refusal before any process starts."""
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from math import prod
 
@@ -20,6 +21,8 @@ UNEVEN = (
     "pipeline_model_parallel_layout",
 )
 """Arguments of Megatron that share layers out over stages otherwise than evenly."""
+PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq", "linear_attention_freq")
+"""Arguments of Megatron that take a number, or 0 or 1 for each layer."""
 _LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 Refusal = tuple[str, str, str]
@@ -28,7 +31,10 @@ Refusal = tuple[str, str, str]
 
 def check(run: RunConfig) -> None:
     """Raise ConfigError, naming each key with its value, the reason and a valid choice, if `run` cannot work."""
-    parts = (_check_model, _check_parallelism, _check_world, _check_batch, _check_fp8, _check_data, _check_rest)
+    parts = (
+        *(_check_model, _check_layers, _check_parallelism, _check_world, _check_batch),
+        *(_check_fp8, _check_data, _check_rest),
+    )
     errors = _errors(run, *parts)
     if run.graph_implementation != "none":
         errors += _errors(run, _check_graphs)
@@ -230,7 +236,7 @@ def _check_batch(run: RunConfig) -> Iterator[Refusal]:
             f"choose {-(-training.global_batch_size // step) * step}",
         )
     stages, batches = run.parallelism.pipeline, training.global_batch_size // step
-    if run.parallelism.virtual_pipeline and batches < stages:
+    if _interleaves(run) and batches < stages:
         yield (
             "training.global_batch_size",
             f"{batches} micro-batches a replica, the interleaved schedule needs parallelism.pipeline = {stages}",
@@ -246,6 +252,39 @@ def _check_batch(run: RunConfig) -> Iterator[Refusal]:
     if (training.recompute_num_layers is not None) != (method is not None):
         choice = "choose null" if method is None else "choose 1, or more for fewer, larger pieces"
         yield "training.recompute_num_layers", f"training.recompute_method is {method or 'null'}", choice
+
+
+def _interleaves(run: RunConfig) -> bool:
+    """Whether a pipeline rank has several stages, said by our key or by one of Megatron's arguments."""
+    given, stages = run.megatron_args, run.parallelism.pipeline
+    if per_stage := given.get("num_layers_per_virtual_pipeline_stage"):
+        return stages > 1 and isinstance(per_stage, int) and run.model.num_layers > stages * per_stage
+    layout = str(given.get("pipeline_model_parallel_layout") or "")
+    # as Megatron reads it: "(tt|)*3" and "t*2" repeat
+    while (repeated := re.sub(r"\(([^()]+)\)\*(\d+)", lambda m: m[1] * min(int(m[2]), 4096), layout)) != layout:
+        layout = repeated
+    return bool(run.parallelism.virtual_pipeline) or (stages > 1 and layout.count("|") >= stages)
+
+
+def _check_layers(run: RunConfig) -> Iterator[Refusal]:
+    """What Megatron's own arguments say of the layers, and refuse without words or only in the first step."""
+    given, layers = run.megatron_args, run.model.num_layers
+    pattern = str(given.get("hybrid_layer_pattern") or "")
+    if "*" in pattern and "+" in pattern:
+        yield "megatron_args.hybrid_layer_pattern", "Megatron has attention (*) or latent attention (+)", "choose one"
+    if "E" in pattern and not given.get("num_experts"):
+        yield "megatron_args.hybrid_layer_pattern", "E is a layer of experts", "set megatron_args.num_experts too"
+    experts, chosen = given.get("num_experts"), given.get("moe_router_topk", 2)
+    if isinstance(experts, int) and isinstance(chosen, int) and 0 < experts < chosen:
+        yield (
+            "megatron_args.num_experts",
+            f"a token goes to megatron_args.moe_router_topk = {chosen} of them",
+            f"choose {chosen} or more, or megatron_args.moe_router_topk={experts}",
+        )
+    for name in PER_LAYER:
+        value = given.get(name)
+        if isinstance(value, list) and len(value) != layers and not pattern:
+            yield f"megatron_args.{name}", f"says it of {len(value)} layers, model.num_layers is {layers}", "name each"
 
 
 def _check_fp8(run: RunConfig) -> Iterator[Refusal]:

@@ -27,7 +27,9 @@ import torch
 from megatron_attn2d.megatron.attention_wait import AttentionWait
 from megatron_attn2d.megatron.patching import Patch, applied
 
-_ALWAYS = ("grad_norm", "lr")  # recorded as null too: the optimizer skipped the step
+_ALWAYS = ("loss", "grad_norm", "lr")  # recorded as null too: no token counted, or the optimizer skipped the step
+COUNTED = "share of tokens counted"
+"""Beside a step's loss, the share of its tokens that count in it."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Step:
 
     step: int
     """Number of the step, from 1."""
-    loss: float
-    """Mean loss of the tokens of the global batch, in nats."""
+    loss: float | None
+    """Mean loss of the tokens of the global batch, in nats; None where all of them are masked. NaN is a fault."""
     grad_norm: float | None
     """Norm of the gradient before clipping; None where the optimizer skipped the step."""
     lr: float | None
@@ -102,6 +104,7 @@ class Reporter:
         self._complete: set[tuple[str, int]] = set()  # validations of this start, by set and step
         self._wait = AttentionWait() if args.log_attention_communication else None
         self._step_seconds = 0.0
+        self._counted = 1.0
         self._mean_seconds: float | None = None
         self._began = time.perf_counter()
         self._started = False
@@ -130,6 +133,7 @@ class Reporter:
             begin = time.perf_counter()
             result = train_step(*args, **kwargs)
             self._step_seconds = time.perf_counter() - begin
+            self._counted = float(result[0].pop(COUNTED, 1.0))  # no loss, which the trackers would take it for
             return result
 
         return timed
@@ -215,7 +219,7 @@ class Reporter:
         if self._validation is not None:
             before = _complete_lines(self._validation) if self._validation.exists() else []
             kept = [line for line in before if (one := json.loads(line))["step"] != step or one["set"] != which]
-            _rewrite(self._validation, [*kept, json.dumps({"step": step, "set": which, "loss": loss}) + "\n"])
+            _rewrite(self._validation, [*kept, _json({"step": step, "set": which, "loss": loss}) + "\n"])
         self._print(f"{which} after step {step}: loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.4g}")
 
     def _report(self, iteration: int, loss: float, grad_norm: float | None, lr: float | None) -> None:
@@ -228,7 +232,7 @@ class Reporter:
         tflops = num_floating_point_operations(args, samples) / seconds / args.world_size / 1e12
         step = Step(
             step=iteration,
-            loss=loss,
+            loss=loss if self._counted else None,
             grad_norm=None if grad_norm is None else float(grad_norm),
             lr=None if lr is None else float(lr),
             tokens_per_s=samples * args.seq_length / seconds,
@@ -241,7 +245,7 @@ class Reporter:
         if self._metrics is not None:
             recorded = {name: value for name, value in asdict(step).items() if value is not None or name in _ALWAYS}
             with self._metrics.open("a") as metrics:
-                metrics.write(json.dumps(recorded) + "\n")
+                metrics.write(_json(recorded) + "\n")
         _to_trackers(step, args.world_size)
         self._print(self._line(step))
 
@@ -278,7 +282,7 @@ class Reporter:
         unit, ranks = "GPU" if torch.cuda.is_available() else "rank", self._args.world_size
         fields = [
             f"step {step.step:{len(str(total))}d}/{total}",
-            f"loss {step.loss:.4f}",
+            "no loss: every token is masked" if step.loss is None else f"loss {step.loss:.4f}",
             f"grad norm {norm}{lr}",
             f"{step.tokens_per_s:,.0f} tokens/s" + (f" ({step.tokens_per_s / ranks:,.0f} a {unit})" * (ranks > 1)),
             f"{step.tflops:.3g} TFLOP/s a {unit}",
@@ -291,6 +295,15 @@ class Reporter:
 
     def _print(self, line: str) -> None:
         print(line, file=self._console, flush=True)
+
+
+def _json(values: dict[str, Any]) -> str:
+    """`values` as JSON, which knows no NaN and no infinity: they become strings, which `float` reads."""
+    strict = {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+    return json.dumps(strict, allow_nan=False)
 
 
 def _memory_bytes() -> int:

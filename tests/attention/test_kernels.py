@@ -242,6 +242,14 @@ def test_other_misuse_is_refused() -> None:
             Dropout(0.1, seed)
     with pytest.raises(ValueError, match=r"sink must be one score for each of the 2 query heads"):
         attention2d(q, q, q, Grid.single(), sink=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"sink must be a tensor \[2\], one score for each query head: got 0.5"):
+        attention2d(q, q, q, Grid.single(), sink=0.5)
+    with pytest.raises(ValueError, match=r"dropout=0.1 is no Dropout: pass attention.dropout.Dropout\(p, seed\)"):
+        attention2d(q, q, q, Grid.single(), dropout=0.1)
+    with pytest.raises(ValueError, match=r"grid is a NoneType, no Grid: Grid.from_group"):
+        attention2d(q, q, q, None)
+    with pytest.raises(ValueError, match="group is a Grid, not a process group: pass that of the context ranks"):
+        ring_attention(q, q, q, Grid.single())
     with pytest.raises(ValueError, match=r"q of packed sequences must be \[t/cp, heads, head dim\]"):
         attention2d(q, q, q, Grid.single(), cu_seqlens=[0, 4])
     with pytest.raises(ValueError, match="packed sequence 1 has 3 tokens in a place of 2"):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,13 +16,14 @@ from unittest import mock
 
 import pytest
 
-from megatron_attn2d import checkpoints
+from megatron_attn2d import checkpoints, data
 from megatron_attn2d.attention.messages import Pending
 from megatron_attn2d.config import load_run, megatron_arguments
 from megatron_attn2d.megatron import progress, wandb_run
 from megatron_attn2d.megatron.attention_wait import AttentionWait
 from megatron_attn2d.megatron.patching import applied
 from megatron_attn2d.megatron.progress import Reporter, quiet
+from megatron_attn2d.metrics import read_steps
 from tests.megatron.runs import arguments, context_parallel, train
 from tests.pool import RankPool
 
@@ -250,6 +252,23 @@ def test_a_skipped_step_is_recorded_without_a_norm(tmp_path: Path) -> None:
     reporter(tmp_path, console)._report(1, 2.5, None, None)
     assert "grad norm skipped" in console.getvalue()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] is None
+
+
+def test_a_step_whose_tokens_are_all_masked_has_no_loss_and_others_have_theirs(pool: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("b" * 1000)
+    masked = {"data_path": data.build([tmp_path / "a.txt"], tmp_path / "b"), "null_tokenizer_eod_id": ord("b")}
+    options = {"eod_mask_loss": True, "num_layers": 1, "train_iters": 2, **masked}
+    for step in train(pool, 2, tmp_path / "run", **options):
+        assert (step["loss"], step["grad_norm"]) == (None, 0.0)
+    assert math.isnan(read_steps(tmp_path / "run")[2]["loss"])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_recorded_as_json(loss: float, tmp_path: Path) -> None:
+    reporter(tmp_path)._report(1, loss, 1.0, 1e-3)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["loss"] == str(loss)
+    assert read_steps(tmp_path)[1]["loss"] == pytest.approx(loss, nan_ok=True)
 
 
 def test_a_resumed_run_repeats_no_step_and_goes_on_counting_seconds(tmp_path: Path) -> None:
