@@ -162,7 +162,10 @@ def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
 def _continuation(run: RunConfig) -> Iterator[str]:
     """What a user should know about how the run goes on from its checkpoint or that of another."""
     step = checkpoints.last_complete(Path(run.directory) / "checkpoints")
-    if (before := continued.begun(run)) is not None and (keys := changed(before, run)):
+    before, directory = continued.begun(run), continued.begun_in(run)
+    if directory is not None and before is None:
+        yield f"{directory}: no config.yaml of this version, so that what has changed since is not looked at"
+    if before is not None and (keys := changed(before, run)):
         lines = [f"{key} {show(value(before, key))} -> {show(value(run, key))}" for key in keys]
         yield f"changed, as checkpoint.may_change allows: {', '.join(lines)}"
         if set(keys) & {*ORDER}:

@@ -22,6 +22,8 @@ from megatron_attn2d.quiet_imports import hushed
 
 _MOST = 50_000_000
 """Documents of all epochs that are gone through: a minute and some GB. Beyond that an expectation is given."""
+_UNCOUNTED = ("dataloader_type", "data_args_path", "per_split_data_args_path", "iterations_to_skip")
+"""Arguments of Megatron's under which samples are not those of the indices in their order."""
 _STRIDE = 1 << 48
 """Tokens of a data set at most."""
 
@@ -45,6 +47,8 @@ def told(before: RunConfig, now: RunConfig, step: int) -> str:
     """A sentence on what repeats when a run that made `step` steps of `before` goes on as `now`."""
     if before.data.mock or now.data.mock:
         return "made-up data: what repeats is not counted"
+    if named := [name for name in _UNCOUNTED if before.megatron_args.get(name) or now.megatron_args.get(name)]:
+        return f"what repeats is not counted under megatron_args.{named[0]}"
     prefixes = [*_prefixes(before), *_prefixes(now)]
     if gone := [str(prefix) for prefix in prefixes if not is_complete(prefix)]:
         return f"what repeats can't be counted: {gone[0]} is gone"

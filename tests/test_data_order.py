@@ -88,6 +88,8 @@ def test_what_repeats_is_told(prefixes: Path, monkeypatch: pytest.MonkeyPatch) -
     told = data_order.told(before, run_of(prefixes, "training.seed=5"), 8)
     assert told.startswith("of the 512 tokens that follow 4")
     assert told.endswith("% have been trained on before, 0.0% had nothing changed")
+    cyclic = run_of(prefixes, "megatron_args.dataloader_type=cyclic")
+    assert data_order.told(before, cyclic, 8) == "what repeats is not counted under megatron_args.dataloader_type"
     gone = run_of(prefixes, "data.paths=[{d}/gone]")
     assert data_order.told(gone, before, 8) == f"what repeats can't be counted: {prefixes}/gone is gone"
     monkeypatch.setattr(data_order, "_MOST", 10)
