@@ -68,7 +68,7 @@ def files() -> Iterator[Path]:
 FOUND = [
     pytest.param(found, id=f"{path.relative_to(ROOT)}:{number}")
     for path in files()
-    for number, found in commands(path.read_text())
+    for number, found in commands(path.read_text(errors="replace"))
 ]
 
 

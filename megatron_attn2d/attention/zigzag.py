@@ -15,7 +15,6 @@ Packed sequences are each cut so, and a rank holds both chunks of the first, of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -23,18 +22,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d.attention.grid import Grid
-from megatron_attn2d.attention.packing import Packing
+from megatron_attn2d.attention.packing import Packing, Totals
 
 Place = Grid | dist.ProcessGroup
 
 
-def indices(tokens: int, place: Place, *, cu_seqlens: Sequence[int] | None = None) -> Tensor:
+def indices(tokens: int, place: Place, *, cu_seqlens: Totals | None = None) -> Tensor:
     """Which of `tokens` tokens this rank holds, in the order of its shard: [tokens / cp], int64, on the CPU.
 
     Args:
         tokens: of the whole sequence, or of the whole pack.
         place: the ranks' Grid, or their process group.
-        cu_seqlens: running totals [0, s1, s1 + s2, ...] of packed sequences: the padded ones, where there is padding.
+        cu_seqlens: running totals [0, s1, s1 + s2, ...] of packed sequences: the padded ones, where there is padding. A
+            tensor on a GPU is read, and waited for.
 
     Raises:
         ValueError: a sequence can't be cut into 2 * cp chunks.
@@ -43,7 +43,7 @@ def indices(tokens: int, place: Place, *, cu_seqlens: Sequence[int] | None = Non
     return torch.cat([start + _own(length, rank, ranks) for start, length in _sequences(tokens, ranks, cu_seqlens)])
 
 
-def positions(tokens: int, place: Place, *, cu_seqlens: Sequence[int] | None = None) -> Tensor:
+def positions(tokens: int, place: Place, *, cu_seqlens: Totals | None = None) -> Tensor:
     """Where the tokens of this rank's shard stand in their own sequence: [tokens / cp], int64, on the CPU.
 
     Without `cu_seqlens` that is `indices`; arguments and errors are those of `indices`.
@@ -52,7 +52,7 @@ def positions(tokens: int, place: Place, *, cu_seqlens: Sequence[int] | None = N
     return torch.cat([_own(length, rank, ranks) for _, length in _sequences(tokens, ranks, cu_seqlens)])
 
 
-def shard(x: Tensor, place: Place, *, dim: int = 0, cu_seqlens: Sequence[int] | None = None) -> Tensor:
+def shard(x: Tensor, place: Place, *, dim: int = 0, cu_seqlens: Totals | None = None) -> Tensor:
     """This rank's part of `x`, whose dim `dim` runs over all tokens; [s, b, ...] -> [s/cp, b, ...].
 
     It copies, and gradients flow back to `x`. Other arguments and errors are those of `indices`.
@@ -61,7 +61,7 @@ def shard(x: Tensor, place: Place, *, dim: int = 0, cu_seqlens: Sequence[int] | 
 
 
 @torch.no_grad()
-def unshard(x: Tensor, place: Place, *, dim: int = 0, cu_seqlens: Sequence[int] | None = None) -> Tensor:
+def unshard(x: Tensor, place: Place, *, dim: int = 0, cu_seqlens: Totals | None = None) -> Tensor:
     """The whole tensor of all ranks' shards `x`, on every rank; [s/cp, b, ...] -> [s, b, ...].
 
     Every rank must call it, with shards of one shape and dtype. It is for looking at results: no gradient flows through
@@ -81,7 +81,7 @@ def _rank(place: Place) -> tuple[int, int]:
     return (place.context_rank, place.size) if isinstance(place, Grid) else (place.rank(), place.size())
 
 
-def _sequences(tokens: int, ranks: int, cu_seqlens: Sequence[int] | None) -> list[tuple[int, int]]:
+def _sequences(tokens: int, ranks: int, cu_seqlens: Totals | None) -> list[tuple[int, int]]:
     """Start and length of each sequence; tokens after the last of a pack are one more."""
     if cu_seqlens is None:
         chunks = 2 * ranks
@@ -89,7 +89,8 @@ def _sequences(tokens: int, ranks: int, cu_seqlens: Sequence[int] | None) -> lis
             fits = " or ".join(str(n) for n in (tokens // chunks * chunks, tokens // chunks * chunks + chunks) if n)
             raise ValueError(f"{tokens} tokens can't be cut into 2 * cp = {chunks} chunks: choose {fits}")
         return [(0, tokens)]
-    lengths = Packing.of(cu_seqlens, None, tokens, ranks, torch.device("cpu")).places
+    totals = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    lengths = Packing.of(totals, None, tokens, ranks, torch.device("cpu")).places
     return list(zip(accumulate(lengths, initial=0), lengths, strict=False))
 
 

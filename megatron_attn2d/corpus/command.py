@@ -52,7 +52,7 @@ def _choice(args: argparse.Namespace) -> Any:
     return TokenizerChoice(args.tokenizer, args.tokenizer_model, args.vocab_size)
 
 
-def named_prefix(text: str) -> Path:
+def _named_prefix(text: str) -> Path:
     """The prefix of a data set that a user gave.
 
     Raises:
@@ -72,7 +72,7 @@ def _build(args: argparse.Namespace) -> int:
     choice = _choice(args)
     built = build(
         [Path(file) for file in args.files],
-        named_prefix(args.output),
+        _named_prefix(args.output),
         choice,
         key=args.key,
         processes=args.processes,
@@ -95,6 +95,6 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.tokenizer is None and (args.tokenizer_model or args.vocab_size):
         raise UsageError("--tokenizer-model and --vocab-size describe a --tokenizer, which is not given; name it too")
     choice = _choice(args) if args.tokenizer else None
-    for line in report(named_prefix(args.prefix), choice, args.document, args.tokens):
+    for line in report(_named_prefix(args.prefix), choice, args.document, args.tokens):
         print(line)
     return 0

@@ -37,6 +37,7 @@ def test_a_shard_is_its_two_chunks_at_their_positions(rank: int) -> None:
 
     packed = dense.packed_zigzag(PLACES, 4, rank)
     assert torch.equal(zigzag.indices(48, place, cu_seqlens=TOTALS), packed)
+    assert torch.equal(zigzag.indices(48, place, cu_seqlens=torch.tensor(TOTALS)), packed)
     assert torch.equal(zigzag.indices(48, place, cu_seqlens=TOTALS[:-1]), packed), "what follows the last is padding"
     own = torch.cat([torch.arange(n) for n in PLACES])
     assert torch.equal(zigzag.positions(48, place, cu_seqlens=TOTALS), own[packed])
