@@ -28,11 +28,12 @@ from megatron_attn2d.attention.checks import check_first_derivative, check_sink,
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.exchange import axes
 from megatron_attn2d.attention.grid import Grid
-from megatron_attn2d.attention.kernels import choose_kernel
+from megatron_attn2d.attention.kernels import Kernel, choose_kernel
+from megatron_attn2d.attention.layout import Band
 from megatron_attn2d.attention.local import Whole, local_attention
 from megatron_attn2d.attention.merge import apply_sink
 from megatron_attn2d.attention.overlap import automatic_head_groups
-from megatron_attn2d.attention.packing import Totals
+from megatron_attn2d.attention.packing import Packing, Totals
 from megatron_attn2d.attention.passes import Plan, backward, forward
 from megatron_attn2d.attention.saved import without_neighbours
 from megatron_attn2d.attention.tile import Scores, Tile
@@ -96,13 +97,12 @@ def attention2d(
     packing = packed(cu_seqlens, cu_seqlens_padded, max_seqlen, (q, k, v), grid.size)
     if packing is not None:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-    sequences, band = sequences_of(q, k, v, causal, window, grid.rows * grid.cols, grid.heads, packing)
+    dropout = Dropout.of_call(dropout)
+    sequences, band, kernel = _planned(q, k, v, grid, causal, window, dropout, backend, packing)
     if head_groups is not None and (head_groups < 1 or k.size(2) % head_groups):
         raise ValueError(f"head_groups={head_groups} does not divide the {k.size(2)} key/value heads of this rank")
     check_heads(q.size(2), k.size(2), grid.heads)
     check_sink(sink, q)
-    dropout = Dropout.of_call(dropout)
-    kernel = choose_kernel(backend, request_of(q, v, sequences, band, dropout))
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
     facts = facts_of(q, k, v, sequences, band, scale, sink, dropout, head_groups)
     check_agreement((grid.head_group, grid.kv_group, grid.q_group), facts, q.device, label)
@@ -132,6 +132,39 @@ def attention2d(
         if packing is not None:
             out = packing.to_sequences(out, 2)
     return out if packing is None else out.squeeze(1)
+
+
+def _planned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    dropout: Dropout | None,
+    backend: str,
+    packing: Packing | None,
+) -> tuple[Packing, Band, Kernel]:
+    """Sequences, who sees whom, and the kernel of a call; checked and worked out once for all calls of its kind."""
+
+    def work_out() -> tuple[Packing, Band, Kernel]:
+        sequences, band = sequences_of(q, k, v, causal, window, grid.rows * grid.cols, grid.heads, packing)
+        return sequences, band, choose_kernel(backend, request_of(q, v, sequences, band, dropout))
+
+    if packing is not None or not (window is None or isinstance(window, tuple)):
+        return work_out()
+    tensors = [(type(x), x.shape, x.dtype, x.device) for x in (q, k, v)]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    kind = (*tensors, causal, window, dropout is None, backend, deterministic)
+    found: tuple[Packing, Band, Kernel] | None = grid.calls.get(kind)
+    if found is None:
+        if len(grid.calls) >= _MOST_KINDS:  # tests and evaluations may go through many lengths
+            grid.calls.clear()
+        found = grid.calls[kind] = work_out()
+    return found
+
+
+_MOST_KINDS = 64
 
 
 class _Attention2D(torch.autograd.Function):

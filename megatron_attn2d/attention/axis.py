@@ -156,10 +156,9 @@ class DirectAxis(Axis):
 
 def landing(like: Tensor, returning: tuple[int, int], halves: Sequence[list[Tensor]]) -> Tensor:
     """Room for so many results of the own lower and upper chunk; the stacks of both are added to `halves`."""
-    lower, upper = returning
-    room = like.new_empty((lower + upper, *like.shape))
-    for half, stack in zip(halves, (room[:lower], room[lower:]), strict=True):
-        if stack.size(0):
+    room = like.new_empty((sum(returning), *like.shape))
+    for half, stack, count in zip(halves, room.split(returning), returning, strict=True):
+        if count:
             half.append(stack)
     return room
 

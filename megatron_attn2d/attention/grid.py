@@ -44,6 +44,7 @@ class Grid:
         node_rows, node_cols: how many neighbours of a column and of a row share a node: chunks cross the network once
             a node, see `routes`. 1: each rank for itself.
         derived: what calls on this grid derive from it once, by mask (`exchange.axes`).
+        calls: what is the same in all calls of a kind, by their arguments (`attention2d`).
     """
 
     ranks: tuple[tuple[int, ...], ...]
@@ -58,6 +59,7 @@ class Grid:
     node_rows: int = 1
     node_cols: int = 1
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    calls: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
