@@ -204,11 +204,11 @@ RING_STARTS = Starts(4.0, 0.575)
 ALL_GATHER_STARTS = Starts(4.5, 0.065)
 """Transformer Engine's all_gather: chunks are put in order before and after the kernels."""
 PEER_STARTS = 0.025
-"""Of a launch, for each rank that an exchange of attention2d has messages with: the exchange itself is one launch."""
+"""Of a launch, for each rank that a stage of an exchange has messages with: the stage itself is one launch."""
 
 
 def launches(candidate: Candidate, ranks: int, groups: int) -> tuple[float, float]:
-    """Kernel calls and exchanges that the CPU starts, forward and backward; those of Transformer Engine for a ring.
+    """Kernel calls and exchanges that the CPU starts, forward and backward; a ring's and all_gather's as measured.
 
     On a grid: the own chunks, the tile in two, the merge; in the backward pass also delta, and sums for a merge. Keys
     are gathered, and return in the backward pass; queries do both in both. The exchange over heads brings q, k, v and
@@ -219,13 +219,20 @@ def launches(candidate: Candidate, ranks: int, groups: int) -> tuple[float, floa
         one_pass = starts.fixed + starts.per_rank * ranks
         return one_pass, one_pass
     spread, rows, cols = candidate.axes
-    keys, queries = (bool(peers) + PEER_STARTS * peers for peers in (rows - 1, cols - 1))
+    node_rows, node_cols = candidate.tile or (1, 1)
+    keys, queries = _exchange_starts(rows, node_rows), _exchange_starts(cols, node_cols)
     kernels = (4, 5) if rows * cols > 1 else (3, 4)
     forward = kernels[0] + keys + 2 * queries
     backward = kernels[1] + 2 * keys + 2 * queries
     copies = (1, 2) if spread > 1 else (0, 0)
-    over_heads = 2 * (bool(spread - 1) + PEER_STARTS * (spread - 1))
+    over_heads = 2 * _exchange_starts(spread, 1)
     return groups * forward + over_heads + copies[0], groups * backward + over_heads + copies[1]
+
+
+def _exchange_starts(members: int, node: int) -> float:
+    """Of one exchange along an axis: a stage between nodes, and one within them where `node` members share one."""
+    others = members // node - 1, node - 1
+    return sum(1 + PEER_STARTS * count for count in others if count)
 
 
 def own_share(candidate: Candidate, work: Workload) -> float:

@@ -92,16 +92,23 @@ def test_head_groups_must_gain_more_than_predictions_are_good_to() -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", [RING, Candidate("attention2d", (1, 2, 4), None), Candidate("ulysses", (8, 1, 1), None)]
+    "mode",
+    [
+        RING,
+        Candidate("attention2d", (1, 2, 4), None),
+        Candidate("attention2d", (1, 2, 4), (2, 2)),
+        Candidate("ulysses", (8, 1, 1), None),
+    ],
 )
 def test_no_pass_is_shorter_than_its_starts(mode: Candidate) -> None:
     work = replace(MHA, seq=4096)
     device = predict(mode, 8, work, NODES)
     slow = predict(mode, 8, work, replace(NODES, launch_s=1e-3))
     exchange = {n: 1 + PEER_STARTS * n for n in (1, 3, 7)}  # with so many others
+    queries = exchange[3] if mode.tile is None else 2 * exchange[1]  # between nodes and within them
     starts = {
         "ring": (RING_STARTS.fixed + 8 * RING_STARTS.per_rank,) * 2,
-        "attention2d": (4 + exchange[1] + 2 * exchange[3], 5 + 2 * exchange[1] + 2 * exchange[3]),
+        "attention2d": (4 + exchange[1] + 2 * queries, 5 + 2 * exchange[1] + 2 * queries),
         "ulysses": (4 + 2 * exchange[7], 6 + 2 * exchange[7]),
     }[mode.mode]
     assert [slow.forward_s, slow.backward_s] == pytest.approx([1e-3 * n for n in starts])
