@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_attn2d import config
 from megatron_attn2d.checkpoints import begin_save, keep_configuration
-from megatron_attn2d.config import ConfigError, effects, keys, load_run, megatron_arguments, resolved_yaml, upstream
+from megatron_attn2d.config import ConfigError, keys, load_run, megatron_arguments, resolved_yaml, upstream
 from megatron_attn2d.config.arguments import embedded_data, left_out
 from megatron_attn2d.config.continued import check_continued
 from megatron_attn2d.config.files import check_files
@@ -586,12 +586,6 @@ def test_megatron_shares_layers_out_unevenly_where_it_is_told_to(base, given):
 )
 def test_what_changes_something_is_passed_on(base, overrides):
     assert arguments(base, *split_overrides(overrides))
-
-
-def test_the_table_of_effects_is_of_the_pinned_version_and_of_arguments_that_there_are():
-    assert set(effects.table()) <= set(upstream.options())
-    kinds = {kind for effect in effects.table().values() for kind in effect.kinds}
-    assert kinds >= effects.EXTRAS.keys() | set(effects.EXTRAS.values())
 
 
 def test_the_table_of_refusals_is_large_enough():

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_attn2d.config import upstream
 
@@ -39,8 +39,6 @@ class Effect:
     kinds: dict[str, State]
     needs: tuple[str, ...] = ()
     """Arguments beside which alone it changes anything."""
-    default: Any = None
-    """Megatron's own value, with which nobody asks for anything."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,7 @@ def table() -> dict[str, Effect]:
     found = json.loads(resources.files(__package__).joinpath(TABLE).read_text())
     if found["megatron-core"] != upstream.installed():
         return {}
-    return {
-        flag: Effect(row["kinds"], tuple(row.get("needs", ())), row.get("default"))
-        for flag, row in found["flags"].items()
-    }
+    return {flag: Effect(row["kinds"], tuple(row.get("needs", ()))) for flag, row in found["flags"].items()}
 
 
 def ignored(arguments: Sequence[str]) -> Iterator[Ignored]:
@@ -73,7 +68,7 @@ def ignored(arguments: Sequence[str]) -> Iterator[Ignored]:
     options = upstream.options()
     for flag, effect in table().items():
         one = given.get(options[flag].dest)
-        if one is None or one[0] != flag or one[1] == [str(effect.default)]:
+        if one is None or one[0] != flag or one[1] == [str(options[flag].default)]:  # by which nobody asks for anything
             continue
         state = min((_state(effect, kind) for kind in kinds), key=_MOST_FIRST.index)
         missing = [name for name in effect.needs if name not in given]

@@ -13,6 +13,7 @@ It holds no parameters but learnable sinks, under upstream's name: checkpoints i
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -257,6 +258,11 @@ def _totals(packing: PackedSeqParams, read: bool) -> dict[str, Any]:
     return totals
 
 
+def _launched_with() -> Any:
+    """The arguments of a launch by Megatron's own training loop; None elsewhere."""
+    return getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+
+
 def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
     refused = [
         (config.qk_clip or config.log_max_attention_logit, "qk_clip / log_max_attention_logit", "leave both off"),
@@ -281,6 +287,11 @@ def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
             getattr(config, "hybrid_context_parallel", False) or getattr(config, "dynamic_context_parallel", False),
             "hybrid_context_parallel (dynamic context parallelism)",
             "context-parallel groups that stay the same for all batches, as a grid is laid once",
+        ),
+        (
+            getattr(_launched_with(), "reset_attention_mask", False),  # the loader's mask, which is not read
+            "--reset-attention-mask, a mask for each sequence of the batch,",
+            "packed sequences (cu_seqlens), or leave it out",
         ),
         (
             config.attention_backend is AttnBackend.local,

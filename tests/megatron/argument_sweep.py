@@ -350,7 +350,6 @@ def measured(sweep: Sweep, names: set[str] | None = None) -> Iterator[tuple[str,
             flag,
             {
                 "value": given.value,
-                "default": action.default if isinstance(action.default, str | int | float) else None,
                 "needs": sorted(given.needs),
                 "kinds": {kind: state for kind, (state, _) in states.items()},
                 "said": {kind: said for kind, (_, said) in states.items() if said},
@@ -363,7 +362,7 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
     lines = []
     for flag, row in sorted(rows.items()):
         if {"nothing", "needs"} & set(row["kinds"].values()):
-            kept = {name: row[name] for name in ("kinds", "needs", "default") if row.get(name) not in (None, [])}
+            kept = {name: row[name] for name in ("kinds", "needs") if row[name]}
             lines.append(f"    {json.dumps(flag)}: {json.dumps(kept)}")
     path = Path(effects.__file__).with_name(effects.TABLE)
     version = json.dumps(upstream.installed())

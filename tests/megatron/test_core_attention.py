@@ -307,6 +307,27 @@ def test_refusals(
         assert message in found
 
 
+def started_by_a_stock_launch(rank: int, **arguments: Any) -> str:
+    """What an attention says to the arguments of Megatron's own launch."""
+    from argparse import Namespace
+    from unittest import mock
+
+    from megatron.training import global_vars
+
+    with mock.patch.object(global_vars, "_GLOBAL_ARGS", Namespace(**arguments)):
+        try:
+            with built(1, None, None):
+                return ""
+        except ValueError as error:
+            return str(error)
+
+
+def test_a_mask_that_a_stock_launch_asks_for_is_refused(pool: RankPool) -> None:
+    assert pool.run(started_by_a_stock_launch, 1, reset_attention_mask=False) == [""]
+    (said,) = pool.run(started_by_a_stock_launch, 1, reset_attention_mask=True)
+    assert said.startswith("--reset-attention-mask, a mask for each sequence of the batch, is not supported")
+
+
 def captured(rank: int, shell: dict[str, str], **changes: Any) -> str:
     """What an attention in CUDA graphs says to these environment variables, and in training."""
     import os
