@@ -49,6 +49,11 @@ def is_complete(prefix: Path) -> bool:
     return all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".bin", ".idx"))
 
 
+def is_sealed(prefix: Path) -> bool:
+    """Whether the data set `prefix` has the checksum that `seal_index` writes: this package built it."""
+    return prefix.with_name(f"{prefix.name}.idx.sha256").is_file()
+
+
 def seal_index(index: Path, prefix: Path) -> Path:
     """Writes, beside the index of what is to become `prefix`, its checksum as `sha256sum -c` reads it; its path."""
     seal = index.with_name(f"{index.name}.sha256")

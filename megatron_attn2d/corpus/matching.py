@@ -18,7 +18,7 @@ from megatron_attn2d.config.schema import Data, RunConfig
 from megatron_attn2d.corpus import tokenizers
 from megatron_attn2d.corpus.inspect import description, open_indexed
 from megatron_attn2d.corpus.tokenizers import TIKTOKEN_SIZE, TokenizerChoice
-from megatron_attn2d.data import END_OF_DOCUMENT
+from megatron_attn2d.data import END_OF_DOCUMENT, is_sealed
 
 _BLOCK, _BLOCKS = 1 << 16, 1 << 12
 """Tokens that are read at a time, and how many times: a set of 268 million tokens whole, of a larger one that many."""
@@ -38,6 +38,8 @@ def mismatches(prefix: Path, data: Data, reads_eod: bool = False) -> Iterator[Co
 
     With `reads_eod` the token that ends a document matters although the run doesn't name it.
     """
+    if not is_sealed(prefix):  # built by others, whose PREFIX.json may be anything, of any size
+        return
     known = description(prefix)
     if not known:
         return

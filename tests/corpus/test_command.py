@@ -138,12 +138,19 @@ def test_a_set_is_read_with_the_tokenizer_that_wrote_it(
     ids = {} if written["kind"] == "bytes" else {"largest_id": 299, "end_of_document": 299}
     kept = {"tokenizer_sha256": digest(TokenizerChoice(**written))} if ids else {}
     (tmp_path / "set.json").write_text(json.dumps({"tokenizer": written} | ids | kept))
+    (tmp_path / "set.idx.sha256").touch()
     keys = {key if key == "megatron_args" else f"data.{key}": json.dumps(value) for key, value in read.items()}
     run = load_run(QUICKSTART, ["data.paths=[set]", *(f"{key}={value}" for key, value in keys.items())])
     with pytest.raises(ConfigError) if message else nullcontext() as caught:
         check_data(run)
     if message:
         assert str(caught.value).startswith(message)
+
+
+def test_what_others_keep_beside_a_set_is_no_description(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set.json").write_text('{"text": "the texts themselves"}\n' * 3)
+    check_data(load_run(QUICKSTART, ["data.paths=[set]"]))
 
 
 def test_of_a_set_that_others_built_the_largest_id_is_found(tmp_path: Path, monkeypatch) -> None:
