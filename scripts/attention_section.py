@@ -178,7 +178,7 @@ def planned_grids(section: Section, kind: Kind, machines: Cluster, few: bool) ->
 def gpus(gpus_per_node: int) -> Cluster:
     """The cluster that benchmark_multi_gpu.yaml describes, with nodes of so many GPUs."""
     sizes = [f"environment.gpus_per_node={gpus_per_node}", f"context_parallel.size={gpus_per_node}"]
-    return cluster(load_run(str(YAML), sizes))
+    return cluster(load_run(str(YAML), [*sizes, f"training.seq_length={1024 * gpus_per_node}"]))
 
 
 def measured_cluster(section: Section, links: dict[str, float], machines: Cluster, sharing: int) -> Cluster:

@@ -100,6 +100,7 @@ def test_sizes_are_replaced_and_fit_the_ranks() -> None:
 )
 def test_grids_by_default(ranks: int, heads: tuple[int, int], names: list[str]) -> None:
     assert [str(shape) for shape in script("attention_modes").default_shapes(ranks, *heads)] == names
+    assert script("attention_section").gpus(ranks).ranks_per_node == ranks
 
 
 class Stub(torch.nn.Module):
