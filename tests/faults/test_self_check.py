@@ -154,7 +154,7 @@ def start_broken(rank: int, args: list[str]) -> bool:
         return 0, 0
 
     with (
-        mock.patch.object(core_attention, "_hierarchical_grid", return_value=Grid.single()),
+        mock.patch.object(core_attention, "layer_grid", return_value=Grid.single()),
         mock.patch.object(training, "train", train),
     ):
         try:
