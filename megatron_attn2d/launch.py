@@ -111,6 +111,9 @@ def _run_rank(
         MASTER_PORT=str(port),
     )
     try:
+        # What a spawned process starts is spawned too, unless told otherwise. Data loaders hand their workers a
+        # function that only a fork can take; under torchrun and srun they fork as well.
+        multiprocessing.set_start_method("fork", force=True)
         if "torch" in sys.modules:  # forked after the import, which is when torch reads OMP_NUM_THREADS
             sys.modules["torch"].set_num_threads(threads)
         target(args)

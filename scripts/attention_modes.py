@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="te:p2p te:all_gather te:a2a te:a2a+p2p:N ring attention2d; default: the first three and the last",
     )
     parser.add_argument("--grids", nargs="*", help="RxC or UxRxC, RxC:rxc in tiles; default: a few of --ranks")
-    parser.add_argument("--groups", nargs="+", type=int, default=[0], help="head groups of attention2d; 0: automatic")
+    parser.add_argument("--groups", nargs="+", type=int, default=[1], help="head groups of attention2d")
     parser.add_argument("--backends", nargs="+", default=["auto"], help="kernels of ring and attention2d")
 
 
@@ -113,17 +113,17 @@ class Shape(NamedTuple):
 
 
 class GridMode(NamedTuple):
-    """`attention2d SHAPE` as a mode says it; `groups` None leaves the number of head groups to attention."""
+    """`attention2d SHAPE` as a mode says it."""
 
     shape: Shape
-    groups: int | None
+    groups: int
     backend: str
 
     @classmethod
     def parse(cls, mode: str) -> GridMode:
         """From a mode: see the top of this file."""
         _, shape, *words = mode.split()
-        groups = next((int(word[1:]) for word in words if word[0] == "G" and word[1:].isdigit()), None)
+        groups = next((int(word[1:]) for word in words if word[0] == "G" and word[1:].isdigit()), 1)
         backend = next((word for word in words if not (word[0] == "G" and word[1:].isdigit())), "auto")
         return cls(Shape.parse(shape), groups, backend)
 
@@ -149,8 +149,8 @@ def mode_names(args: argparse.Namespace, h: int, g: int) -> Iterator[str]:
                 yield f"ring{kernel}"
                 continue
             for shape in [Shape.parse(text) for text in args.grids or []] or default_shapes(args.ranks, h, g):
-                for count in (count for count in args.groups if not count or g % count == 0):
-                    yield f"attention2d {shape}" + (f" G{count}" if count else "") + kernel
+                for count in (count for count in args.groups if g % count == 0):
+                    yield f"attention2d {shape}" + (f" G{count}" if count > 1 else "") + kernel
 
 
 def build_modes(args: argparse.Namespace, h: int, g: int, grids: dict[str, Grid]) -> list[tuple[str, Attention]]:

@@ -166,7 +166,8 @@ def planned_grids(section: Section, kind: Kind, machines: Cluster, few: bool) ->
     for prediction in plan(section.ranks, work_of(section, kind), replace(machines, ranks_per_node=node)):
         axes, tile = prediction.candidate.axes, prediction.candidate.tile
         if axes is not None and axes not in found and (section.nodes or tile is None):
-            found[axes] = f"attention2d {Shape(axes, tile)} G{prediction.head_groups}"
+            groups = f" G{prediction.head_groups}" if prediction.head_groups > 1 else ""
+            found[axes] = f"attention2d {Shape(axes, tile)}{groups}"
     chosen = list(found)
     if few:
         plain = next((axes for axes in chosen[2:] if axes[0] == 1), None)
@@ -224,7 +225,7 @@ def predicted_s(mode: str, section: Section, kind: Kind, machines: Cluster) -> f
     if mode.startswith("te:") and (h % (u := a2a_ranks(mode[3:], section.ranks)) or g % u):
         return None
     machines = replace(machines, ranks_per_node=section.ranks_per_node if section.nodes else section.ranks)
-    groups = GridMode.parse(mode).groups or 1 if mode.startswith("attention2d") else 1
+    groups = GridMode.parse(mode).groups if mode.startswith("attention2d") else 1
     return predict(candidate, section.ranks, work_of(section, kind), machines, (groups,)).total_s
 
 

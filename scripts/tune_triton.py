@@ -60,11 +60,13 @@ type Case = tuple[float, str, tuple[int, int, int, int]]
 TRIALS = {"forward": FORWARD, "backward_rows": BACKWARD_ROWS, "backward_keys": BACKWARD_KEYS}
 
 
-def tables(kernel: str) -> launch.Table:
-    """The table that `launch` takes a kernel's sizes from."""
+def tables(kernel: str, p: float) -> launch.Table:
+    """The table that `launch` takes a kernel's sizes from, with dropout or without."""
     if kernel == "forward":
         return launch.forward_table(torch.empty(1, device="cuda"))
-    return launch.BACKWARD_ROWS if kernel == "backward_rows" else launch.BACKWARD_KEYS
+    if kernel == "backward_rows":
+        return launch.BACKWARD_ROWS_DROPPED if p else launch.BACKWARD_ROWS
+    return launch.BACKWARD_KEYS
 
 
 def main() -> None:
@@ -93,9 +95,9 @@ def main() -> None:
 
 
 @cache
-def _usual() -> dict[str, launch.Table]:
+def _usual(p: float) -> dict[str, launch.Table]:
     """What the tables hold before this script changes them."""
-    return {kernel: dict(tables(kernel)) for kernel in TRIALS}
+    return {kernel: dict(tables(kernel, p)) for kernel in TRIALS}
 
 
 def compiles(case: Case, args: argparse.Namespace) -> str | None:
@@ -117,9 +119,9 @@ def milliseconds(case: Case, args: argparse.Namespace) -> float:
 def prepared(case: Case, args: argparse.Namespace) -> Any:
     """A call of forward, or of backward as a whole, with these sizes of one kernel and the usual ones of the other."""
     p, kernel, sizes = case
-    for name, usual in _usual().items():
-        tables(name).update(usual)
-    tables(kernel)[max(64, args.head_dim)] = sizes
+    for name, usual in _usual(p).items():
+        tables(name, p).update(usual)
+    tables(kernel, p)[max(64, args.head_dim)] = sizes
     torch.manual_seed(0)
     q, k, v, dout = (
         torch.randn(args.tokens, args.heads, args.head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qkvo"

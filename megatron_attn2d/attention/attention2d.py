@@ -32,7 +32,6 @@ from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.layout import Band
 from megatron_attn2d.attention.local import Whole, local_attention
 from megatron_attn2d.attention.merge import apply_sink
-from megatron_attn2d.attention.overlap import automatic_head_groups
 from megatron_attn2d.attention.packing import Packing, Totals
 from megatron_attn2d.attention.passes import Plan, backward, forward
 from megatron_attn2d.attention.saved import without_neighbours
@@ -56,7 +55,7 @@ def attention2d(
     max_seqlen: int | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
-    head_groups: int | None = None,
+    head_groups: int = 1,
     label: str = "attention2d",
 ) -> Tensor:
     """Attention of the whole sequence, from and to shards in the zigzag layout.
@@ -78,9 +77,9 @@ def attention2d(
         max_seqlen: tokens of the longest of them with its padding, or more; for totals on a GPU.
         softmax_scale: factor on the scores; 1/sqrt(d) by default.
         backend: attention kernel, see `choose_kernel`.
-        head_groups: in how many groups of heads communication and kernels overlap; must divide g. Where
-            a grid spreads heads, as many of them as divide what a rank is left with. By default see
-            `automatic_head_groups`.
+        head_groups: in how many groups of heads communication and kernels overlap; must divide g. Where a grid
+            spreads heads, as many of them as divide what a rank is left with. Each group starts kernels and messages of
+            its own, which costs more than it hides over NVLink; over slow links a planner knows better (`planner`).
         label: names the call, a layer say, in errors.
 
     Returns:
@@ -99,7 +98,7 @@ def attention2d(
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
     dropout = Dropout.of_call(dropout)
     sequences, band, kernel = _planned(q, k, v, grid, causal, window, dropout, backend, packing)
-    if head_groups is not None and (head_groups < 1 or k.size(2) % head_groups):
+    if head_groups < 1 or k.size(2) % head_groups:
         raise ValueError(f"head_groups={head_groups} does not divide the {k.size(2)} key/value heads of this rank")
     check_heads(q.size(2), k.size(2), grid.heads)
     check_sink(sink, q)
@@ -120,8 +119,7 @@ def attention2d(
     if sequences.ranks == 1:
         out = local_attention(q, k, v, sink, Whole(sequences, band, scores))
     else:
-        asked = automatic_head_groups(q, k, grid) if head_groups is None else head_groups
-        groups = gcd(asked, k.size(2))  # fewer where the head axis leaves a rank fewer heads
+        groups = gcd(head_groups, k.size(2))  # fewer where the head axis leaves a rank fewer heads
         plan, row, column = axes(grid, sequences.mask(band), label)
         tile = Tile(plan, sequences, band, grid.rank)
         out = _Attention2D.apply(q, k, v, sink, Plan(tile, row, column, scores, groups))

@@ -1,4 +1,4 @@
-"""Which heads are computed when, so that messages fly meanwhile: what is chosen where nobody says."""
+"""Which heads attend their own chunks when, so that messages fly meanwhile."""
 
 from __future__ import annotations
 
@@ -8,32 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the planner, which runs without torch, takes SMALLEST_HALF from here
     from torch import Tensor
-
-    from megatron_attn2d.attention.grid import Grid
-
-# Over sockets, groups of half a MiB a message cost more than overlap saved; where it turns is not measured.
-SMALLEST_MESSAGE = 4 * 2**20
-MOST_GROUPS = 4
-SMALLEST_GROUP = 8e11
-"""FLOP forward of a head group. It is started in 5 ms, both passes, on four H200 (docs/planner.md): as long as that."""
-
-
-def automatic_head_groups(q: Tensor, k: Tensor, grid: Grid) -> int:
-    """The number of head groups for shards q [s/cp, b, h, d] and k [s/cp, b, g, d] on a grid.
-
-    A rank attends its own chunks while the first group arrives. On two places of the grid that is half of its work and
-    hides the messages over NVLink; on more it is less, and groups pay as long as their messages stay large and kernels
-    take longer than the CPU takes to start them. A planner that knows the links says better (`planner.cost`).
-    """
-    places = grid.rows * grid.cols
-    if places <= 2:
-        return 1
-    tokens, batch, h, d = q.shape
-    flops = 2 * tokens**2 * places * batch * h * d  # of a causal forward pass
-    heads = k.size(2)
-    chunk = k.numel() * k.element_size() // 2  # one of the two chunks, all heads
-    able = (n for n in range(1, MOST_GROUPS + 1) if heads % n == 0)
-    return max((n for n in able if chunk >= n * SMALLEST_MESSAGE and flops >= n * SMALLEST_GROUP), default=1)
 
 
 @dataclass(frozen=True)

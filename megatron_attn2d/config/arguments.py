@@ -145,7 +145,7 @@ def _attention(run: RunConfig) -> list[str]:
         if (tile_rows, tile_columns) != (rows, 1):
             sizes = [tile_rows, tile_columns, rows // tile_rows, columns // tile_columns]
         arguments += _flag("hierarchical-context-parallel-sizes", *([heads] if heads > 1 else []), *sizes)
-        arguments += _flag("attention2d-head-groups", run.head_groups) if run.head_groups else []
+        arguments += _flag("attention2d-head-groups", run.head_groups) if run.head_groups > 1 else []
     return arguments
 
 

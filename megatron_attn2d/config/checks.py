@@ -156,7 +156,7 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
                 f"rows: one of {_divisors(rows)}; columns: one of {_divisors(columns)}",
             )
     kv_heads = max((run.model.num_query_groups or run.model.num_attention_heads) // run.parallelism.tensor, 1)
-    if kv_heads % (run.head_groups or 1):
+    if kv_heads % run.head_groups:
         yield (
             "context_parallel.head_groups",
             f"does not divide the {kv_heads} key/value heads of a tensor rank",

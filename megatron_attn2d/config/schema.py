@@ -123,7 +123,7 @@ class ContextParallel(Section):
     columns, [R, 1], or with `grid: auto` the planner's choice."""
     head_groups: Annotated[Literal["auto"] | Ranks, NO_FLAG] = "auto"
     """In how many groups of heads attention2d overlaps messages and kernels. auto: the planner's choice where the YAML
-    describes the cluster, else that of attention (`automatic_head_groups`)."""
+    describes the cluster, else 1."""
 
 
 class Data(Section):
@@ -359,8 +359,8 @@ class RunConfig(Section):
         return chosen_grid(self).tile
 
     @property
-    def head_groups(self) -> int | None:
-        """In how many groups of heads attention2d overlaps messages and kernels; None: attention decides."""
+    def head_groups(self) -> int:
+        """In how many groups of heads attention2d overlaps messages and kernels."""
         return chosen_grid(self).head_groups
 
     @property

@@ -82,7 +82,7 @@ class ContextParallelAttention(MegatronModule):
         self.window = tuple(config.window_size) if windowed else None
         self.tp_group = pg_collection.tp
         self.softmax_offset = self._sinks(config)
-        self.head_groups = getattr(config, "attention2d_head_groups", None)
+        self.head_groups = getattr(config, "attention2d_head_groups", 1)
         self.ring = None
         self.grid = Grid.single()
         if config.context_parallel_size == 1:

@@ -106,14 +106,14 @@ def _core_attention(spec: Any) -> Any:
 
 
 def attention2d_layer_spec(
-    config: GPTModelConfig | TransformerConfig, vp_stage: int | None = None, *, head_groups: int | None = None
+    config: GPTModelConfig | TransformerConfig, vp_stage: int | None = None, *, head_groups: int = 1
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """Upstream's default spec for the model (dense or MoE, local or Transformer Engine) with our attention in it.
 
     Args:
         config: of the model; a bare TransformerConfig (Megatron-Bridge's providers are) stands for its own model.
         vp_stage: the virtual pipeline stage to build, None without virtual stages.
-        head_groups: in how many groups of heads attention2d overlaps messages and kernels; None: its own choice.
+        head_groups: in how many groups of heads attention2d overlaps messages and kernels.
 
     Raises:
         ValueError: the model asks for what would attend otherwise.

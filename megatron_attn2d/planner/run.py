@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Shape(NamedTuple):
-    """A grid: U, R and C, rows and columns of its tile, into how many groups heads are split (None: its choice)."""
+    """A grid: U, R and C, rows and columns of its tile, into how many groups heads are split."""
 
     axes: tuple[int, int, int]
     tile: tuple[int, int]
-    head_groups: int | None
+    head_groups: int
 
 
 _RATES = (
@@ -102,8 +102,8 @@ def predictions(ranks: int, work: Workload, machines: Cluster) -> tuple[Predicti
 def chosen_grid(run: RunConfig) -> Shape:
     """The grid of a run: as written, or for `auto` the planner's choice.
 
-    Where the YAML does not describe the cluster, the choice is the R x C with the fewest bytes (`best_grid`), and head
-    groups are the attention's own (`automatic_head_groups`).
+    Where the YAML does not describe the cluster, the choice is the R x C with the fewest bytes (`best_grid`), in one
+    head group.
     """
     context = run.context_parallel
     asked = None if context.head_groups == "auto" else context.head_groups
@@ -121,7 +121,7 @@ def chosen_grid(run: RunConfig) -> Shape:
         assert best.candidate.axes is not None
         heads, rows, cols = best.candidate.axes
         tile = tile or best.candidate.tile
-    shape = Shape((heads, rows, cols), tile or (rows, 1), asked)
+    shape = Shape((heads, rows, cols), tile or (rows, 1), asked or 1)
     if not known or asked is not None or not _fits(shape, run):
         return shape
     candidate = Candidate("attention2d", shape.axes, tile)

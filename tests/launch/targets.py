@@ -1,5 +1,6 @@
 """What the launched ranks of the tests do, and the program that launches them: `python -m tests.launch.targets ...`."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +17,11 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 def write_environment(args: Sequence[str]) -> None:
     """Writes this rank's variables to a file of its own in the directory args[0]."""
     Path(args[0], os.environ["RANK"]).write_text(" ".join(os.environ[name] for name in VARIABLES))
+
+
+def write_start_method(args: Sequence[str]) -> None:
+    """Writes how this rank starts processes of its own, data loaders' say, to the file args[0]."""
+    Path(args[0]).write_text(multiprocessing.get_start_method())
 
 
 def sleep(args: Sequence[str]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_attn2d import launch
+from tests.launch import targets
 from tests.megatron import runs
 
 
@@ -101,6 +103,11 @@ def test_ranks_that_save_nothing_end_at_the_first_signal(tmp_path: Path) -> None
     process.communicate(timeout=30)
     assert process.returncode == 128 + 15
     assert_gone(tmp_path)
+
+
+def test_a_gpu_rank_forks_its_data_loaders(tmp_path: Path) -> None:
+    assert launch.run_local(1, targets.write_start_method, [str(tmp_path / "method")], "cuda") == 0
+    assert (tmp_path / "method").read_text() == "fork"
 
 
 def test_a_second_signal_kills_ranks_that_take_too_long(tmp_path: Path) -> None:

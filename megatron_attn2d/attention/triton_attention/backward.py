@@ -24,6 +24,7 @@ from megatron_attn2d.attention.triton_attention.keep import drop_arguments, kept
 from megatron_attn2d.attention.triton_attention.launch import (
     BACKWARD_KEYS,
     BACKWARD_ROWS,
+    BACKWARD_ROWS_DROPPED,
     blocks_of_keys,
     blocks_of_rows,
     run,
@@ -215,7 +216,7 @@ def backward(
         tuple(band),
         drop_arguments(dropout),
     )
-    blocks, how = tuned(q, v, BACKWARD_ROWS)
+    blocks, how = tuned(q, v, BACKWARD_ROWS if dropout is None else BACKWARD_ROWS_DROPPED)
     programs, ends = blocks_of_rows(table, sq, blocks[0])
     arguments = (*inputs, with_strides(dq), *same, ends, d, v_dim)
     run(_backward_rows, (programs, batch * heads), arguments, blocks, how, q, dropout is not None)
