@@ -28,8 +28,11 @@ EXTRAS = {"gpt moe": "gpt rope", "gpt mtp": "gpt rope", "hybrid moe": "hybrid ro
 """Kinds that add something to a model, and the kind that they were measured on."""
 _MEASURED_ON = {"gpt": "gpt rope", "mla": "mla yarn", "hybrid": "hybrid rope"}
 """Where an argument that is not about positions was measured, by the layers."""
-_UNKNOWN_LAYERS = {"spec", "heterogeneous_layers_config_path", "experimental_attention_variant", "use_checkpoint_args"}
-"""Arguments whose models have no kind here."""
+_UNKNOWN = {
+    *("spec", "heterogeneous_layers_config_path", "experimental_attention_variant", "use_checkpoint_args"),
+    *("hybrid_override_pattern", "yaml_cfg"),
+}
+"""Arguments whose models have no kind here, and neither has one with `mrope`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def ignored(arguments: Sequence[str]) -> Iterator[Ignored]:
 
 def _kinds(given: dict[str, tuple[str, list[str]]]) -> list[str]:
     """The kinds of a model whose arguments these are; none where they don't tell."""
-    if _UNKNOWN_LAYERS & given.keys():
+    if _UNKNOWN & given.keys():
         return []
 
     def value(dest: str, default: str) -> str:
@@ -92,6 +95,8 @@ def _kinds(given: dict[str, tuple[str, list[str]]]) -> list[str]:
     positions = (
         "rope" if "use_rotary_position_embeddings" in given else value("position_embedding_type", "learned_absolute")
     )
+    if positions == "mrope":
+        return []
     pattern = value("hybrid_layer_pattern", "")
     latent = "multi_latent_attention" in given
     prefix = "hybrid" if pattern else "gpt"
