@@ -68,7 +68,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, whole: Whole) -> tuple[Tensor, Tens
         out, lse = scores.kernel.forward(q, k, v, band=whole.band, scale=scores.scale, dropout=_dropped(q, k, scores))
         return out.contiguous(), lse
     tables = whole_tables(whole.packing, whole.band)
-    (out,), (lse,) = attend_tables(tables, scores, (_positions(q), _positions(k)), q, k, v, zeros=True)
+    (out,), (lse,) = attend_tables(tables, scores, _positions(scores, q, k), q, k, v, zeros=True)
     return out, lse
 
 
@@ -84,19 +84,23 @@ def _differentiate(
     queries = Queries(*(None if x is None else x.unsqueeze(0) for x in (q, dout, lse, delta, out)))  # type: ignore[arg-type]
     found: list[Tensor] = []
     (dq,) = differentiate_tables(
-        tables, scores, (_positions(q), _positions(k)), queries, k, v, lambda _, *gradients: found.extend(gradients)
+        tables, scores, _positions(scores, q, k), queries, k, v, lambda _, *gradients: found.extend(gradients)
     )
     dk, dv = found or (torch.zeros_like(k), torch.zeros_like(v))  # all is padding
     return dq, dk, dv
 
 
-def _positions(x: Tensor) -> Tensor:
-    return torch.arange(x.size(0), device=x.device).unsqueeze(0)
+def _positions(scores: Scores, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor] | None:
+    if scores.dropout is None:  # which alone asks for them
+        return None
+    rows, keys = (torch.arange(x.size(0), device=x.device).unsqueeze(0) for x in (q, k))
+    return rows, keys
 
 
 def _dropped(q: Tensor, k: Tensor, scores: Scores) -> KeepMask | None:
-    if scores.dropout is None:
+    positions = _positions(scores, q, k)
+    if scores.dropout is None or positions is None:
         return None
     batch = q.size(1)
-    rows, keys = (_positions(x).expand(batch, -1) for x in (q, k))
+    rows, keys = (x.expand(batch, -1) for x in positions)
     return scores.dropout.at(torch.arange(batch, device=q.device), q.size(2), rows, keys)

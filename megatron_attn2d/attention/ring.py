@@ -185,7 +185,7 @@ def _backward(
             for slots in found:
                 for half, parts in enumerate(slots):
                     for part in parts:
-                        total[half] += part
+                        total[half].add_(part)
         if step == 0:
             home = partial
             continue

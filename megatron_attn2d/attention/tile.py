@@ -354,7 +354,7 @@ class _KeyGradients:
                 self._total = chunks
                 return
             self._total = self._like.new_zeros(self._shape, dtype=accumulation_dtype(chunks.dtype))
-        self._total[first : first + chunks.size(0)] += chunks
+        self._total[first : first + chunks.size(0)].add_(chunks)  # with += the sum is copied onto itself afterwards
 
     def slots(self) -> Slots:
         """By slot; 0 where nobody found anything."""
