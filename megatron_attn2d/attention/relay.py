@@ -89,6 +89,9 @@ def relay_of(routes: Routes, node: Sequence[int], rank: int, slots: Sequence[Chu
     place = {chunk: i for i, chunk in enumerate(held[rank])}
     carried = held[rank][len(halves) :]
     place_of, returning = returns(routes.between, rank)
+    back = rounds(
+        routes.between, rank, order, lambda m: len(carried) + place_of[m], lambda m: place[m.chunk] - len(halves)
+    )
     return Relay(
         own_slots(rank, slot_of),
         halves,
@@ -101,13 +104,7 @@ def relay_of(routes: Routes, node: Sequence[int], rank: int, slots: Sequence[Chu
         len(others),
         all(chunk in slot_of for chunk in carried)
         and sum(run.last - run.first for run in to_others) == len(others) * len(held[rank]),
-        rounds(
-            [m.back for m in routes.between],
-            rank,
-            order,
-            lambda m: place[m.chunk] - len(halves),
-            lambda m: len(carried) + place_of[m.back],
-        ),
+        tuple(each.back for each in back),
         returning,
     )
 

@@ -31,11 +31,6 @@ class Message(NamedTuple):
     receiver: int
     chunk: Chunk
 
-    @property
-    def back(self) -> Message:
-        """The way of a result for the chunk."""
-        return Message(self.receiver, self.sender, self.chunk)
-
 
 @dataclass(frozen=True)
 class Routes:
@@ -117,18 +112,17 @@ def rounds[M: (Message, Run)](
         order: the place of each rank in the group.
         place_sent, place_received: where a message of `rank` leaves and where one to it lands.
     """
-    counts: Counter[tuple[int, int]] = Counter()
-    found: list[tuple[list[int], list[int]]] = []
+    number = max(Counter((m.sender, m.receiver) for m in messages).values(), default=0)
+    found = [([NOWHERE] * len(order), [NOWHERE] * len(order)) for _ in range(number)]
+    sent: Counter[int] = Counter()
+    received: Counter[int] = Counter()
     for message in messages:
-        pair = message.sender, message.receiver
-        if counts[pair] == len(found):
-            found.append(([NOWHERE] * len(order), [NOWHERE] * len(order)))
-        sends, receives = found[counts[pair]]
-        counts[pair] += 1
         if message.sender == rank:
-            sends[order[message.receiver]] = place_sent(message)
-        if message.receiver == rank:
-            receives[order[message.sender]] = place_received(message)
+            found[sent[message.receiver]][0][order[message.receiver]] = place_sent(message)
+            sent[message.receiver] += 1
+        elif message.receiver == rank:
+            found[received[message.sender]][1][order[message.sender]] = place_received(message)
+            received[message.sender] += 1
     return tuple(Round(tuple(sends), tuple(receives)) for sends, receives in found)
 
 
@@ -153,18 +147,9 @@ def script_of(messages: Sequence[Message], rank: int, slots: Sequence[Chunk], or
     """The script of `rank`, whose tile needs `slots`; `order` is the place of each rank of the axis in its group."""
     slot_of = {chunk: slot for slot, chunk in enumerate(slots)}
     place_of, returning = returns(messages, rank)
-    return Script(
-        own_slots(rank, slot_of),
-        rounds(messages, rank, order, lambda m: m.chunk.half, lambda m: 2 + slot_of[m.chunk]),
-        rounds(
-            [m.back for m in messages],
-            rank,
-            order,
-            lambda m: slot_of[m.chunk],
-            lambda m: len(slots) + place_of[m.back],
-        ),
-        returning,
-    )
+    way = rounds(messages, rank, order, lambda m: m.chunk.half, lambda m: 2 + slot_of[m.chunk])
+    back = rounds(messages, rank, order, lambda m: len(slots) + place_of[m], lambda m: slot_of[m.chunk])
+    return Script(own_slots(rank, slot_of), way, tuple(each.back for each in back), returning)
 
 
 def own_slots(rank: int, slot_of: Mapping[Chunk, int]) -> tuple[tuple[int, int], ...]:
