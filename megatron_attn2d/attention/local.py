@@ -84,7 +84,7 @@ def _differentiate(
     queries = Queries(*(None if x is None else x.unsqueeze(0) for x in (q, dout, lse, delta, out)))  # type: ignore[arg-type]
     found: list[Tensor] = []
     (dq,) = differentiate_tables(
-        tables, scores, _positions(scores, q, k), queries, k, v, lambda _, *gradients: found.extend(gradients)
+        tables, scores, _positions(scores, q, k), queries, [k, v], lambda _, gradients: found.extend(gradients)
     )
     dk, dv = found or (torch.zeros_like(k), torch.zeros_like(v))  # all is padding
     return dq, dk, dv

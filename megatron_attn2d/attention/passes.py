@@ -18,7 +18,7 @@ Legend as in `attention2d`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,17 @@ class Plan:
         """The head groups of chunks [2, n, b, heads, d] or the like, views."""
         return (x,) if self.head_groups == 1 else x.chunk(self.head_groups, -2)
 
+    def of_queries(self, halves: list[Tensor]) -> list[Tensor]:
+        """Queries or the like, from halves of the shard as it is, as they travel: the two chunks [2, n, b, h, d]."""
+        return self._of(halves, self.queries_travel)
+
+    def of_keys(self, halves: list[Tensor]) -> list[Tensor]:
+        """The same of keys and values."""
+        return self._of(halves, self.keys_travel)
+
+    def _of(self, halves: list[Tensor], travel: bool) -> list[Tensor]:
+        return [self.tile.chunks(x.flatten(0, 1), 2, travel) for x in halves] if travel else halves
+
     def own_heads(self, q: Tensor, k: Tensor, returns: bool) -> list[Heads]:
         """Which heads of q and k [2, n, b, heads, d] attend their own chunks before the tile, and which after it."""
         return own_heads(q, k, self.tile.own_squares, apart=returns and self.head_groups == 1)
@@ -89,14 +100,14 @@ class Plan:
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """The output [s/cp, b, h, dv] and its log-sum-exp, of the two halves of its rows, [2, b, h, n]."""
     tile = plan.tile
-    own = [plan.split(_halves(x)) for x in (q, k, v)]
-    queries, keys, values = _to_send(plan, (q, k, v), own)
+    queries, keys, values = (plan.split(_halves(x)) for x in (q, k, v))
     out = q.new_empty((*q.shape[:3], v.size(3)))
     lse = _statistic(q, by_chunk=plan.queries_travel)
     outs, lses = plan.split(_halves(out)), plan.split(lse)
 
     def gather(i: int) -> _Gathered:
-        return _Gathered(plan.row.gather([queries[i]], tag=0), plan.column.gather([keys[i], values[i]], tag=0))
+        rows, columns = plan.of_queries([queries[i]]), plan.of_keys([keys[i], values[i]])
+        return _Gathered(plan.row.gather(rows, tag=0), plan.column.gather(columns, tag=0))
 
     def attend_tile(scores: Scores, gathered: _Gathered) -> Partials:
         rows, columns = gathered.wait()
@@ -105,21 +116,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> tuple[Tensor, Tensor
         return found.merged() if plan.queries_travel else found
 
     def compute(i: int, gathered: _Gathered) -> tuple[_Own[Partials], _Near, Returned]:
-        own_q, own_k, own_v = (x[i] for x in own)
-        scores = plan.scores_of(i, own_q.size(3))
+        scores = plan.scores_of(i, queries[i].size(3))
 
-        def attend_some(heads: Heads) -> tuple[Heads, Partials]:
-            mine = heads.of(own_q), heads.of_keys(own_k), heads.of_keys(own_v)
+        def own(heads: Heads) -> tuple[Heads, Partials]:
+            mine = heads.of(queries[i]), heads.of_keys(keys[i]), heads.of_keys(values[i])
             return heads, attend_own(tile, scores.starting(heads.first), *mine)
 
-        now, *later = plan.own_heads(own_q, own_k, returns=plan.queries_travel)
-        found = [attend_some(now)]
+        now, *later = plan.own_heads(queries[i], keys[i], returns=plan.queries_travel)
+        found = [own(now)]
         partials = attend_tile(scores, gathered)
         like = [outs[i][LOWER], lses[i][LOWER]]
         returned = _give_back(plan.row, [partials.outs, partials.lses], like, _MERGED)
         near = [_near(plan.row, slots) for slots in (partials.outs, partials.lses)]
         del partials
-        return found + [attend_some(heads) for heads in later], near, returned
+        return found + [own(heads) for heads in later], near, returned
 
     def finish(i: int, results: tuple[_Own[Partials], _Near, Returned]) -> None:
         own, (near_outs, near_lses), ((far_outs, far_lses), pending) = results
@@ -145,24 +155,23 @@ def backward(
     rows = lse.unsqueeze(1)  # [2, 1 or 2, b, h, n]: log-sum-exp, and delta if somebody needs it
     if sink is not None or plan.queries_travel or not plan.scores.kernel.needs_out:
         rows = row_statistics(_halves(dout), _halves(out), lse)
-    own = [plan.split(_halves(x)) for x in (q, k, v, dout, out)]
-    own_statistics = plan.split(rows)
-    queries, keys, values, douts = _to_send(plan, (q, k, v, dout), own)
-    statistics = plan.split(tile.statistics_to_send(rows, plan.queries_travel))
+    queries, keys, values, douts, outs = (plan.split(_halves(x)) for x in (q, k, v, dout, out))
+    statistics = plan.split(rows)
     gradients: list[Tensor] = []
 
     def gather(i: int) -> _Gathered:
-        shards = [queries[i], douts[i], statistics[i]]
-        return _Gathered(plan.row.gather(shards, tag=0), plan.column.gather([keys[i], values[i]], tag=0))
+        of_rows = [*plan.of_queries([queries[i], douts[i]]), tile.statistics_to_send(statistics[i], travel[0])]
+        of_columns = plan.of_keys([keys[i], values[i]])
+        return _Gathered(plan.row.gather(of_rows, tag=0), plan.column.gather(of_columns, tag=0))
 
     def differentiate_tile(i: int, scores: Scores, gathered: _Gathered) -> PartialGradients:
         (*of_queries, numbers), columns = gathered.wait()
         if not plan.queries_travel:
-            of_queries += plan.row.gather([own[4][i]], tag=0)[0]
+            of_queries += plan.row.gather([outs[i]], tag=0)[0]
         q_all, dout_all, *out_all = tile.in_order(of_queries, plan.queries_travel)
         needed = _queries(plan, q_all, dout_all, tile.statistics_in_order(numbers), *out_all)
         del q_all, dout_all, out_all
-        found = differentiate(tile, scores, needed, *tile.in_order(columns, plan.keys_travel))
+        found = differentiate(tile, scores, needed, tile.in_order(columns, plan.keys_travel))
         dq, dk, dv = (
             summed(slots) if travels else slots
             for slots, travels in zip((found.dq, found.dk, found.dv), travel, strict=True)
@@ -170,16 +179,15 @@ def backward(
         return PartialGradients(dq, dk, dv)
 
     def compute(i: int, gathered: _Gathered) -> tuple[_Own[PartialGradients], _Near, Returned, Returned]:
-        own_q, own_k, own_v, own_dout, own_out = (x[i] for x in own)
-        scores = plan.scores_of(i, own_q.size(3))
+        scores = plan.scores_of(i, queries[i].size(3))
 
-        def differentiate_some(heads: Heads) -> tuple[Heads, PartialGradients]:
-            mine = _queries(plan, *map(heads.of, (own_q, own_dout, own_statistics[i], own_out)))
-            k_own, v_own = heads.of_keys(own_k), heads.of_keys(own_v)
+        def own(heads: Heads) -> tuple[Heads, PartialGradients]:
+            mine = _queries(plan, *map(heads.of, (queries[i], douts[i], statistics[i], outs[i])))
+            k_own, v_own = heads.of_keys(keys[i]), heads.of_keys(values[i])
             return heads, differentiate_own(tile, scores.starting(heads.first), mine, k_own, v_own)
 
-        now, *later = plan.own_heads(own_q, own_k, returns=True)
-        found = [differentiate_some(now)]
+        now, *later = plan.own_heads(queries[i], keys[i], returns=True)
+        found = [own(now)]
         partials = differentiate_tile(i, scores, gathered)
         returned = (
             _give_back(plan.row, [partials.dq], [queries[i][LOWER]], _SUMMED),
@@ -187,7 +195,7 @@ def backward(
         )
         near = [_near(plan.row, partials.dq), _near(plan.column, partials.dk), _near(plan.column, partials.dv)]
         del partials
-        return found + [differentiate_some(heads) for heads in later], near, *returned
+        return found + [own(heads) for heads in later], near, *returned
 
     def finish(i: int, results: tuple[_Own[PartialGradients], _Near, Returned, Returned]) -> None:
         own, (near_dq, near_dk, near_dv), ((far_dq,), row_pending), ((far_dk, far_dv), column_pending) = results
@@ -209,13 +217,6 @@ def backward(
         gradients[i] = tile.rows(_halves(gradients[i]), travels)
     dq, dk, dv = gradients
     return dq, dk, dv, None if sink is None else sink_gradient(lse, rows[:, 1], sink)
-
-
-def _to_send(plan: Plan, shards: Sequence[Tensor], own: Sequence[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """Of q, k, v and dout, by head group: chunks as they travel, or where they don't halves of the shard as it is."""
-    travel = plan.queries_travel, plan.keys_travel, plan.keys_travel, plan.queries_travel
-    for shard, halves, travels in zip(shards, own, travel, strict=False):
-        yield plan.split(plan.tile.chunks(shard, 2, travels)) if travels else halves
 
 
 def _queries(plan: Plan, q: Tensor, dout: Tensor, statistics: Tensor, out: Tensor | None = None) -> Queries:

@@ -177,7 +177,7 @@ def _backward(
             travelling, pending = ring.pass_on(travelling, _KEYS, f"k, v at step {step} of the backward pass")
         tile = ring.tile(step)
         in_order = queries if tile.tables is None else queries.in_a_row()
-        others = differentiate(tile, ring.scores, in_order, *tile.in_order(list(at_hand), False))
+        others = differentiate(tile, ring.scores, in_order, tile.in_order(list(at_hand), False))
         own = differentiate_own(tile, ring.scores, queries, own_k, own_v)
         partial = [torch.zeros_like(own_k), torch.zeros_like(own_v)]
         totals = ((dq, others.dq, own.dq), (partial[0], others.dk, own.dk), (partial[1], others.dv, own.dv))

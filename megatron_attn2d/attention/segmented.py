@@ -65,23 +65,23 @@ def differentiate_tables(
     scores: Scores,
     positions: Positions,
     queries: Queries,
-    k: Tensor,
-    v: Tensor,
-    add: Callable[[KeyGroup, Tensor, Tensor], None],
+    keys: list[Tensor],
+    add: Callable[[KeyGroup, list[Tensor]], None],
 ) -> list[Tensor]:
     """Gradients of queries of each layer, [rows, b, h, d]; 0 for rows that no call of it has.
 
     Args:
         tables, scores, positions: as in `attend_tables`.
         queries: in one slot of all rows.
-        k, v: [keys, b, g, d].
-        add: takes the gradients of keys and values of one group of calls after the other, [keys, b, g, d].
+        keys: k and v, [keys, b, g, d]; emptied with the last call, as memory is short.
+        add: takes the gradients of both, of one group of calls after the other, and empties its list likewise.
     """
     q, dout, lse = queries.q[0], queries.dout[0], queries.lse[0]
     delta, out = (None if x is None else x[0] for x in (queries.delta, queries.out))
     dqs = [_room(q, covered) for covered in tables.covered]
     for group in tables.groups:
-        dk, dv = (_room(x, group.covered) for x in (k, v))
+        k, v = keys
+        gradients = [_room(x, group.covered) for x in keys]
         for call in group.calls:
             for of_rows, of_numbers, keep in _sequences(scores, positions, q):
                 scores.kernel.backward_segments(
@@ -96,11 +96,13 @@ def differentiate_tables(
                     scale=scores.scale,
                     dropout=keep,
                     dq=of_rows(dqs[call.layer]),
-                    dk=of_rows(dk),
-                    dv=of_rows(dv),
+                    dk=of_rows(gradients[0]),
+                    dv=of_rows(gradients[1]),
                 )
-        add(group, dk, dv)
-        del dk, dv
+        if group is tables.groups[-1]:
+            keys.clear()
+        del k, v
+        add(group, gradients)
     return dqs
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, TilePlan
+from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, Rectangle, TilePlan
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.attention.segments import Numbers, Segments
 
@@ -65,7 +65,7 @@ class TileTables:
     """The kernel calls of a tile.
 
     Attributes:
-        groups: all calls; where they share keys, the group of the most keys comes first.
+        groups: all calls; where they share keys, the group of the most keys comes last.
         covered: for each layer, whether its calls have every query row.
     """
 
@@ -78,9 +78,15 @@ class TileTables:
         return (call for group in self.groups for call in group.calls)
 
 
-def tile_tables(plan: TilePlan, packing: Packing, band: Band) -> TileTables:
-    """The calls of a tile between other ranks' chunks, and between a rank's own two where they are not apart."""
-    return packing.made((plan, band), lambda: _Rows(plan, packing).tables(band))
+def tile_tables(plan: TilePlan, packing: Packing, band: Band, share_keys: bool) -> TileTables:
+    """The calls of a tile between other ranks' chunks, and between a rank's own two where they are not apart.
+
+    Under a mask without a window they share keys and no queries, or queries and no keys. Where queries travel, they are
+    as the plan has them, which shares keys.
+    """
+    share_keys |= plan.queries_travel
+    key = plan, band, share_keys or band not in (FULL, CAUSAL)
+    return packing.made(key, lambda: _Rows(plan, packing).tables(band, share_keys))
 
 
 def own_tables(plan: TilePlan, packing: Packing, rank: int, band: Band) -> TileTables:
@@ -117,11 +123,11 @@ class _Rows:
             tuple(chunk.position(packing.ranks) for chunk in chunks) for chunks in (plan.queries, plan.keys)
         )
 
-    def tables(self, band: Band) -> TileTables:
+    def tables(self, band: Band, share_keys: bool) -> TileTables:
         if not self._queries or not self._keys:
             return TileTables((), ())
         if band in (FULL, CAUSAL):
-            return self._of_rectangles()
+            return self._of_rectangles(share_keys)
         return self._of_window(band)
 
     @classmethod
@@ -143,27 +149,34 @@ class _Rows:
             return TileTables((), (False,))
         return TileTables((KeyGroup((Call(segments, 0),), len(self._keys), covered),), (covered,))
 
-    def _of_rectangles(self) -> TileTables:
-        plan, whole = self._plan, not self._packing.padded
+    def _of_rectangles(self, share_keys: bool) -> TileTables:
+        """Rectangles that share no query row, or no key row; see `tile_tables`."""
+        plan, most, whole = self._plan, self._packing.longest, not self._packing.padded
+        rectangles = plan.rectangles
+        if share_keys and not plan.queries_travel:
+            stops = (*(r.start for r in rectangles[1:]), len(plan.queries))
+            rectangles = tuple(Rectangle(r.start, stop, 0, r.last) for r, stop in zip(rectangles, stops, strict=True))
         q_real, k_real = (self._real(positions).cumsum(1) for positions in (self._queries, self._keys))
+        q_starts, k_starts = self._starts(self._queries), self._starts(self._keys)
         calls = []
-        for number, (start, stop, first, last) in enumerate(plan.rectangles):
+        for rectangle in rectangles:
+            start, stop, first, last = rectangle
             pieces = _Pieces(
-                self._starts(self._queries)[:, start : start + 1],
+                q_starts[:, start : start + 1],
                 _between(q_real, start, stop),
-                self._starts(self._keys)[:, first : first + 1],
+                k_starts[:, first : first + 1],
                 _between(k_real, first, last),
             )
-            most = self._packing.longest
             segments = self._table(pieces, FULL, (stop - start) * most, (last - first) * most)
             if segments is not None:
-                calls.append((plan.rectangles[number], segments))
-        if plan.queries_travel:  # rectangles share keys: prefixes, the longest last
+                calls.append((rectangle, segments))
+        if share_keys:
             groups = []
-            for rectangle, segments in reversed(calls):
+            for rectangle, segments in calls:
                 slots = rectangle.last if plan.keys_travel else len(plan.keys)
                 groups.append(KeyGroup((Call(segments, 0),), slots, whole and slots == rectangle.last))
-            return TileTables(tuple(groups), (whole,) if calls else ())
+            all_rows = whole and sum(r.stop - r.start for r, _ in calls) == len(plan.queries)
+            return TileTables(tuple(groups), (all_rows,) if calls else ())
         together = tuple(Call(segments, layer) for layer, (_, segments) in enumerate(calls))
         covered = tuple(whole and (r.start, r.stop) == (0, len(plan.queries)) for r, _ in calls)
         all_keys = whole and sum(r.last - r.first for r, _ in calls) == len(plan.keys)

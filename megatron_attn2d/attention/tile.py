@@ -49,7 +49,7 @@ class Tile:
         """The tile's calls; None where the plan's rectangles of one sequence serve."""
         if self.packing.plain and self.band in (FULL, CAUSAL):
             return None
-        return tile_tables(self.plan, self.packing, self.band)
+        return tile_tables(self.plan, self.packing, self.band, share_keys=True)
 
     @cached_property
     def own_tables(self) -> TileTables | None:
@@ -193,19 +193,24 @@ def attend_own(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> P
     return Partials(_halves(out, 1), _halves(lse, 0))
 
 
-def differentiate(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
-    """Gradients of the tile's calls; arguments as in `attend`."""
+def differentiate(tile: Tile, scores: Scores, queries: Queries, keys: list[Tensor]) -> PartialGradients:
+    """Gradients of the tile's calls; k and v, as in `attend`, are let go once the last of them is made."""
+    plan = tile.plan
     if tile.tables is None:
-        return _differentiate_rectangles(tile, scores, queries, k, v)
-    return _differentiate_tables(tile, tile.tables, tile.plan.queries, tile.plan.keys, scores, queries, k[0], v[0])
+        return _differentiate_rectangles(tile, scores, queries, *keys)
+    keys[:] = [x[0] for x in keys]
+    # Calls that share queries or keys take another buffer for the gradients of these: for the fewer.
+    share_keys = plan.queries_travel or sum(x.numel() for x in keys) <= queries.q.numel()
+    tables = tile_tables(plan, tile.packing, tile.band, share_keys)
+    return _differentiate_tables(tile, tables, plan.queries, plan.keys, scores, queries, keys)
 
 
 def differentiate_own(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
     """Gradients of `attend_own`, by chunk of their axis."""
     plan, pair = tile.plan, _pair(tile)
     if tile.own_tables is not None:
-        rows = (x.flatten(0, 1) for x in (k, v))
-        return _differentiate_tables(tile, tile.own_tables, pair, pair, scores, queries.in_a_row(), *rows)
+        rows = [x.flatten(0, 1) for x in (k, v)]
+        return _differentiate_tables(tile, tile.own_tables, pair, pair, scores, queries.in_a_row(), rows)
     if not plan.diagonal:
         return PartialGradients([[], []], [[], []], [[], []])
     if plan.own_joined:
@@ -259,8 +264,9 @@ def _attend_rectangles(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tens
 def _differentiate_rectangles(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
     plan, n, key_n = tile.plan, queries.q.size(1), k.size(1)
     dq = _no_results(len(plan.queries))
-    dk, dv = (_KeyGradients(tile, x.shape, x, len(plan.rectangles)) for x in (k, v))
-    for start, stop, first, last in reversed(plan.rectangles):  # the longest prefix of keys first
+    apart, few = not (plan.queries_travel and plan.keys_travel), len(plan.rectangles) <= FEW_CALLS
+    dk, dv = (_KeyGradients(x.shape, x, apart, few) for x in (k, v))
+    for start, stop, first, last in plan.rectangles:
         gradients = scores.kernel.backward(
             _cut(queries.dout, start, stop).flatten(0, 1),
             _cut(queries.q, start, stop).flatten(0, 1),
@@ -301,19 +307,22 @@ def _differentiate_tables(
     keys: Sequence[Chunk],
     scores: Scores,
     queries: Queries,
-    k: Tensor,
-    v: Tensor,
+    k_and_v: list[Tensor],
 ) -> PartialGradients:
     """Of tables between such chunks: queries in one slot, k and v [keys, b, g, d]."""
     plan, packing = tile.plan, tile.packing
-    shape = (len(keys), packing.tokens)
-    dk, dv = (_KeyGradients(tile, torch.Size((*shape, *x.shape[1:])), x, len(tables.groups)) for x in (k, v))
+    groups = len(tables.groups)
+    apart = 0 < groups <= (1 if plan.keys_travel else FEW_CALLS)
+    dk, dv = (
+        _KeyGradients(torch.Size((len(keys), packing.tokens, *x.shape[1:])), x, apart, few=groups <= FEW_CALLS)
+        for x in k_and_v
+    )
 
-    def add(group: KeyGroup, *gradients: Tensor) -> None:
-        for total, gradient in zip((dk, dv), gradients, strict=True):
-            total.add(0, tile.chunks(gradient, len(keys), plan.keys_travel, group.slots))
+    def add(group: KeyGroup, gradients: list[Tensor]) -> None:
+        for total in (dk, dv):
+            total.add(0, tile.chunks(gradients.pop(0), len(keys), plan.keys_travel, group.slots))
 
-    dqs = differentiate_tables(tables, scores, _positions(tile, scores, rows, keys), queries, k, v, add)
+    dqs = differentiate_tables(tables, scores, _positions(tile, scores, rows, keys), queries, k_and_v, add)
     if plan.queries_travel and len(dqs) > 1:
         total = torch.empty_like(dqs[0])
         sum_partials([dqs], [total])
@@ -325,43 +334,47 @@ def _differentiate_tables(
 
 
 class _KeyGradients:
-    """Gradients of keys or values, of which several calls may share some.
+    """Gradients of keys or values by slot, of which several calls may have some.
 
-    Where these travel to and fro and queries do too, calls cover prefixes of the keys: their results are added up in
-    place, as kept apart they would take a multiple of memory. Else a few are kept, to be rounded once at the end.
+    Where calls have prefixes of the keys, the shortest first, they are added up in place: kept apart they would take a
+    multiple of memory.
 
     Args:
-        tile: whose keys they are.
         shape: of all chunks, [K, n, b, g, d].
         like: for dtype and device.
-        calls: how many there will be.
+        apart: results are kept as they come, to be rounded once with all others of their chunk.
+        few: they are so few that their dtype serves for the sum.
     """
 
-    def __init__(self, tile: Tile, shape: torch.Size, like: Tensor, calls: int) -> None:
-        self._shape, self._like = shape, like
-        self._few = calls <= FEW_CALLS
-        self._apart = self._few and calls > 0 and not (tile.plan.queries_travel and tile.plan.keys_travel)
-        self._kept = _no_results(shape[0])
+    def __init__(self, shape: torch.Size, like: Tensor, apart: bool, few: bool) -> None:
+        self._shape, self._dtype, self._device = shape, like.dtype, like.device
+        self._few = few
+        self._kept = _no_results(shape[0]) if apart else None
         self._total: Tensor | None = None
 
     def add(self, first: int, chunks: Tensor) -> None:
-        """Those of [slots, n, b, g, d] from slot `first` on. A few are added to the first that has all slots."""
-        if self._apart:
+        """Those of [slots, n, b, g, d] from slot `first` on, which is 0 where they are added up."""
+        if self._kept is not None:
             _add(self._kept, first, chunks)
             return
         if self._total is None:
-            if self._few and chunks.size(0) == self._shape[0]:
-                self._total = chunks
+            self._total = chunks if self._few else self._zeros(accumulation_dtype(self._dtype))
+            if self._few:
                 return
-            self._total = self._like.new_zeros(self._shape, dtype=accumulation_dtype(chunks.dtype))
-        self._total[first : first + chunks.size(0)].add_(chunks)  # with += the sum is copied onto itself afterwards
+        more, less = (chunks, self._total) if len(chunks) > len(self._total) else (self._total, chunks)
+        more[: len(less)].add_(less)  # with += the sum is copied onto itself afterwards
+        self._total = more
 
     def slots(self) -> Slots:
         """By slot; 0 where nobody found anything."""
-        if self._apart:
+        if self._kept is not None:
             return self._kept
-        total = self._like.new_zeros(self._shape) if self._total is None else self._total.to(self._like.dtype)
+        total = self._zeros(self._dtype) if self._total is None else self._total.to(self._dtype)
+        assert len(total) == self._shape[0], "somebody sees the last key chunk"
         return _each(total)
+
+    def _zeros(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self._shape, dtype=dtype, device=self._device)
 
 
 def _positions(tile: Tile, scores: Scores, rows: Sequence[Chunk], keys: Sequence[Chunk]) -> Positions:

@@ -40,6 +40,12 @@ class Hollow:
         del accumulated
         return results
 
+    def forward_segments(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def backward_segments(self, dout: Tensor, q: Tensor, *_: Any, **__: Any) -> None:
+        torch.zeros_like(q, dtype=torch.float32)
+
 
 class Meter(TorchDispatchMode):
     """Counts the bytes of all storages that operations returned and that still live."""
@@ -75,19 +81,23 @@ def as_on_gpus() -> list[Any]:
     ]
 
 
-def peak(rank: int, shape: tuple[int, int], heads: tuple[int, int], groups: int) -> float:
-    """Bytes of a call forward and backward at their peak, over those of Q, without the inputs."""
+def peak(
+    rank: int, shape: tuple[int, int], heads: tuple[int, int], groups: int, totals: tuple[int, ...] | None = None
+) -> float:
+    """Bytes of a call forward and backward at their peak, over those of Q, without the inputs; `totals` of a pack."""
     world = dist.group.WORLD
     assert world is not None
     grid = Grid.from_group(world, rows=shape[0], cols=shape[1])
     h, g = heads
     q, k, v, dout = (torch.randn(2 * TOKENS, 1, n, DIM, dtype=torch.bfloat16) for n in (h, g, g, h))
+    if totals is not None:
+        q, k, v, dout = (x[:, 0] for x in (q, k, v, dout))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with ExitStack() as patched:
         for patch in as_on_gpus():
             patched.enter_context(patch)
         meter = patched.enter_context(Meter())
-        out = attention2d(*leaves, grid, head_groups=groups)
+        out = attention2d(*leaves, grid, head_groups=groups, cu_seqlens=totals)
         torch.autograd.grad(out, leaves, dout)
     inputs = 3 + 2 * g / h  # q, k, v and dout, of which views were counted, and the output
     return meter.peak / (q.numel() * q.element_size()) - inputs
@@ -108,6 +118,22 @@ def test_no_more_lives_at_once_than_planned(
     foreseen = grid_shards(*shape, heads[1] / heads[0], groups)
     found = max(pool.run(peak, shape[0] * shape[1], shape, heads, groups))
     assert found == pytest.approx(foreseen, rel=0.15)
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (16, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 4)], ids=str)
+def test_a_pack_takes_little_more_than_one_sequence(
+    shape: tuple[int, int], heads: tuple[int, int], pool: RankPool
+) -> None:
+    """In all, inputs and output included, as what must fit into memory."""
+    unit = 2 * TOKENS * shape[0] * shape[1] // 8
+    given = 3 + 2 * heads[1] / heads[0]
+    one, pack = (
+        max(pool.run(peak, shape[0] * shape[1], shape, heads, 1, totals))
+        for totals in (None, (0, unit, 3 * unit, 4 * unit, 8 * unit))
+    )
+    print(f"one sequence {one + given:.2f} shards of Q, a pack {pack + given:.2f}")
+    assert pack + given <= 1.1 * (one + given)
 
 
 def test_against_a_ring() -> None:

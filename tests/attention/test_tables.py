@@ -114,14 +114,16 @@ def pair(rank: int) -> tuple[Chunk, Chunk]:
     return Chunk(rank, LOWER), Chunk(rank, UPPER)
 
 
-def all_tiles(packing: Packing, shape: tuple[int, int], band: Band) -> Counter[tuple[int, int, int]]:
+def all_tiles(
+    packing: Packing, shape: tuple[int, int], band: Band, share_keys: bool = True
+) -> Counter[tuple[int, int, int]]:
     """What all ranks of a grid attend together."""
     seen: Counter[tuple[int, int, int]] = Counter()
     ranks = grid(*shape, "columns")
     for row in ranks:
         for own, column in zip(row, zip(*ranks, strict=True), strict=True):
             plan = tile_plan(tuple(row), tuple(column), packing.mask(band))
-            tables = tile_tables(plan, packing, band)
+            tables = tile_tables(plan, packing, band, share_keys)
             seen += pairs_of(packing, tables, *(tokens_of(packing, chunks) for chunks in (plan.queries, plan.keys)))
             mine = tokens_of(packing, pair(own))
             seen += pairs_of(packing, own_tables(plan, packing, own, band), mine, mine)
@@ -137,6 +139,16 @@ def test_every_visible_pair_once(shape: tuple[int, int], pack: list[tuple[int, i
         seen = all_tiles(packing, shape, band)
         assert set(seen) == expected_pairs(packing, band), band
         assert set(seen.values()) <= {1}, band
+
+
+@pytest.mark.parametrize("pack", PACKS, ids=str)
+def test_calls_that_share_no_keys(pack: list[tuple[int, int]]) -> None:
+    for band in (FULL, CAUSAL):
+        for known in (True, False):
+            packing = packing_of(pack, 4, known)
+            seen = all_tiles(packing, (4, 1), band, share_keys=False)
+            assert set(seen) == expected_pairs(packing, band)
+            assert set(seen.values()) <= {1}
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 1), (1, 1)], ids=lambda s: f"{s[0]}x{s[1]}")
@@ -176,7 +188,7 @@ def test_new_lengths_of_a_thousand_documents_are_planned_in_two_milliseconds() -
         start = process_time()
         packing = Packing.of(totals, padded, padded[-1], 4, CPU)
         plan = tile_plan((0, 2), (0, 1), packing.mask(CAUSAL))
-        tile_tables(plan, packing, CAUSAL)
+        tile_tables(plan, packing, CAUSAL, True)
         own_tables(plan, packing, 0, CAUSAL)
         took.append(process_time() - start)
     print(f"plan of 1,024 documents: {min(took) * 1e3:.2f} ms at best, {sorted(took)[6] * 1e3:.2f} ms in the middle")

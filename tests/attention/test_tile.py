@@ -40,7 +40,7 @@ def gradients(tile: Tile, dtype: torch.dtype) -> list[Tensor]:
     delta = torch.randn(queries, 1, 1, CHUNK, generator=generator).to(torch.promote_types(dtype, torch.float32))
     delta = tile.statistics_in_order(delta)
     queries_of = Queries(q, dout, torch.full_like(delta, 7), delta, None)
-    found = differentiate(tile, Scores(ReferenceKernel(), 0.25), queries_of, k, v)
+    found = differentiate(tile, Scores(ReferenceKernel(), 0.25), queries_of, [k, v])
 
     def stacked(slots: Slots) -> Tensor:
         return torch.stack([torch.stack(slot).sum(0) for slot in slots])
@@ -93,7 +93,7 @@ def calls_of(rows: int, cols: int, documents: int, band: Band, padded: bool) -> 
             own_statistic, statistic = (y[..., 0].permute(0, 2, 3, 1) for y in (x, q))
             attend(tile, scores, q, k, k)
             attend_own(tile, scores, x, x, x)
-            differentiate(tile, scores, Queries(q, q, statistic, statistic, None), k, k)
+            differentiate(tile, scores, Queries(q, q, statistic, statistic, None), [k, k])
             differentiate_own(tile, scores, Queries(x, x, own_statistic, own_statistic, None), x, x)
             found.append((kernel.forward_calls, kernel.backward_calls))
     return found
