@@ -140,7 +140,9 @@ def _check_totals(name: str, values: Totals | None, device: torch.device) -> Non
             raise ValueError(
                 f"{name} is on {values.device} and q on {device}: pass it on the same device, or on the CPU"
             )
-    elif any(isinstance(value, Tensor) or not hasattr(value, "__index__") for value in values or ()):
+    elif not set(map(type, values or ())) <= {int} and any(
+        isinstance(value, Tensor) or not hasattr(value, "__index__") for value in values or ()
+    ):
         raise ValueError(f"{name} must hold running totals of tokens, as int: got {list(values or ())[:8]}")
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band, Mask, Steps
+from megatron_attn2d.attention.staging import to_device
 
 type Totals = Sequence[int] | Tensor
 """Running totals [0, s1, s1 + s2, ...] of tokens: numbers of the host, or int32 or int64 on any device."""
@@ -242,7 +243,7 @@ class Packing:
         """For each row of a chunk the offset and the tokens of its sequence's part, [n] each, on the device."""
 
         def found() -> tuple[Tensor, Tensor]:
-            chunks = _to(self.chunks, self.device)
+            chunks = to_device(self.chunks.numpy(), self.device).long() if self.known else self.chunks
             ends = chunks.cumsum(0)
             rows = torch.arange(self.tokens, device=self.device)
             sequence = torch.searchsorted(ends, rows, right=True)
@@ -359,11 +360,6 @@ def _steps(used: np.ndarray, reach: np.ndarray) -> Steps:
 
 def _ceil(a: Any, b: np.ndarray) -> np.ndarray:
     return -(-a // b)
-
-
-def _to(x: Tensor, device: torch.device) -> Tensor:
-    """A copy on a GPU that the host does not wait for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x
 
 
 def _short(totals: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.layout import Band
+from megatron_attn2d.attention.staging import to_device
 
 type Numbers = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 """[S, 4]: query start and length, key start and length of each segment."""
@@ -64,14 +65,10 @@ class Segments:
             device: where the rows are.
         """
         count = len(host)
-        table = torch.empty(4 * count + 2, dtype=torch.int32, pin_memory=device.type == "cuda")
-        numbers = table.numpy()
-        numbers[:count], numbers[count] = host[:, 0], q_rows
-        numbers[count + 1 : 2 * count + 1], numbers[2 * count + 1] = host[:, 2], k_rows
-        numbers[2 * count + 2 : 3 * count + 2] = host[:, 1]
-        numbers[3 * count + 2 :] = host[:, 3]
-        q_starts, k_starts, q_lengths, k_lengths = table.to(device, non_blocking=True).split(
-            [count + 1, count + 1, count, count]
-        )
+        numbers = np.zeros((4, count + 1), dtype=np.int32)
+        numbers[:, :count] = host.T
+        numbers[0, count], numbers[2, count] = q_rows, k_rows
+        q_starts, q_lengths, k_starts, k_lengths = to_device(numbers, device).unbind()
+        q_lengths, k_lengths = q_lengths[:count], k_lengths[:count]
         most_q, most_k = (int(host[:, column].max(initial=0)) for column in (1, 3))
         return cls(q_starts, q_lengths, k_starts, k_lengths, band, most_q, most_k, host)
