@@ -172,7 +172,17 @@ def operators(call: Callable[[], object]) -> dict[str, Any]:
 class Operators(TorchDispatchMode):
     """Counts operators, those that launch something on a GPU apart: not views, not allocations."""
 
-    _NO_LAUNCH = frozenset({"aten::empty.memory_format", "aten::new_empty", "aten::empty_like", "aten::detach"})
+    _NO_LAUNCH = frozenset(
+        f"aten::{name}"
+        for name in (
+            "empty.memory_format",
+            "new_empty",
+            "empty_like",
+            "detach",
+            "promote_types",
+            "_unsafe_view",
+        )
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,17 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = {
-    "4x1": 13,
-    "2x2": 36,
-    "4x4": 36,
-    "8x8": 36,
-    "16x16": 36,
-    "32x32": 36,
-    "64x1": 13,
-    "4x1x1": 32,
-    "8x4x2": 68,
-    "8x8:2x4": 70,
-    "32x32:2x4": 70,
+    "4x1": 12,
+    "2x2": 34,
+    "4x4": 34,
+    "8x8": 34,
+    "16x16": 34,
+    "32x32": 34,
+    "64x1": 12,
+    "4x1x1": 28,
+    "8x4x2": 62,
+    "8x8:2x4": 66,
+    "32x32:2x4": 66,
 }
 """By grid, what one call launches forward and backward besides attention kernels, merges and sums: one more small
 operation shows here, and each of them costs the CPU microseconds whatever the number of ranks."""
