@@ -106,11 +106,7 @@ def attention2d(
     facts = facts_of(q, k, v, sequences, band, scale, sink, dropout, head_groups)
     check_agreement((grid.head_group, grid.kv_group, grid.q_group), facts, q.device, label)
     if grid.heads > 1:
-        if packing is not None:
-            q, k, v = (packing.to_slots(x, 2) for x in (q, k, v))
-        q, k, v = spread_heads(q, k, v, grid, label)
-        if packing is not None:
-            q, k, v = (packing.to_sequences(x, 2 * grid.heads) for x in (q, k, v))
+        q, k, v = spread_heads(q, k, v, grid, label, packing)
         first = grid.head_rank * q.size(2)
         sink = None if sink is None else sink[first : first + q.size(2)]
         dropout = None if dropout is None else dropout.starting(first)
@@ -124,11 +120,7 @@ def attention2d(
         tile = Tile(plan, sequences, band, grid.rank)
         out = _Attention2D.apply(q, k, v, sink, Plan(tile, row, column, scores, groups))
     if grid.heads > 1:
-        if packing is not None:
-            out = packing.to_slots(out, 2 * grid.heads)
-        out = collect_heads(out, grid, label)
-        if packing is not None:
-            out = packing.to_sequences(out, 2)
+        out = collect_heads(out, grid, label, packing)
     return out if packing is None else out.squeeze(1)
 
 

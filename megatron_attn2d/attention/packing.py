@@ -98,8 +98,11 @@ class Packing:
             assert isinstance(cu_seqlens, Tensor)
             assert isinstance(padded, Tensor)
             arguments = (cu_seqlens, padded, tokens, ranks, device, max_seqlen)
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # a replay is to make all of it anew
-                return _on_device(*arguments)
+            captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            if captured or cu_seqlens.is_inference() or padded.is_inference():
+                return _on_device(
+                    *arguments
+                )  # a replay makes all of it anew; changes of inference tensors leave no trace
             versions = tuple((id(x), x._version) for x in (cu_seqlens, padded))
             return _kept((versions, tokens, ranks, device, max_seqlen), lambda: (_on_device(*arguments), arguments))
         totals, padded = (tuple(x.flatten().tolist() if isinstance(x, Tensor) else x) for x in (cu_seqlens, padded))
@@ -174,20 +177,6 @@ class Packing:
         rows = x.flatten(0, 1)
         return rows if self.one else rows.index_select(0, self.sequence_rows(x.size(0)))
 
-    def to_slots(self, rows: Tensor, slots: int) -> Tensor:
-        """Rows by sequence, [slots * n, ...], -> rows by slot; differentiable."""
-        if self.one:
-            return rows
-        moved: Tensor = _Reordered.apply(rows, self.slot_rows(slots), self.sequence_rows(slots))
-        return moved
-
-    def to_sequences(self, rows: Tensor, slots: int) -> Tensor:
-        """The way back; differentiable."""
-        if self.one:
-            return rows
-        moved: Tensor = _Reordered.apply(rows, self.sequence_rows(slots), self.slot_rows(slots))
-        return moved
-
     def statistics_by_slot(self, x: Tensor, slots: int) -> Tensor:
         """Numbers of each row by sequence, [..., slots * n], -> [slots, ..., n]."""
         if not self.one:
@@ -218,6 +207,25 @@ class Packing:
             return torch.empty_like(there).scatter_(0, there.long(), here)
 
         return self.made(("sequence rows", slots), rows)
+
+    def spread_rows(self, parts: int) -> Tensor:
+        """Where rows of two chunks by slot stand in a shard by sequence, [parts * 2n] int32.
+
+        Rows are cut in `parts`: the first part of all rows comes first, then the second of all, ...
+        """
+        return self.made(
+            ("spread", parts),
+            lambda: (torch.arange(parts, device=self.device)[:, None] + parts * self.slot_rows(2)).flatten().int(),
+        )
+
+    def collected_rows(self, parts: int) -> Tensor:
+        """The way back: where each part of each row of the shard stands, [2n * parts] int32."""
+
+        def rows() -> Tensor:
+            starts = 2 * self.tokens * torch.arange(parts, device=self.device)
+            return (starts + self.sequence_rows(2)[:, None]).flatten().int()
+
+        return self.made(("collected", parts), rows)
 
     def positions(self, chunks: Sequence[int]) -> Tensor:
         """Where the rows of chunks of these positions, by sequence, stand in the whole pack, [1, slots * n] int64.
@@ -263,20 +271,6 @@ class Packing:
             return Mask(band, self.ranks, None if most == whole else most)
         back, ahead = (_steps(used, np.full_like(chunks, whole) if s is None else _ceil(s, chunks)) for s in band)
         return Mask(band, self.ranks, None, back, ahead)
-
-
-class _Reordered(torch.autograd.Function):
-    """Rows [t, ...] in another order. Gradients take the way back, where that of torch's own would add them up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return x.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return grads[0].index_select(0, back), None, None
 
 
 @lru_cache(maxsize=64)

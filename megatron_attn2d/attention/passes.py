@@ -90,7 +90,9 @@ class Plan:
         return self._of(halves, self.keys_travel)
 
     def _of(self, halves: list[Tensor], travel: bool) -> list[Tensor]:
-        return [self.tile.chunks(x.flatten(0, 1), 2, travel) for x in halves] if travel else halves
+        if not travel or self.tile.packing.one:
+            return halves
+        return [self.tile.chunks(x.flatten(0, 1), 2, travel) for x in halves]
 
     def own_heads(self, q: Tensor, k: Tensor, returns: bool) -> list[Heads]:
         """Which heads of q and k [2, n, b, heads, d] attend their own chunks before the tile, and which after it."""

@@ -84,7 +84,7 @@ class Tile:
         return self.packing.statistics_by_sequence(chunks) if travel else _in_a_row(chunks)
 
     def statistics_to_send(self, halves: Tensor, travel: bool) -> Tensor:
-        """Numbers of each row by chunk, [2, ..., n], of those of the halves of a shard as it is."""
+        """Numbers of each row as they travel, by chunk, [2, ..., n], from halves of the shard as it is."""
         if not travel or self.packing.one:
             return halves
         return self.statistics_of_rows(_in_a_row(halves), 2, travel)

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_attn2d.attention.checks import check_first_derivative
 from megatron_attn2d.attention.grid import Grid
 from megatron_attn2d.attention.messages import Lists, launch, nothing
+from megatron_attn2d.attention.packing import Packing
 
 
 def check_heads(heads: int, kv_heads: int, parts: int) -> None:
@@ -33,8 +34,12 @@ def check_heads(heads: int, kv_heads: int, parts: int) -> None:
         )
 
 
-def spread_heads(q: Tensor, k: Tensor, v: Tensor, grid: Grid, label: str) -> tuple[Tensor, Tensor, Tensor]:
+def spread_heads(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, label: str, packing: Packing | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Shards [s/cp, b, heads, d] -> [U * s/cp, b, heads/U, d], zigzag shards of the R x C grid.
+
+    Both are by sequence, where several are packed.
 
     Key/value heads fewer than U are repeated, so that each rank has those of its query heads; autograd sums their
     gradients.
@@ -42,54 +47,76 @@ def spread_heads(q: Tensor, k: Tensor, v: Tensor, grid: Grid, label: str) -> tup
     repeats = grid.heads // min(k.size(2), grid.heads)
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
-    spread: tuple[Tensor, Tensor, Tensor] = _SpreadHeads.apply(grid, label, q, k, v)
+    spread: tuple[Tensor, Tensor, Tensor] = _SpreadHeads.apply((grid, label, packing), q, k, v)
     return spread
 
 
-def collect_heads(out: Tensor, grid: Grid, label: str) -> Tensor:
+def collect_heads(out: Tensor, grid: Grid, label: str, packing: Packing | None = None) -> Tensor:
     """The way back: [U * s/cp, b, heads/U, d] -> [s/cp, b, heads, d]."""
-    (collected,) = _CollectHeads.apply(grid, label, out)
+    (collected,) = _CollectHeads.apply((grid, label, packing), out)
     return collected
+
+
+type _Call = tuple[Grid, str, Packing | None]
 
 
 class _SpreadHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grid: Grid, label: str, *shards: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = grid, label
-        return tuple(_to_heads(shards, grid, label))
+    def forward(ctx: Any, call: _Call, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tuple(_to_heads(shards, *call))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        return (None, None, *_to_sequence(grads, *ctx.call))
+        return (None, *_to_sequence(grads, *ctx.call))
 
 
 class _CollectHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grid: Grid, label: str, *shards: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = grid, label
-        return tuple(_to_sequence(shards, grid, label))
+    def forward(ctx: Any, call: _Call, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tuple(_to_sequence(shards, *call))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         check_first_derivative()
-        return (None, None, *_to_heads(grads, *ctx.call))
+        return (None, *_to_heads(grads, *ctx.call))
 
 
-def _to_heads(shards: Sequence[Tensor], grid: Grid, label: str) -> list[Tensor]:
+def _to_heads(shards: Sequence[Tensor], grid: Grid, label: str, packing: Packing | None) -> list[Tensor]:
     # [2n, b, heads, d] -> for each rank of the group the contiguous [2, n, b, heads/U, d] that it is to have
-    parts = [torch.stack(x.unflatten(0, (2, -1)).chunk(grid.heads, dim=3)) for x in shards]
+    if packing is None or packing.one:
+        parts = [torch.stack(x.unflatten(0, (2, -1)).chunk(grid.heads, dim=3)) for x in shards]
+    else:
+        shape = grid.heads, 2, packing.tokens, 1
+        rows = packing.spread_rows(grid.heads)
+        parts = [_parts_of_rows(x, grid.heads).index_select(0, rows).view(*shape, -1, x.size(3)) for x in shards]
     results = [part.new_empty((2, grid.heads, *part.shape[2:])) for part in parts]
     _exchange([_by_half(part) for part in parts], [_in_sequence(result) for result in results], grid, label)
+    if packing is not None:
+        return [packing.by_sequence(result.flatten(0, 1)) for result in results]
     return [result.flatten(0, 2) for result in results]
 
 
-def _to_sequence(shards: Sequence[Tensor], grid: Grid, label: str) -> list[Tensor]:
+def _to_sequence(shards: Sequence[Tensor], grid: Grid, label: str, packing: Packing | None) -> list[Tensor]:
+    if packing is not None:
+        shards = [packing.by_slot(x, 2 * grid.heads).flatten(0, 1) for x in shards]
     wide = [x.contiguous().unflatten(0, (2, grid.heads, -1)) for x in shards]
     results = [x.new_empty((grid.heads, 2, *x.shape[2:])) for x in wide]
     _exchange([_in_sequence(x) for x in wide], [_by_half(result) for result in results], grid, label)
     # [U, 2, n, b, heads/U, d] -> [2n, b, heads, d]
+    if packing is not None and not packing.one:
+        rows = packing.collected_rows(grid.heads)
+        return [
+            x.flatten(0, 3).flatten(1).index_select(0, rows).view(2 * packing.tokens, 1, -1, x.size(5)) for x in results
+        ]
     return [result.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(0, 1) for result in results]
+
+
+def _parts_of_rows(x: Tensor, parts: int) -> Tensor:
+    """[t, 1, heads, d] -> [t * parts, heads/parts * d]."""
+    return x.reshape(x.size(0) * parts, -1)
 
 
 type _Chunks = tuple[Sequence[Tensor], Sequence[Tensor]]
