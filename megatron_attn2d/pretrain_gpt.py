@@ -6,12 +6,13 @@ rank. Attention goes through `attention2d_layer_spec`, unless `--spec` names ano
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -24,6 +25,7 @@ from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.megatron import agreement, compat, cpu, derive, progress, wandb_run
 from megatron_attn2d.megatron.fitting import fitting
 from megatron_attn2d.megatron.integrity import verified
+from megatron_attn2d.megatron.patching import Patch, applied
 from megatron_attn2d.megatron.retention import retained
 
 Batch = dict[str, torch.Tensor | None]
@@ -116,6 +118,7 @@ def _pretrain(given: int, console: TextIO) -> None:
         stack.enter_context(fitting())
         stack.enter_context(verified())
         stack.enter_context(checked_for_finiteness(args))
+        stack.enter_context(_checked_buffers())
         stack.enter_context(agreement.agreed(sys.argv[1:]))
         stack.enter_context(announced(args, sys.argv[1 + given :], console))
         if args.attention_self_check:
@@ -206,6 +209,32 @@ def _check_vocabulary(largest: int, where: str) -> None:
         )
 
 
+def _check_batch(held: Batch) -> None:
+    """Raise UsageError if a batch holds a token outside the vocabulary; on the CPU, where it takes microseconds.
+
+    A batch on the GPU is one of an iteration's CUDA graph: reading it would break the capture. `_checked_buffers` has
+    looked at it before.
+    """
+    ids = [int(t.max()) for key in ("tokens", "labels") if (t := held.get(key)) is not None and not t.is_cuda]
+    if ids:
+        _check_vocabulary(max(ids), "a batch")
+
+
+def _checked_buffers() -> AbstractContextManager[None]:
+    """While entered, batches are looked at before they go into the buffers of an iteration's CUDA graph."""
+
+    def check_first(load: Any) -> Any:
+        @functools.wraps(load)
+        def loaded(loader: Any, inputs: Any, stage: str, microbatch: int) -> Any:
+            _check_batch(inputs[0] if isinstance(inputs, tuple) else inputs)
+            return load(loader, inputs, stage, microbatch)
+
+        return loaded
+
+    reason = "replays of a CUDA graph don't come by where batches are looked at else"
+    return applied([Patch("megatron.core.full_cuda_graph:StaticBufferLoader.__call__", check_first, reason)])
+
+
 def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
     """This rank's part of the next batch, [b, s/cp] each: its zigzag chunks, and only what its pipeline stage uses."""
     from megatron.core import parallel_state as mpu
@@ -223,8 +252,7 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert iterator is not None
         held = next(iterator)
-        ids = [int(t.max()) for key in ("tokens", "labels") if (t := held.get(key)) is not None]
-        _check_vocabulary(max(ids), "a batch")  # on the CPU: microseconds
+        _check_batch(held)
         batch = {key: t.cuda(non_blocking=True) if (t := held.get(key)) is not None else None for key in keys}
     batch = get_batch_on_this_tp_rank(
         batch,

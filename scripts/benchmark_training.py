@@ -2,13 +2,14 @@
 """Time whole training steps under ring attention and attention2d, side by side, and compare their losses.
 
     python scripts/benchmark_training.py --ranks 2 --seq 65536 131072
-    python scripts/benchmark_training.py --ranks 2 --per-rank 4096 --graphs none attention layer iteration
+    python scripts/benchmark_training.py --ranks 2 --per-rank 4096 --steps 15 --graphs none layer attention
     python scripts/benchmark_training.py --ranks 2 --seq 16384 --fp8 none delayed tensorwise blockwise
 
 Trains the GPT of benchmark_training.yaml from the same seed for some steps with each mode, all ranks as context ranks,
 through `megatron-attn2d train`; with each of `--graphs` (training.cuda_graphs) and of `--fp8` (training.fp8). Where
 Transformer Engine is installed, `ring` is its p2p and `all_gather` its own too. Tokens/s are the median over the steps
-after the first five; the loss column is the largest relative difference of a step's loss from the first row's.
+after the first five. Factors are over the mode's own first row (`own`), and over the first mode under the same graphs
+and FP8. The loss column is the largest relative difference of a step's loss from the first row's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from watched import end
+from watched import brief, end
 
 from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.metrics import read_steps
@@ -69,16 +70,15 @@ def main() -> None:
     cases = [Case(*case) for case in itertools.product(args.modes, args.graphs, args.fp8)]
     failed = False
     for seq in [args.per_rank * args.ranks] if args.per_rank else args.seq:
-        base: list[dict[str, Any]] = []
+        found: dict[Case, list[dict[str, Any]]] = {}
         for case in cases:
             try:
-                steps = train(args, seq, case)
+                found[case] = train(args, seq, case)
             except TrainingError as error:
                 failed = True
-                print(f"S={seq:7d} {case.label} failed:\n{error}", flush=True)
-                continue
-            base = base or steps
-            show(seq, case.label, steps, base)
+                print(f"S={seq:7d} {case.label:32s} FAILED  {brief(str(error))}", flush=True)
+            else:
+                print(row(seq, case, found, cases), flush=True)
     sys.exit(failed)
 
 
@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, seq: int, case: Case) -> list[dict[str, Any]
         f"environment.gpus_per_node={args.ranks}",
         *args.overrides,
     ]
-    return run(ROOT / "scripts/benchmark_training.yaml", args.ranks, overrides, args.timeout)
+    return run(ROOT / "scripts/benchmark_training.yaml", args.ranks, overrides, args.timeout, torchrun=False)
 
 
 def run(
@@ -165,15 +165,20 @@ def summary(steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str
     }
 
 
-def show(seq: int, label: str, steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> None:
-    """Print a row."""
-    row, first = summary(steps, base), summary(base, base)
-    print(
-        f"S={seq:7d} {label:29s} {row['tokens_per_s']:9.0f} tokens/s "
-        f"{row['tokens_per_s'] / first['tokens_per_s']:6.3f}x  {row['tflops']:6.1f} TFLOP/s per rank "
-        f"{row['memory_gib']:6.2f} GiB  loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}, "
-        f"apart {row['apart']:.1e}",
-        flush=True,
+def row(seq: int, case: Case, found: dict[Case, list[dict[str, Any]]], cases: list[Case]) -> str:
+    """A line on the latest of the runs that are found; `cases` are all that were asked for."""
+    said = summary(found[case], next(iter(found.values())))
+    rate, factors = said["tokens_per_s"], []
+    for name, other in (
+        ("own", case._replace(graphs=cases[0].graphs, fp8=cases[0].fp8)),
+        (cases[0].mode, case._replace(mode=cases[0].mode)),
+    ):
+        of = rate / summary(found[other], found[other])["tokens_per_s"] if other in found else float("nan")
+        factors.append(f"{of:6.3f}x {name}")
+    return (
+        f"S={seq:7d} {case.label:32s} {rate:9.0f} tokens/s {'  '.join(factors)} {said['tflops']:6.1f} TFLOP/s per rank "
+        f"{said['memory_gib']:6.2f} GiB  loss {said['first_loss']:.4f} -> {said['last_loss']:.4f}, "
+        f"apart {said['apart']:.1e}"
     )
 
 

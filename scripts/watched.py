@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,20 @@ def last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
     return (errors or lines or ["no output"])[-1][:160]
+
+
+def brief(text: str, most: int = 15) -> str:
+    """Of what a failed program printed: the first error, then lines of its traceback, or the end if there is none."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not _CHATTER.search(line)]
+    blamed = next((i for i, line in enumerate(lines) if "the other ranks were stopped" in line), 0)
+    at = next((i for i, line in enumerate(lines) if i >= blamed and _ERROR.search(line)), None)
+    if at is None:
+        return "\n".join(lines[:1] + lines[1:][1 - most :])
+    return "\n".join([lines[at].strip()[:500], *lines[max(0, at - most + 1) : at]])
+
+
+_ERROR = re.compile(r"^\s*(\[rank\d+\]:\s*)?[\w.]*(Error|Exception)(: |$)|^config error|ended by SIG")
+_CHATTER = re.compile(r"\b(INFO|WARNING)\b|Warning:|warnings\.warn")
 
 
 def python(script: Path, *arguments: str) -> list[str]:

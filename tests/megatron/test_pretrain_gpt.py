@@ -7,6 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_attn2d import pretrain_gpt
+from megatron_attn2d.config.errors import UsageError
 from tests.megatron.runs import arguments, train
 from tests.pool import RankFailed, RankPool
 
@@ -60,6 +62,20 @@ def test_ids_outside_the_vocabulary_are_refused(scanned: bool, where: str, text:
     message = rf"UsageError: \S*{where} holds token \d+, and the vocabulary of NullTokenizer has 100, from 0"
     with pytest.raises(RankFailed, match=message):
         pool.run(_run_scanned, 2, scanned, arguments(run_dir=tmp_path, **options))
+
+
+def test_batches_are_looked_at_before_a_graph_reads_them() -> None:
+    from megatron.core.full_cuda_graph import StaticBufferLoader
+
+    batch = {"tokens": torch.tensor([[3, 7]]), "labels": torch.tensor([[7, 9]]), "attention_mask": None}
+    with mock.patch.object(pretrain_gpt, "_check_vocabulary", side_effect=UsageError) as check:
+        with pretrain_gpt._checked_buffers():
+            for held in (batch, (batch,)):
+                with pytest.raises(UsageError):
+                    StaticBufferLoader.__call__(mock.Mock(), held, "training", 0)
+        on_gpu = {key: mock.Mock(is_cuda=True, max=mock.Mock(side_effect=AssertionError)) for key in batch}
+        pretrain_gpt._check_batch(on_gpu)
+    assert check.call_args_list == [mock.call(9, "a batch")] * 2
 
 
 def test_frequencies_of_rope_are_scaled_by_the_factor_given(pool: RankPool, tmp_path: Path) -> None:
