@@ -69,11 +69,8 @@ def relay_of(routes: Routes, node: Sequence[int], rank: int, slots: Sequence[Chu
     passed: dict[tuple[int, int], set[Chunk]] = {}
     for message in routes.within:
         passed.setdefault((message.sender, message.receiver), set()).add(message.chunk)
-    held: dict[int, list[Chunk]] = {each: [] for each in order}
-    for half in (LOWER, UPPER):
-        for each in order:
-            if any(Chunk(each, half) in chunks for (sender, _), chunks in passed.items() if sender == each):
-                held[each].append(Chunk(each, half))
+    owned = {chunk for (sender, _), chunks in passed.items() for chunk in chunks if chunk.rank == sender}
+    held = {each: [Chunk(each, half) for half in (LOWER, UPPER) if Chunk(each, half) in owned] for each in order}
     halves = tuple(chunk.half for chunk in held[rank])
     for message in sorted(routes.between, key=lambda m: m.chunk.token_order):
         held[message.receiver].append(message.chunk)
@@ -122,8 +119,10 @@ def _runs(sender: int, receiver: int, held: Sequence[Chunk], chunks: set[Chunk])
 
 @dataclass(frozen=True, kw_only=True)
 class RelayAxis(Axis):
-    """Several ranks share a node. There are two launches: `gather` makes the second in `wait`; `give_back` waits for
-    its first, within nodes, before it makes the second and returns.
+    """Several ranks share a node, so that there are two launches, between nodes and within.
+
+    `gather` makes the second in `wait`; `give_back` waits for its first, within nodes, before it makes the second and
+    returns.
     """
 
     relay: Relay

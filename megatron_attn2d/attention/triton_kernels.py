@@ -313,9 +313,7 @@ class _Stacks(NamedTuple):
 
         Its time counts: a call makes it twice or three times, and a comparison of tensors costs a microsecond.
         """
-        at: dict[
-            object, int
-        ] = {}  # position of the first partial result of these strides in its chunk, the second, ...
+        at: dict[object, int] = {}  # position of a chunk's first partial result of these strides, of its second, ...
         samples: list[tuple[Tensor, ...]] = []
         layouts: list[list[tuple[int, ...]]] = []
         by_position: list[dict[int, tuple[Tensor, ...]]] = []
