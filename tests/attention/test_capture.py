@@ -65,7 +65,7 @@ def waits_nowhere(rank: int, layout: tuple[int, ...] | None, **how: Any) -> bool
     patches: list[Any] = []
     if "cu_seqlens" in how:
         q, k, v, dout = (x[:, 0].detach().requires_grad_() for x in (q, k, v, dout))
-        how["cu_seqlens"] = torch.tensor(how["cu_seqlens"])
+        how |= {name: torch.tensor(totals) for name, totals in how.items() if name.startswith("cu_seqlens")}
         patches.append(mock.patch.object(Packing, "on_gpu", lambda totals: isinstance(totals, Tensor)))
         patches += [mock.patch.object(module, "choose_kernel", return_value=Blind()) for module in (grids, rings)]
 
@@ -101,7 +101,10 @@ def waits_nowhere(rank: int, layout: tuple[int, ...] | None, **how: Any) -> bool
         ((1, 2, 2, 1, 2), {}),
         ((1, 2, 2), {"cu_seqlens": (0, 24, 64)}),
         ((2, 2, 1), {"cu_seqlens": (0, 24, 64), "window": (5, 3), "causal": False}),
+        ((1, 2, 2), {"cu_seqlens": (0, 20, 60, 60), "cu_seqlens_padded": (0, 24, 64, 64), "max_seqlen": 40}),
+        ((4, 1, 1), {"cu_seqlens": (0, 0, 0)}),
         (None, {"cu_seqlens": (0, 24, 64)}),
+        (None, {"cu_seqlens": (0, 20, 60, 60), "cu_seqlens_padded": (0, 24, 64, 64), "causal": False}),
         (None, {"dropout": 0.1}),
         (None, {"window": (5, 0), "sinks": True}),
     ],

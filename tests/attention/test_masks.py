@@ -183,6 +183,9 @@ PACKS: list[dict[str, Any]] = [
     {"lengths": [of(3, 1), of(0), of(1, 1), of(2, 5)], "causal": False, "rest": 1, "on_gpu": True},
     {"lengths": [of(3, 1), of(2, 100)], "window": (4, 0), "on_gpu": True},
     {"lengths": [of(3, 1), of(0), of(2)], "window": (2, 1), "causal": False, "on_gpu": True},
+    # What Megatron passes while it warms up a CUDA graph: buffers of zeros.
+    {"lengths": [of(0), of(0)], "rest": 3, "on_gpu": True},
+    {"lengths": [of(0)], "window": (2, 1), "causal": False, "rest": 2, "on_gpu": True},
 ]
 
 

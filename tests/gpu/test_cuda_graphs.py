@@ -1,6 +1,8 @@
-"""Megatron's attention module in a CUDA graph: each replay drops other probabilities."""
+"""Megatron's attention module in a CUDA graph: replays drop other probabilities, and read totals of packs anew."""
 
 from __future__ import annotations
+
+from itertools import accumulate
 
 import pytest
 import torch
@@ -48,3 +50,57 @@ def test_each_replay_drops_others(pool: RankPool, te_tracker: bool) -> None:
     [(first, second)] = pool.run(replays, 1, te_tracker, init_group=False)
     assert first.isfinite().all()
     assert (first != second).any()
+
+
+PACKS = [((100, 60), (128, 64)), ((1, 37, 200), (8, 40, 208)), ((256,), (256,))]
+"""Tokens of sequences and the places that they are padded to, for 256 tokens in four bins."""
+
+
+def packed_replays(rank: int, ranks: int) -> list[float]:
+    """How far replays, one for each of PACKS, are from calls that know the totals, over the largest value."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.enums import AttnMaskType
+
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl")
+    tokens = 256
+    changes = {"cuda_graph_impl": "local", "cuda_graph_modules": [], "kv_channels": 64}
+    mode, sizes = ("attention2d", [1, ranks]) if ranks > 1 else (None, None)
+    differences = []
+    with built(ranks, mode, sizes, params_dtype=torch.bfloat16, **changes) as module:
+        q, k, v = (
+            torch.randn(tokens // ranks, heads, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            for heads in (4, 2, 2)
+        )
+        dout = torch.randn(tokens // ranks, 4 * 64, device="cuda", dtype=torch.bfloat16)
+        totals, padded = (torch.zeros(5, dtype=torch.int32, device="cuda") for _ in range(2))  # as while it warms up
+
+        def call() -> list[torch.Tensor]:
+            packing = PackedSeqParams("thd", totals, totals, padded, padded, max_seqlen_q=tokens, max_seqlen_kv=tokens)
+            out = module(q, k, v, None, attn_mask_type=AttnMaskType.padding_causal, packed_seq_params=packing)
+            return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            static = call()
+        module.captured = False
+        for lengths, places in PACKS:
+            for bins, parts in ((totals, lengths), (padded, places)):
+                ends = [*accumulate(parts)]
+                bins[1:] = torch.tensor([*ends, *[ends[-1]] * (4 - len(ends))])
+            graph.replay()
+            differences += [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(static, call(), strict=True)]
+        graph.reset()
+    return differences
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_replays_read_totals_of_packs(pool: RankPool, ranks: int) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} CUDA devices")
+    for differences in pool.run(packed_replays, ranks, ranks, init_group=False):
+        assert max(differences) <= 2e-2, differences
