@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_attn2d.planner.cost import CLOSE, Cluster, Prediction
-from megatron_attn2d.planner.run import cluster, described, predictions, workload
+from megatron_attn2d.planner.cost import CLOSE, Candidate, Cluster, Prediction, predict
+from megatron_attn2d.planner.run import chosen_grid, cluster, described, missing_rates, predictions, workload
 from megatron_attn2d.planner.traffic import Workload
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def report(run: RunConfig) -> str:
         )
     if run.megatron_args.get("window_size"):
         lines += ["", "megatron_args.window_size is not counted: these are predictions for full causal attention"]
-    return "\n".join([*lines, "", verdict(found)])
+    return "\n".join([*lines, "", verdict(found), *waiting_for_the_cpu(run)])
 
 
 def verdict(found: Sequence[Prediction]) -> str:
@@ -62,6 +62,29 @@ def verdict(found: Sequence[Prediction]) -> str:
     if best.total_s * CLOSE > plain.total_s:
         return f"Take all_gather: with so few key/value heads nothing beats gathering them ({bound} in a ring)."
     return f"Take {best.candidate.label}: {ring.total_s / best.total_s:.2f}x as fast as a ring; there, {bound}."
+
+
+def waiting_for_the_cpu(run: RunConfig) -> list[str]:
+    """A sentence where the CPU takes longer to start the attention of a layer than the GPU to run it.
+
+    It is on the run's own mode and grid. Nothing is said where the YAML does not describe the cluster, or where CUDA
+    graphs start everything at once.
+    """
+    size, mode = run.context_parallel.size, run.context_parallel.mode
+    if size == 1 or missing_rates(run):
+        return []
+    shape = chosen_grid(run) if mode == "attention2d" else None
+    axes = shape.axes if shape else {"all_gather": (1, size, 1), "ulysses": (size, 1, 1)}.get(mode)
+    tile = shape.tile if shape and shape.tile != (shape.axes[1], 1) else None
+    groups = [shape.head_groups] if shape else [1]
+    found = predict(Candidate(mode, axes, tile), size, workload(run), cluster(run), groups)
+    if found.total_s <= CLOSE * found.device_s:
+        return []
+    return [
+        f"The CPU decides: it takes {found.total_s * 1e3:.2f} ms to start the attention of a layer "
+        f"({found.candidate.label}), whose kernels and messages take {found.device_s * 1e3:.2f} ms. With CUDA graphs "
+        f"(training.cuda_graphs=layer) attention is up to {found.total_s / found.device_s:.1f}x as fast."
+    ]
 
 
 def draw(run: RunConfig, path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megatron_attn2d.config import load_run
 from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.planner.cost import Candidate, predict
-from megatron_attn2d.planner.run import cluster, workload
+from megatron_attn2d.planner.report import report, waiting_for_the_cpu
+from megatron_attn2d.planner.run import cluster, missing_rates, workload
 
 RING, ROWS, COLUMNS, HEADS = (None, (1, 2, 1), (1, 1, 2), (2, 1, 1))
 MEASURED = [  # tokens, heads, axes, milliseconds forward and backward; the ring is Transformer Engine's p2p
@@ -83,6 +86,30 @@ def test_a_cuda_graph_has_no_launches() -> None:
     found = predict(Candidate("attention2d", ROWS, None), 2, workload(run), cluster(run))
     assert found.device_s * 1e3 == pytest.approx(2.860, rel=0.1)
     assert found.total_s > 1.3 * found.device_s
+
+
+@pytest.mark.parametrize(
+    ("seq", "overrides", "said"),
+    [
+        (
+            8192,
+            [],
+            r"The CPU decides: .* \(attention2d .*training.cuda_graphs=layer\) attention is up to \d\.\dx",
+        ),
+        (8192, ["context_parallel.mode=ring"], r"The CPU decides: .* \(ring\)"),
+        (8192, ["context_parallel.mode=ulysses"], r"The CPU decides: .* \(ulysses\)"),
+        (8192, ["training.cuda_graphs=layer"], None),
+        (8192, ["cluster.launch_us=null"], None),
+        (8192, ["cluster.nic_gb_per_s=null"], None),
+        (131072, [], None),
+    ],
+)
+def test_a_run_that_waits_for_the_cpu_is_told_of_graphs(seq: int, overrides: list[str], said: str | None) -> None:
+    run = on_gpus(2, seq, "12/12", *overrides)
+    found = "".join(waiting_for_the_cpu(run))
+    assert re.search(said, found) if said else found == ""
+    if not missing_rates(run):
+        assert found in report(run)
 
 
 @pytest.mark.parametrize("seq", [16384, 32768, 65536, 131072])
