@@ -1,7 +1,8 @@
 """The entry point: what it refuses, and that it can be called again and again."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from megatron_attn2d import pretrain_gpt
 from megatron_attn2d.config.errors import UsageError
-from tests.megatron.runs import arguments, train
+from tests.attention.test_capture import WAITS, Refuses
+from tests.megatron.runs import arguments, context_parallel, metrics, train
 from tests.pool import RankFailed, RankPool
 
 
@@ -76,6 +78,40 @@ def test_batches_are_looked_at_before_a_graph_reads_them() -> None:
         on_gpu = {key: mock.Mock(is_cuda=True, max=mock.Mock(side_effect=AssertionError)) for key in batch}
         pretrain_gpt._check_batch(on_gpu)
     assert check.call_args_list == [mock.call(9, "a batch")] * 2
+
+
+def _run_without_waiting(rank: int, args: list[str]) -> None:
+    """Passes of the second step as an iteration's CUDA graph captures them: who waits for the GPU there fails."""
+    from megatron.training import training
+
+    steps: list[int] = []
+
+    def passes(get: Any) -> Any:
+        def watched(**asked: Any) -> Any:
+            steps.append(len(steps))
+            with ExitStack() as stack:
+                if len(steps) == 1:  # ranks compare what they ask for
+                    return get()(**asked)
+                for name in WAITS:
+                    fails = mock.Mock(side_effect=AssertionError(f"Tensor.{name} waits for the GPU"))
+                    stack.enter_context(mock.patch.object(torch.Tensor, name, fails))
+                stack.enter_context(Refuses())
+                return get()(**asked)
+
+        return lambda *_, **__: watched
+
+    with (
+        mock.patch.object(training, "get_forward_backward_func", passes(training.get_forward_backward_func)),
+        mock.patch.object(pretrain_gpt, "_check_batch"),  # which leaves batches on a GPU alone
+    ):
+        pretrain_gpt.main(args)
+
+
+def test_passes_of_a_step_wait_nowhere_for_the_gpu(pool: RankPool, tmp_path: Path) -> None:
+    options = {"mock_data": True, "num_layers": 1, "train_iters": 2, "no_check_for_nan_in_loss_and_grad": True}
+    options |= context_parallel("attention2d", 2, 1)
+    pool.run(_run_without_waiting, 2, arguments(run_dir=tmp_path, **options))
+    assert len(metrics(tmp_path)) == 2
 
 
 def test_frequencies_of_rope_are_scaled_by_the_factor_given(pool: RankPool, tmp_path: Path) -> None:
