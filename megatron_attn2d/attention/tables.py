@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -124,6 +124,7 @@ class _Rows:
         )
 
     def tables(self, band: Band, share_keys: bool) -> TileTables:
+        """See `tile_tables`."""
         if not self._queries or not self._keys:
             return TileTables((), ())
         if band in (FULL, CAUSAL):
@@ -183,6 +184,7 @@ class _Rows:
         return TileTables((KeyGroup(together, len(plan.keys), all_keys),) if calls else (), covered)
 
     def _of_window(self, band: Band) -> TileTables:
+        """Full rectangles and edges before each chunk of queries, and after it where the window reaches ahead."""
         pieces = [(0, FULL, piece) for piece in self._apart(self._seen_before(band))]
         if band.left is not None:
             pieces.append((1, Band(0, None), self._left_edge(band.left)))
@@ -236,7 +238,7 @@ class _Rows:
         q_length, k_length = torch.where(empty, 0, rows), torch.where(empty, 0, end - key)
         return _Pieces(q_start, q_length, len(self._keys) * self._offset + key, k_length)
 
-    @property
+    @cached_property
     def _at(self) -> Tensor:
         """The first position of each chunk of queries."""
         return torch.cat([self._n * position for position in self._queries], 1)
