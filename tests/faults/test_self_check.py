@@ -72,7 +72,7 @@ def broken(rank: int, cp_comm_type: str, sizes: list[int] | None, how: str) -> s
                 mock.patch.object(ring, "row_statistics", lambda dout, out, lse: torch.stack((lse, lse * 0), 1)),
             ],
         }[how]
-        layout._plan_of_sequence.cache_clear()
+        layout.tile_plan.cache_clear()
         for patch in patches:
             patch.start()
         try:
@@ -82,7 +82,7 @@ def broken(rank: int, cp_comm_type: str, sizes: list[int] | None, how: str) -> s
         finally:
             for patch in patches:
                 patch.stop()
-            layout._plan_of_sequence.cache_clear()
+            layout.tile_plan.cache_clear()
     return ""
 
 

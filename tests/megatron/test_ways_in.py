@@ -18,7 +18,7 @@ from tests.megatron.runs import arguments, context_parallel, train_rank
 from tests.megatron.test_layer_spec import SPEC
 from tests.pool import RankPool
 
-Layers = list[tuple[int, str, tuple[int, int] | None]]
+Layers = list[tuple[int, str, tuple[int, int] | None, int]]
 
 YAML = """
 model: {num_layers: 2, hidden_size: 64, num_attention_heads: 4}
@@ -34,16 +34,19 @@ environment: {device: cpu}
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("context_parallel.grid=[2, 1]", [(1, "attention2d", (2, 1)), (2, "attention2d", (2, 1))]),
-        ("context_parallel.grid=[1, 2]", [(1, "attention2d", (1, 2)), (2, "attention2d", (1, 2))]),
-        ("context_parallel.mode=ring", [(1, "p2p", None), (2, "p2p", None)]),
+        ("context_parallel.grid=[2, 1]", [(1, "attention2d", (2, 1), 1), (2, "attention2d", (2, 1), 1)]),
+        (
+            "context_parallel={size: 2, grid: [1, 2], head_groups: 2}",
+            [(1, "attention2d", (1, 2), 2), (2, "attention2d", (1, 2), 2)],
+        ),
+        ("context_parallel.mode=ring", [(1, "p2p", None, 1), (2, "p2p", None, 1)]),
         (
             "context_parallel={size: 2, grid: [1, 2], layer_modes: [ring, attention2d]}",
-            [(1, "p2p", None), (2, "attention2d", (1, 2))],
+            [(1, "p2p", None, 1), (2, "attention2d", (1, 2), 1)],
         ),
         (
             "megatron_args={hybrid_layer_pattern: '*-*-'}",
-            [(1, "attention2d", (1, 2)), (3, "attention2d", (1, 2))],
+            [(1, "attention2d", (1, 2), 1), (3, "attention2d", (1, 2), 1)],
         ),
     ],
 )
@@ -54,7 +57,7 @@ def test_our_yaml(override: str, expected: Layers, pool: RankPool, tmp_path: Pat
 
 
 def _layers(rank: int, args: list[str]) -> Layers:
-    """Number, mode and grid of the attention in each layer of the model that is trained."""
+    """Number, mode, grid and head groups of the attention in each layer of the model that is trained."""
     from megatron.training import training
 
     from megatron_attn2d.megatron.self_check import attentions
@@ -65,7 +68,7 @@ def _layers(rank: int, args: list[str]) -> Layers:
     def train(step: Any, model: Any, *rest: Any, **kwargs: Any) -> Any:
         for one in attentions(model):
             shape = None if one.ring is not None else (one.grid.rows, one.grid.cols)
-            found.append((one.layer_number, one.mode, shape))
+            found.append((one.layer_number, one.mode, shape, one.head_groups))
         return original(step, model, *rest, **kwargs)
 
     with mock.patch.object(training, "train", train):
