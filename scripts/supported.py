@@ -1,4 +1,4 @@
-"""Print README's table of supported attention, from what the tests run: `python -m scripts.supported`."""
+"""Print docs/supported.md's table of supported attention, from what the tests run: `python -m scripts.supported`."""
 
 from tests.attention.support import table
 

@@ -1,5 +1,5 @@
 """What is supported: the configurations that Transformer Engine tests its context parallelism with, and what becomes of
-each here. `test_support` runs them; `scripts/supported.py` prints them as README's table.
+each here. `test_support` runs them; `scripts/supported.py` prints them as the table of docs/supported.md.
 """
 
 from __future__ import annotations

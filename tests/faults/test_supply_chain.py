@@ -103,7 +103,7 @@ TRUSTED = {
         "torch.load(weights_only=False) in torch/distributed/checkpoint/default_planner.py",
     ),
 }
-"""What upstream unpickles without a limit, as the README says: arguments and random states are objects."""
+"""What upstream unpickles without a limit, as docs/guarantees.md says: arguments and random states are objects."""
 LIMITED = ("a tensor in a .distcp file", "torch.load(weights_only=True) in torch/distributed/checkpoint/filesystem.py")
 
 
