@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import accumulate
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.megatron import compat, cpu
 from megatron_attn2d.megatron.patching import Patch, UpstreamChangedError, applied
 from tests.attention.dense import packed_zigzag
@@ -52,6 +54,8 @@ TESTED_BELOW = {
     "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq",
     "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache",
     "megatron.core.models.hybrid.hybrid_block:TENorm",
+    "megatron.core.transformer.transformer_layer:TransformerLayer.get_layer_static_inputs",
+    "megatron.core.transformer.transformer_layer:TransformerLayer._get_te_cuda_graph_replay_args",
 }
 
 
@@ -321,6 +325,29 @@ def test_upstream_shares_a_table_of_4096_positions_out_over_any_number_of_ranks(
             assert angles().shape[0] == 4
 
 
+def test_upstream_gives_each_graph_a_mask_that_nobody_reads() -> None:
+    from megatron.core.transformer import transformer_layer
+
+    sizes = {"context_parallel_size": 2, "tensor_model_parallel_size": 1, "sequence_parallel": False, "hidden_size": 4}
+    config = SimpleNamespace(**sizes, cuda_graph_modules=[], fine_grained_activation_offloading=False)
+    layer: Any = transformer_layer.TransformerLayer.__new__(transformer_layer.TransformerLayer)
+    layer.__dict__.update(config=config, self_attention=None, training=True)
+
+    def masks() -> list[Tensor | None]:
+        captured = layer.get_layer_static_inputs(8, 1)
+        _, replayed = layer._get_te_cuda_graph_replay_args(torch.ones(4, 1, 4), attention_mask=None)
+        return [captured.get("attention_mask"), replayed.get("attention_mask")]
+
+    with (
+        mock.patch.object(torch.cuda, "current_device", return_value="cpu"),
+        mock.patch.dict(sys.modules, {"transformer_engine": mock.Mock(), "transformer_engine.pytorch": mock.Mock()}),
+        mock.patch.object(transformer_layer, "is_te_min_version", return_value=True),
+    ):
+        assert [mask.shape for mask in masks() if mask is not None] == [(1, 1, 4, 8)] * 2
+        with applied([patch for target, patch in BY_TARGET.items() if "TransformerLayer" in target]):
+            assert masks() == [None, None]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="for hosts without it")
 def test_upstream_ends_hybrid_models_with_a_norm_of_transformer_engine() -> None:
     from megatron.core.models.hybrid import hybrid_block
@@ -366,5 +393,5 @@ def _train_without(rank: int, target: str | None, *runs: list[str]) -> Tensors |
     ):
         try:
             return [_train_states(rank, args, sigterm_at=None) for args in runs][-1]
-        except (RuntimeError, AssertionError, KeyError):
+        except (RuntimeError, AssertionError, KeyError, UsageError):
             return None
