@@ -30,7 +30,7 @@ _STRIDE = 1 << 48
 
 @dataclass(frozen=True)
 class Repeats:
-    """Tokens to come, and how many of them have been trained on, in the order that comes and had nothing changed."""
+    """Tokens to come and how many of them have been trained on: as the run goes on, and if nothing had changed."""
 
     following: int
     seen: int
@@ -56,14 +56,17 @@ def told(before: RunConfig, now: RunConfig, step: int) -> str:
     if epochs * sum(len(_lengths(prefix)) for prefix in prefixes) > _MOST:
         share = min(1.0, consumed_samples(before, step) * before.training.seq_length / _tokens(before))
         return (
-            f"of the tokens that follow {share:.0%} have been trained on before, as is to be expected of data that is "
+            f"about {share:.0%} of the tokens to come have been trained on before, as is to be expected where data is "
             "dealt anew (not counted: too many documents)"
         )
     found = repeats(before, now, step)
-    text = f"of the {found.following:,} tokens that follow {_share(found.seen, found.following)} have been trained on"
+    text = (
+        f"{_share(found.seen, found.following)} of the {found.following:,} tokens to come have been trained on before"
+    )
     if not found.unchanged_following:
-        return f"{text} before; the order that the run was begun with is at its end"
-    return f"{text} before, {_share(found.unchanged_seen, found.unchanged_following)} had nothing changed"
+        return f"{text}; the order that the run was begun with is at its end"
+    unchanged = _share(found.unchanged_seen, found.unchanged_following)
+    return f"{text}; it would be {unchanged} if nothing had changed"
 
 
 def repeats(before: RunConfig, now: RunConfig, step: int) -> Repeats:

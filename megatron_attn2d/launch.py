@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this host: CPU ranks forked from one import, or a process a GPU.
+"""Starts the ranks of a run on this host: CPU ranks forked from one import, or a process per GPU.
 
 On a cluster torchrun or Slurm start the ranks instead, and nothing here is needed.
 """

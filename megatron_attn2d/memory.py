@@ -172,7 +172,7 @@ def _tokens(run: RunConfig) -> float:
 
 
 def _kept_per_token(run: RunConfig, stage: int) -> float:
-    """Bytes of activations a token that a stage holds at its fullest."""
+    """Bytes of activations per token that a stage holds at its fullest."""
     training, parallel = run.training, run.parallelism
     layers = run.model.num_layers // parallel.pipeline
     whole, begin = _layer_per_token(run)
@@ -187,7 +187,7 @@ def _kept_per_token(run: RunConfig, stage: int) -> float:
 
 
 def _layer_per_token(run: RunConfig) -> tuple[float, float]:
-    """Bytes a token that a layer keeps, and those of its input alone."""
+    """Bytes per token that a layer keeps, and those of its input alone."""
     model, tensor, width = run.model, run.parallelism.tensor, _width(run)
     queries, keys, _ = _widths(model)
     spread = tensor if run.parallelism.sequence_parallel else 1

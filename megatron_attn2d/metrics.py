@@ -1,4 +1,4 @@
-"""Reading RUN_DIR/metrics.jsonl and validation.jsonl, which `megatron.progress` writes: a JSON object a step."""
+"""Reading RUN_DIR/metrics.jsonl and validation.jsonl, which `megatron.progress` writes: a JSON object per step."""
 
 import json
 import math

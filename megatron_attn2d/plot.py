@@ -17,7 +17,7 @@ STYLES = (
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one run, in nats a token, by step."""
+    """The losses of one run, in nats per token, by step."""
 
     name: str
     losses: dict[int, float]
@@ -70,7 +70,7 @@ def draw(curves: list[Curve], output: Path, title: str = "Training loss") -> Non
         )
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)

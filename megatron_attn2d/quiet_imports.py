@@ -8,7 +8,7 @@ Silenced while Megatron is imported, and nowhere else:
     "No CUDA runtime is found, using CUDA_HOME=..."                          from torch, for extensions nobody builds
 
 CPU ranks can have neither library, and whoever prepares data needs neither. What a run derives from a missing library
-stands in its start line. Warnings of training itself go to the rank's log.
+stands in the log of its rank 0. Warnings of training itself go to the rank's log.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs compared: loss and throughput as one PNG, and a table with a row a run."""
+"""Runs compared: loss and throughput as one PNG, and a table with a row per run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def table(runs: Sequence[Run]) -> str:
             "loss",
             "validation",
             "tokens/s",
-            "TFLOP/s a rank",
+            "TFLOP/s per rank",
             "MFU",
             "memory GiB",
             "attention waits",
@@ -142,9 +142,9 @@ def draw(runs: Sequence[Run], output: Path) -> None:
             label = f"{run.name}: {run.typical('tokens_per_s'):,.0f}"
             speed.plot(steps, _running_median(rates), label=label, **line)
     loss.set_title("Loss", loc="left", fontweight="bold")
-    loss.set_ylabel("nats a token")
+    loss.set_ylabel("nats per token")
     speed.set_title("Throughput", loc="left", fontweight="bold")
-    speed.set_ylabel("tokens a second, running median")
+    speed.set_ylabel("tokens per second, running median")
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     for axes in (loss, speed):

@@ -1,4 +1,4 @@
-"""One training a run directory: a second one would write the same checkpoints and metrics at the same time."""
+"""One training per run directory: a second one would write the same checkpoints and metrics at the same time."""
 
 from __future__ import annotations
 

@@ -291,9 +291,8 @@ def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     hosts = f"{args.hosts} hosts x {args.ranks_per_host} ranks, {args.nic} cards"
     packed = f", {first['documents']} documents" if first["documents"] else ""
     print(f"\n{hosts}, S={first['seq']}{packed}, heads {first['shape']}, fp32")
-    print(
-        "mode          forward  backward       sum   speed     predicted    received a card, u: all (no headers, plan)"
-    )
+    columns = "mode          forward  backward       sum   speed     predicted"
+    print(f"{columns}    received per card, u: all (no headers, plan)")
     base = next((r for r in rows if r["mode"] == "ring"), first)["total_s"]
     least = min(r["predicted_s"] for r in rows)
     for r in rows:

@@ -56,7 +56,7 @@ class Case(NamedTuple):
 def main() -> None:
     """Train every case and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="context-parallel ranks, a GPU each")
+    parser.add_argument("--ranks", type=int, default=2, help="context-parallel ranks, one GPU each")
     parser.add_argument("--seq", nargs="+", type=int, default=[65536, 131072])
     parser.add_argument("--per-rank", type=int, help="tokens per rank, instead of --seq")
     parser.add_argument("--modes", nargs="+", default=["ring", "attention2d"])

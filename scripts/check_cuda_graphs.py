@@ -93,7 +93,7 @@ def rows(ranks: int, quick: bool) -> list[Row]:
 def main() -> None:
     """Run everything, print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, choices=[2, 4], help="a GPU each")
+    parser.add_argument("--ranks", type=int, default=2, choices=[2, 4], help="one GPU each")
     parser.add_argument("--quick", action="store_true", help="the rows that matter most")
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--jobs", type=int, default=6, help="runs at once")

@@ -58,7 +58,7 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
         messages, kernels = spans(json.loads(path.read_text())["traceEvents"])
         total = sum(end - begin for begin, end in messages)
         print(
-            f"S={args.seq} h={args.heads[0]} {name:28s} messages {total / args.calls / 1e3:8.3f} ms a call, "
+            f"S={args.seq} h={args.heads[0]} {name:28s} messages {total / args.calls / 1e3:8.3f} ms per call, "
             f"{hidden(messages, kernels) / total if total else 0.0:4.0%} hidden; {path}",
             flush=True,
         )

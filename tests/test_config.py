@@ -146,7 +146,7 @@ REFUSED = {
         "parallelism.virtual_pipeline = 2: needs parallelism.pipeline > 1, which is 1; choose null"
     ),
     "parallelism.virtual_pipeline=2 training.micro_batch_size=4": (
-        "training.global_batch_size = 4: 1 micro-batches a replica, the interleaved schedule needs "
+        "training.global_batch_size = 4: 1 micro-batches per replica, the interleaved schedule needs "
         "parallelism.pipeline = 2; choose 8"
     ),
     "parallelism.sequence_parallel=true": (
@@ -424,11 +424,11 @@ REFUSED = {
         "megatron_args.hybrid_layer_pattern = '*E': E is a layer of experts; set megatron_args.num_experts too"
     ),
     "megatron_args.pipeline_model_parallel_layout='E(t|)*4L' training.micro_batch_size=4": (
-        "training.global_batch_size = 4: 1 micro-batches a replica, the interleaved schedule needs "
+        "training.global_batch_size = 4: 1 micro-batches per replica, the interleaved schedule needs "
         "parallelism.pipeline = 2; choose 8"
     ),
     "megatron_args.num_layers_per_virtual_pipeline_stage=1 training.micro_batch_size=4": (
-        "training.global_batch_size = 4: 1 micro-batches a replica, the interleaved schedule needs ..."
+        "training.global_batch_size = 4: 1 micro-batches per replica, the interleaved schedule needs ..."
     ),
     # arguments that were measured to change nothing
     "megatron_args.reset_position_ids=true model.position_embedding_type=rope": (
@@ -529,7 +529,7 @@ REFUSED = {
         "training.fp8 = 'delayed': needs Transformer Engine and a GPU, environment.device is cpu; choose none"
     ),
     "environment.device=cuda training.fp8=delayed training.precision=fp32": (
-        "training.fp8 = 'delayed': all but linear layers is bf16, training.precision is fp32; choose none"
+        "training.fp8 = 'delayed': what is not in FP8 is in bf16, and training.precision is fp32; choose none"
     ),
     "environment.device=cuda megatron_args.fp8_format=hybrid": (
         "training.fp8 = 'none': megatron_args.fp8_format is given; choose delayed, tensorwise or blockwise"

@@ -37,7 +37,7 @@ def test_a_picture_and_a_row_for_each_run(tmp_path: Path, capsys: pytest.Capture
         "loss": "0.2000",
         "validation": "0.4000",
         "tokens/s": "1,000",
-        "TFLOP/s a rank": "400",
+        "TFLOP/s per rank": "400",
         "MFU": "40.0%",
         "memory GiB": "61.50",
         "attention waits": "3.1%",

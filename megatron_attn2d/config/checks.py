@@ -109,7 +109,7 @@ def _check_parallelism(run: RunConfig) -> Iterator[Refusal]:
         if shard % parallel.tensor:
             yield (
                 "parallelism.sequence_parallel",
-                f"{shard} tokens a context rank do not split over parallelism.tensor = {parallel.tensor}",
+                f"{shard} tokens per context rank do not split over parallelism.tensor = {parallel.tensor}",
                 "choose false, or a training.seq_length that is a multiple of tensor * 2 * context",
             )
     stages, virtual = parallel.pipeline, parallel.virtual_pipeline
@@ -239,7 +239,7 @@ def _check_batch(run: RunConfig) -> Iterator[Refusal]:
     if _interleaves(run) and batches < stages:
         yield (
             "training.global_batch_size",
-            f"{batches} micro-batches a replica, the interleaved schedule needs parallelism.pipeline = {stages}",
+            f"{batches} micro-batches per replica, the interleaved schedule needs parallelism.pipeline = {stages}",
             f"choose {stages * step}",
         )
     method, granularity = training.recompute_method, training.recompute_granularity
@@ -298,7 +298,7 @@ def _check_fp8(run: RunConfig) -> Iterator[Refusal]:
     if training.precision != "bf16":
         yield (
             "training.fp8",
-            f"all but linear layers is bf16, training.precision is {training.precision}",
+            f"what is not in FP8 is in bf16, and training.precision is {training.precision}",
             "choose none",
         )
     ffn = model.ffn_hidden_size or 4 * model.hidden_size

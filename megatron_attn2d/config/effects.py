@@ -125,7 +125,7 @@ def _state(effect: Effect, kind: str) -> State:
 
 
 def _described(kinds: Sequence[str]) -> str:
-    """'in a GPT with rope positions and experts'"""
+    """'in a GPT whose position_embedding_type is rope'"""
     names = {"gpt": "GPT", "hybrid": "hybrid model", "mla": "GPT with latent attention", "hybrid mla": "hybrid model"}
     layers, _, positions = kinds[0].rpartition(" ")
     latent = " and latent attention" if layers == "hybrid mla" else ""

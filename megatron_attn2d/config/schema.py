@@ -148,7 +148,7 @@ class Data(Section):
     null_tokenizer_eod_id: Count | None = None
     """End-of-document token for NullTokenizer. Bytes: 256."""
     num_workers: Count | None = None
-    """Loader processes a rank. None: Megatron's 2 on GPUs, none on CPU ranks."""
+    """Loader processes per rank. None: Megatron's 2 on GPUs, none on CPU ranks."""
     data_cache_path: Path | None = None
     """Where sample indices are kept. None: beside the data."""
 
@@ -181,7 +181,7 @@ class Training(Section):
     micro_batch_size: Positive = 1
     """Sequences a forward pass."""
     global_batch_size: Positive
-    """Sequences a step, over all ranks."""
+    """Sequences per step, over all ranks."""
     train_iters: Positive
     exit_interval: Positive | None = None
     """Stop at a multiple of this step, with data and learning rate as for the whole run; train again to go on."""
@@ -198,7 +198,7 @@ class Training(Section):
     (transformer_engine, cuda_graph_modules attn), for layers with experts. iteration: all passes of a step
     (full_iteration). megatron_args.cuda_graph_impl and cuda_graph_modules choose otherwise."""
     eval_iters: Count = 0
-    """Batches an evaluation; 0 for none."""
+    """Batches per evaluation; 0 for none."""
     eval_interval: Annotated[Positive | None, NO_FLAG] = None
     """Steps between evaluations. None: only at the end."""
     recompute_granularity: Literal["full", "selective"] | None = None

@@ -62,7 +62,7 @@ def report(prefix: Path, choice: TokenizerChoice | None = None, document: int = 
     lengths = np.add.reduceat(indexed.sequence_lengths, indexed.document_indices[:-1]) if documents else np.zeros(1)
     yield f"{prefix}: {documents:,} documents, {int(lengths.sum()):,} tokens of {indexed.index.dtype.__name__}"
     shortest, median, longest = (int(f(lengths)) for f in (np.min, np.median, np.max))
-    yield f"tokens a document: {shortest:,} to {longest:,}, median {median:,}"
+    yield f"tokens per document: {shortest:,} to {longest:,}, median {median:,}"
     if known.get("skipped"):
         yield f"left out when it was built: {counted(known['skipped'])}"
     if choice is None and "tokenizer" in known:

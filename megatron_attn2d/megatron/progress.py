@@ -1,4 +1,4 @@
-"""What a run shows and records: a line a step on the console, a JSON object a step in RUN_DIR/metrics.jsonl.
+"""What a run shows and records: a line per step on the console, a JSON object per step in RUN_DIR/metrics.jsonl.
 
 The same of validation, in RUN_DIR/validation.jsonl. Upstream logs to standard output at length; with a run directory
 that goes to RUN_DIR/logs/rank-N.log instead.
@@ -49,7 +49,7 @@ class Step:
     elapsed_s: float
     """Seconds since training began, without the time before a restart that was lost."""
     tflops: float
-    """10^12 floating-point operations a second and rank, counted by upstream's formula."""
+    """10^12 floating-point operations per second and rank, counted by upstream's formula."""
     memory_gib: float
     """Of the reporting rank, in GiB: the most that tensors took on its GPU so far; on CPU its resident memory."""
     mfu: float | None = None
@@ -284,8 +284,8 @@ class Reporter:
             f"step {step.step:{len(str(total))}d}/{total}",
             "no loss: every token is masked" if step.loss is None else f"loss {step.loss:.4f}",
             f"grad norm {norm}{lr}",
-            f"{step.tokens_per_s:,.0f} tokens/s" + (f" ({step.tokens_per_s / ranks:,.0f} a {unit})" * (ranks > 1)),
-            f"{step.tflops:.3g} TFLOP/s a {unit}",
+            f"{step.tokens_per_s:,.0f} tokens/s" + (f" ({step.tokens_per_s / ranks:,.0f} per {unit})" * (ranks > 1)),
+            f"{step.tflops:.3g} TFLOP/s per {unit}",
             None if step.mfu is None else f"MFU {step.mfu:.1%}",
             f"{step.memory_gib:.2f} GiB",
             None if step.attention_wait is None else f"attention waits {step.attention_wait:.1%}",

@@ -33,7 +33,13 @@ def announced(args: Namespace, derived: Sequence[str], console: TextIO) -> Abstr
 
 
 def line(args: Namespace, attentions: Iterable[ContextParallelAttention], derived: Sequence[str]) -> str:
-    """One line, parts by semicolons; `derived` are arguments, flags and their values, that nobody gave."""
+    """One line, its parts separated by semicolons.
+
+    Args:
+        args: Megatron's arguments, as it has read them.
+        attentions: the layers' attention, one of each kind.
+        derived: flags and their values that nobody gave.
+    """
     return "; ".join(
         [
             _model(args),
@@ -43,7 +49,7 @@ def line(args: Namespace, attentions: Iterable[ContextParallelAttention], derive
             ", ".join(dict.fromkeys(_attention(one) for one in attentions))
             or f"attention of Transformer Engine ({' '.join(args.cp_comm_type)})",
             _data(args),
-            f"derived: {' '.join(derived) or 'nothing'}",
+            _derived(derived),
         ]
     )
 
@@ -52,11 +58,11 @@ def _model(args: Namespace) -> str:
     kind = "GPT" if args.hybrid_layer_pattern is None else f"hybrid {args.hybrid_layer_pattern}"
     heads = f"{args.num_attention_heads} heads"
     if args.group_query_attention:
-        heads += f" on {args.num_query_groups} of keys"
+        heads += f", {args.num_query_groups} key/value heads"
     experts = f", {args.num_experts} experts" if args.num_experts else ""
     dtype = str(args.params_dtype).removeprefix("torch.")
     layers = f"{args.num_layers} layer{'s' * (args.num_layers > 1)}"
-    return f"{kind}: {layers} x {args.hidden_size}, {heads}{experts}, {dtype}"
+    return f"{kind}: {layers}, hidden size {args.hidden_size}, {heads}{experts}, {dtype}"
 
 
 def _attention(attention: ContextParallelAttention) -> str:
@@ -79,6 +85,16 @@ def _data(args: Namespace) -> str:
     if args.mock_data:
         return "made-up data"
     return f"data {' '.join(_shortened(args.data_path or []))}, split {args.split}, seed {args.seed}"
+
+
+def _derived(arguments: Sequence[str]) -> str:
+    """Those with a value by name, and the number of the others: with their reasons they stand in the log of rank 0."""
+    flags = [word for word in arguments if word.startswith("--")]
+    named = " ".join(arguments).removeprefix("--").split(" --") if flags else []
+    named = [one for one in named if " " in one]
+    if others := len(flags) - len(named):
+        named.append(f"{others} switch{'es' * (others > 1)}")
+    return f"derived: {', '.join(named) or 'nothing'}" + (" (reasons in the log of rank 0)" if named else "")
 
 
 def _shortened(words: Sequence[str], most: int = 8) -> Iterator[str]:

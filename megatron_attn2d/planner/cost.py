@@ -42,7 +42,7 @@ class Cluster:
         nic_bytes_per_s: of the cards of a node, over its ranks.
         rank_nic_bytes_per_s: what one rank alone gets of the cards: its own, or all of those that the node shares.
         intra_latency_s, nic_latency_s: from one rank to another, for messages that fly at once.
-        message_s: what each message costs a rank besides.
+        message_s: what each message costs its rank besides.
         forward_flops, backward_flops: of the attention kernel, FLOP/s.
         launch_s: what starting a kernel call or an exchange costs the CPU, while the GPU works; 0 leaves it out.
     """
@@ -87,7 +87,7 @@ class Prediction:
         device_s: seconds of both, if starting kernels cost nothing.
         messages_s: seconds of its messages alone, both passes.
         kernels_s: seconds of its kernels alone, both passes.
-        intra_bytes, nic_bytes: received a rank within a node and from other nodes, mean over the ranks, both passes.
+        intra_bytes, nic_bytes: received per rank within a node and from other nodes, mean over the ranks, both passes.
         transient_bytes: of the backward pass at its peak, besides its inputs.
     """
 

@@ -65,8 +65,8 @@ def table(found: Growth, run: RunConfig, ranks: Sequence[int] = RANKS) -> str:
     work = workload(run)
     lines = [
         f"A layer's attention on one tensor rank, {work.seq} tokens, {work.heads}/{work.kv_heads} heads of "
-        f"{work.head_dim}, {cluster(run).ranks_per_node} context ranks a node: forward + backward, received a rank; h: "
-        "the host decides",
+        f"{work.head_dim}, {cluster(run).ranks_per_node} context ranks per node: forward + backward, received per rank;"
+        " h: the host decides",
         "  ranks" + "".join(f"{mode:>30s}" for mode in found),
     ]
     for i, count in enumerate(ranks):

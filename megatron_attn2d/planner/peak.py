@@ -1,8 +1,8 @@
 """How much memory one layer's attention takes in the backward pass at its peak, in shards of Q.
 
-Its inputs are left out, O among them. A tile has X query and Y key slots a rank: C and R, one less where only the other
-travels and own chunks stay apart. With kv = 1 / (query heads a key head), a kernel that adds dQ up in fp32, and dQ, dK,
-dV of the own chunks found before:
+Its inputs are left out, O among them. A tile has X query and Y key slots per rank: C and R, one less where only the
+other travels and own chunks stay apart. With kv = 1 / (query heads per key head), a kernel that adds dQ up in fp32, and
+dQ, dK, dV of the own chunks found before:
 
     while the tile's kernels run    Q, dO, a stand-in for O and dQ of X, K, V, dK, dV of Y; no copies of what is local
     while results return            dQ of X and dK, dV of Y, and what C - 1 and R - 1 others return

@@ -34,7 +34,7 @@ def report(run: RunConfig) -> str:
     ring = next(p for p in found if p.candidate.mode == "ring")
     unit = work.shard_bytes(run.context_parallel.size)
     lines = [
-        f"{run.context_parallel.size} context ranks, {machines.ranks_per_node} a node; a layer on one tensor rank: "
+        f"{run.context_parallel.size} context ranks, {machines.ranks_per_node} per node; a layer on one tensor rank: "
         f"{work.seq} tokens, {work.heads}/{work.kv_heads} heads of {work.head_dim}; u = {unit / 2**20:.2f} MiB",
         f"{'mode':32s}{'groups':>7s}{'forward':>11s}{'backward':>11s}{'speed':>8s}{'NVLink':>10s}{'NIC':>10s}{'memory':>10s}",
     ]

@@ -208,8 +208,8 @@ def _settings(run: RunConfig, nodes: int, directory: Path, workdir: Path) -> Ite
     yield f"max_failures={slurm.max_failures}"
     train = ["-m", "megatron_attn2d.cli", "train", str(directory / "config.yaml")]
     yield f"train=({_joined(train)})"
-    # One task a node takes all its cores; when one node fails the others end too. Whatever the job itself was given of
-    # the environment, its tasks need PYTHONPATH.
+    # One task per node takes all its cores; when one node fails the others end too. Whatever the job itself was given
+    # of the environment, its tasks need PYTHONPATH.
     srun = ["--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none", "--unbuffered"]
     yield f"srun_options=({_joined([*srun, *_container(run, workdir)])})"
 

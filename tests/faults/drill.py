@@ -114,7 +114,7 @@ def soak(count: int) -> str:
         counted = [Path(scratch, f"groups-{rank}").read_text().splitlines() for rank in range(8)]
         groups = max(int(lines[-1]) - int(lines[0]) for lines in counted)
         found = (
-            f"{memory / 2**20:+.1f} MiB, {handles:+d} file handles, {threads:+d} threads a rank since step 100, "
+            f"{memory / 2**20:+.1f} MiB, {handles:+d} file handles, {threads:+d} threads per rank since step 100, "
             f"{groups:+d} process groups of {counted[0][0]} since step 1"
         )
         if memory > 8 * 2**20 or handles > 0 or threads > 0 or any(len(lines) > 1 for lines in counted):

@@ -48,10 +48,12 @@ def test_a_start_says_in_a_line_what_trains(pool: RankPool, text: Path, tmp_path
     options = {**context_parallel("attention2d", 2, 1), "num_layers": 1, "train_iters": 1, "data_path": text}
     (_, said) = pool.run(first_line, 2, arguments(run_dir=tmp_path, **options))
     assert said.startswith(
-        "GPT: 1 layer x 64, 4 heads on 2 of keys, float32; 4 x 64 tokens per step; tensor 1 x context 2 x pipeline "
-        f"1 x data 1; mode attention2d on a grid of 2x1, kernel reference; data {text}, split 1,0,0, seed 1234; "
+        "GPT: 1 layer, hidden size 64, 4 heads, 2 key/value heads, float32; 4 x 64 tokens per step; "
+        "tensor 1 x context 2 x pipeline 1 x data 1; mode attention2d on a grid of 2x1, kernel reference; "
+        f"data {text}, split 1,0,0, seed 1234; "
     )
-    assert " --distributed-backend gloo " in said.partition("; derived: ")[2]
+    derived = said.partition("; derived: ")[2]
+    assert re.fullmatch(r"transformer-impl local, distributed-backend gloo, .*\d switches \(reasons in .*\)", derived)
 
 
 def first_line(rank: int, args: list[str]) -> str:
@@ -137,8 +139,8 @@ def test_a_line_says_how_far_how_good_how_fast_and_how_long() -> None:
     reporter(None, console)._report(8, 2.5, 1.25, 1e-3)
     assert console.getvalue().splitlines() == [
         "resumed after step 7",
-        "step  8/20  loss 2.5000  grad norm 1.250  lr 1.00e-03  400 tokens/s (200 a rank)  2 TFLOP/s a rank  1.50 GiB"
-        "  ETA 0:00:24",
+        "step  8/20  loss 2.5000  grad norm 1.250  lr 1.00e-03  400 tokens/s (200 per rank)  2 TFLOP/s per rank"
+        "  1.50 GiB  ETA 0:00:24",
     ]
 
 
@@ -155,7 +157,7 @@ def test_utilization_and_waiting_are_shown_where_they_are_known(tmp_path: Path) 
 def test_one_rank_needs_no_rate_a_rank() -> None:
     console = io.StringIO()
     reporter(None, console, rank=0, world_size=1)._report(1, 2.5, 1.25, 1e-3)
-    assert "  400 tokens/s  4 TFLOP/s a rank  " in console.getvalue()
+    assert "  400 tokens/s  4 TFLOP/s per rank  " in console.getvalue()
 
 
 def test_waiting_for_messages_is_measured_where_attention_waits() -> None:
