@@ -65,7 +65,7 @@ class TileTables:
     """The kernel calls of a tile.
 
     Attributes:
-        groups: all calls; where they share keys, the group of the most keys comes last.
+        groups: all calls; where they share keys, the group of the most keys comes last, which has all slots.
         covered: for each layer, whether its calls have every query row.
     """
 
@@ -173,8 +173,9 @@ class _Rows:
                 calls.append((rectangle, segments))
         if share_keys:
             groups = []
-            for rectangle, segments in calls:
-                slots = rectangle.last if plan.keys_travel else len(plan.keys)
+            for i, (rectangle, segments) in enumerate(calls, 1):
+                # Rows that see the last keys may all be padding: the last call that there is finds zeros for these.
+                slots = rectangle.last if plan.keys_travel and i < len(calls) else len(plan.keys)
                 groups.append(KeyGroup((Call(segments, 0),), slots, whole and slots == rectangle.last))
             all_rows = whole and sum(r.stop - r.start for r, _ in calls) == len(plan.queries)
             return TileTables(tuple(groups), (all_rows,) if calls else ())

@@ -78,6 +78,7 @@ def pairs_of(
                     seen.update((int(sequence), int(row), int(keys[k_start + j, 1])) for j in visible)
         assert set(of_keys.values()) <= {1}, "calls of a group share a key row"
         assert not group.covered or len(of_keys) == sum(group.slots * n for n in packing.chunks.tolist())
+    assert not tables.groups or tables.groups[-1].slots * packing.tokens == len(keys), "a key without a gradient"
     for layer, of_rows in layers.items():
         assert set(of_rows.values()) <= {1}, "calls of a layer share a query row"
         assert not tables.covered[layer] or len(of_rows) == len(queries)
