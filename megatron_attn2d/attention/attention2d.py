@@ -72,7 +72,9 @@ def attention2d(
         dropout: of probabilities, the same in every layout of ranks (`attention.dropout.Dropout`).
         cu_seqlens: running totals [0, s1, s1 + s2, ...] of the lengths of packed sequences. q, k and v are then
             [t/cp, heads, d], by sequence: both chunks of the first, of the second, ... (see `packing`). A tensor on a
-            GPU is not read: its numbers are not checked, and chunks that hold nothing but padding travel too.
+            GPU is not read: its numbers are not checked, and chunks that hold nothing but padding travel too. Pass a
+            new tensor for each batch, or change it by operations of torch: a broadcast into one that an earlier call
+            has had goes unnoticed.
         cu_seqlens_padded: the same with padding, where sequences are padded to multiples of 2 * cp.
         max_seqlen: tokens of the longest of them with its padding, or more; for totals on a GPU.
         softmax_scale: factor on the scores; 1/sqrt(d) by default.

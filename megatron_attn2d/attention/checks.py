@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import megatron_attn2d
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
@@ -57,6 +60,9 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
             )
 
 
+_NO_CALLERS = tuple(f"{Path(x).parent}{os.sep}" for x in (torch.__file__, megatron_attn2d.__file__))
+"""Folders of code that calls for others: a warning points to the caller outside of them."""
+
 _LARGE, _TIMES = 128, 4
 """A batch or a number of heads is doubted from `_LARGE` on, where it is `_TIMES` the tokens of the whole sequence."""
 
@@ -73,7 +79,7 @@ def _doubt_order(q: Tensor, ranks: int) -> None:
             f"q {list(q.shape)} is read as [s/cp, b, heads, head dim]: {batch} sequences of {tokens} tokens on {ranks} "
             f"ranks, {heads} heads. Are its dims in another order? transpose(0, 1) of [b, s/cp, heads, head dim] is "
             "wanted",
-            stacklevel=4,
+            skip_file_prefixes=_NO_CALLERS,
         )
 
 

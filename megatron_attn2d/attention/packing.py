@@ -83,7 +83,9 @@ class Packing:
         """From running totals as Megatron's PackedSeqParams have them; kept for the layers of a few batches.
 
         Args:
-            cu_seqlens: [0, length of the first, of the first two, ...].
+            cu_seqlens: [0, length of the first, of the first two, ...]. A tensor on a GPU is not compared with the last
+                call's, and what is written into it is noticed where torch counts it (`Tensor._version`): messages of
+                torch.distributed into it are not, nor is what goes through `.data`.
             cu_seqlens_padded: the same with padding, where there is any between sequences.
             tokens: of the whole pack, all ranks together.
             ranks: context-parallel size.
@@ -100,9 +102,8 @@ class Packing:
             arguments = (cu_seqlens, padded, tokens, ranks, device, max_seqlen)
             captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if captured or cu_seqlens.is_inference() or padded.is_inference():
-                return _on_device(
-                    *arguments
-                )  # a replay makes all of it anew; changes of inference tensors leave no trace
+                # A replay makes all of it anew. Changes of inference tensors leave no trace.
+                return _on_device(*arguments)
             versions = tuple((id(x), x._version) for x in (cu_seqlens, padded))
             return _kept((versions, tokens, ranks, device, max_seqlen), lambda: (_on_device(*arguments), arguments))
         totals, padded = (tuple(x.flatten().tolist() if isinstance(x, Tensor) else x) for x in (cu_seqlens, padded))

@@ -363,6 +363,5 @@ def _statistic(q: Tensor, by_chunk: bool) -> Tensor:
 
 def _halves(shard: Tensor) -> Tensor:
     """[s/cp, ...] -> [2, n, ...], a view: its two chunks unless sequences are packed."""
-    return shard.view(
-        2, shard.size(0) // 2, *shard.shape[1:]
-    )  # unflatten takes three times as long, and a call makes 16
+    # A call makes 16 of them, and unflatten takes three times as long.
+    return shard.view(2, shard.size(0) // 2, *shard.shape[1:])

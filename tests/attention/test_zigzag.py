@@ -104,7 +104,9 @@ def test_an_order_of_dims_that_can_only_be_meant_otherwise_is_doubted(
 ) -> None:
     q = torch.zeros(shape)
     attention2d(q, q, q, Grid.single())
-    told = [str(warning.message) for warning in recwarn if "Are its dims in another order?" in str(warning.message)]
+    told = [warning for warning in recwarn if "Are its dims in another order?" in str(warning.message)]
     assert len(told) == doubted
     if doubted:
-        assert told[0].startswith(f"q {list(shape)} is read as [s/cp, b, heads, head dim]: {shape[1]} sequences of 2")
+        assert told[0].filename == __file__
+        read_as = f"q {list(shape)} is read as [s/cp, b, heads, head dim]: {shape[1]} sequences of 2"
+        assert str(told[0].message).startswith(read_as)
