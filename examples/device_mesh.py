@@ -60,7 +60,7 @@ class Model(nn.Module):
 
 
 def train(rows: int, cols: int, steps: int, batch: int = 16) -> list[float]:
-    """Train on the world's ranks, rows x cols of them a sequence; returns the loss of each step."""
+    """Train on the world's ranks, rows x cols of them per sequence; returns the loss of each step."""
     device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= dist.get_world_size() else "cpu"
     context, world = rows * cols, dist.get_world_size()
     if world % context:

@@ -1,4 +1,4 @@
-"""The benchmark of host time, run with empty kernels: what it prints and writes, and how many launches a call makes."""
+"""The benchmark of host time, run with empty kernels: what it prints and writes, and the launches of one call."""
 
 import json
 import os

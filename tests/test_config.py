@@ -153,7 +153,7 @@ REFUSED = {
         "parallelism.sequence_parallel = true: needs parallelism.tensor > 1, which is 1; choose false"
     ),
     "parallelism.sequence_parallel=true parallelism.tensor=4 training.seq_length=24": (
-        "parallelism.sequence_parallel = true: 6 tokens a context rank do not split over parallelism.tensor = 4; ..."
+        "parallelism.sequence_parallel = true: 6 tokens per context rank do not split over parallelism.tensor = 4; ..."
     ),
     "parallelism.expert=2": (
         "parallelism.expert = 2: the model has no experts; choose 1, or set megatron_args.num_experts"
@@ -215,7 +215,8 @@ REFUSED = {
         "choose 8 ranks, or other sizes"
     ),
     "environment.device=cuda environment.gpus_per_node=8 parallelism.data=2": (
-        "parallelism.data = 2: with 8 ranks a replica that is 16 ranks, but there are 8; choose 1, or null to derive it"
+        "parallelism.data = 2: with 8 ranks per replica that is 16 ranks, but there are 8; "
+        "choose 1, or null to derive it"
     ),
     # batch
     "parallelism.data=3": (
@@ -992,7 +993,7 @@ def test_replicas_are_what_the_world_leaves(base, overrides, world_size, ranks, 
     ("overrides", "world_size", "message"),
     [
         ("run.name=x", 12, "world size = 12: not a multiple of"),
-        ("parallelism.data=2", 8, "parallelism.data = 2: with 8 ranks a replica that is 16 ranks, but there are 8"),
+        ("parallelism.data=2", 8, "parallelism.data = 2: with 8 ranks per replica that is 16 ranks, but there are 8"),
         (
             "environment.device=cuda environment.gpus_per_node=8 environment.nodes=2",
             8,

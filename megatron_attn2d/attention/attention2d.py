@@ -6,8 +6,8 @@
     3 return partial O, LSE in the row               3 return partial dQ in the row, dK and dV in the column
     4 merge by log-sum-exp                           4 sum
 
-With x query heads a key head, a rank receives 2(C-1) + 2(R-1)/x shards of Q's size forward and 3(C-1) + 4(R-1)/x
-backward, where a ring moves 2(P-1)/x and 4(P-1)/x. delta = rowsum(dO * O), one number a row, is gathered instead of O.
+With x query heads per key head, a rank receives 2(C-1) + 2(R-1)/x shards of Q's size forward and 3(C-1) + 4(R-1)/x
+backward, where a ring moves 2(P-1)/x and 4(P-1)/x. delta = rowsum(dO * O), a number per row, is gathered instead of O.
 
 How messages and kernels are ordered so that they hide each other: `passes`.
 

@@ -38,7 +38,7 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
         raise ValueError(f"q, k and v must be floating-point, got {q.dtype}")
     if not across and q.size(0) != k.size(0) and q.shape[1:2] == k.shape[1:2]:
         raise ValueError(
-            f"{q.size(0)} tokens of q and {k.size(0)} of k a rank don't fit a mask: attention across sequences is "
+            f"{q.size(0)} tokens of q and {k.size(0)} of k per rank don't fit a mask: attention across sequences is "
             "served with causal=False and without a window"
         )
     if q.size(1) != k.size(1) or k.shape[:3] != v.shape[:3] or q.size(3) != k.size(3):

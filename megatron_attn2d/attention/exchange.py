@@ -1,7 +1,7 @@
 """Chunks between the ranks of one axis of the grid: gather them into a tile, give partial results back.
 
 One `Axis` is a row (its chunks are queries) or a column (keys and values). `gather` brings the chunks a tile needs
-into one buffer, in the order of the tile's plan; `give_back` returns one partial result a slot to the chunk's owner.
+into one buffer, in the order of the tile's plan; `give_back` returns one partial result per slot to the chunk's owner.
 All messages of one are a batched launch, and kernels may run until `Pending.wait`. Where ranks share nodes (`relay`)
 there are two launches, between nodes and within.
 

@@ -353,7 +353,7 @@ def _partials(near: Slots, own: Slots, far: list[list[Tensor]], heads: Callable[
 
 
 def _statistic(q: Tensor, by_chunk: bool) -> Tensor:
-    """Room for a number a row, [2, b, h, n]: a chunk's lie together if they travel, else a head's, as kernels want."""
+    """Room for a number per row, [2, b, h, n]: those of a chunk lie together if they travel, else those of a head."""
     n, (b, h) = q.size(0) // 2, q.shape[1:3]
     dtype = accumulation_dtype(q.dtype)
     if by_chunk:

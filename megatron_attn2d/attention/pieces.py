@@ -1,7 +1,7 @@
 """Partial results by slot of a tile's plan: each slot holds one chunk, and several calls may have results of it.
 
 What the own rank keeps is merged or summed with everything else of its chunk at once, and so rounded once; what
-travels is reduced to one partial result a slot first.
+travels is reduced to one partial result per slot first.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PartialGradients:
 
 
 def summed(slots: Slots) -> Slots:
-    """One sum a slot."""
+    """One sum per slot."""
     sums = []
     for slot in slots:
         total = slot[0]

@@ -1,4 +1,4 @@
-"""An axis whose ranks share nodes: a chunk crosses the network once a node, and its carrier passes it on (`routes`).
+"""An axis whose ranks share nodes: a chunk crosses the network once per node, and its carrier passes it on (`routes`).
 
 A rank *holds* what ranks of its node get from it: its own chunks and those that it carries, side by side in one buffer,
 in token order. What another's tile needs of them is a run of that order, or a few where a mask hides what lies between,

@@ -2,7 +2,7 @@
 
 At step j a rank holds the keys and values of the rank j places before it, attends them as a tile of its own queries and
 sends them on meanwhile. Backward, the gradients of keys and values travel one step behind them and come home last.
-Every rank receives 2(P-1)/x shards of Q's size forward and 4(P-1)/x backward, with x query heads a key head.
+Every rank receives 2(P-1)/x shards of Q's size forward and 4(P-1)/x backward, with x query heads per key head.
 
 Legend as in `attention2d`.
 """

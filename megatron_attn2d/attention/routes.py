@@ -41,7 +41,7 @@ class Routes:
 
 
 def by_nodes(ranks: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
-    """The ranks of an axis, `size` of them a node."""
+    """The ranks of an axis, `size` of them per node."""
     return tuple(ranks[i : i + size] for i in range(0, len(ranks), size))
 
 

@@ -69,7 +69,7 @@ def _with_replicas(run: RunConfig, world_size: int | None) -> RunConfig:
         raise ConfigError(
             "parallelism.data",
             given,
-            f"with {run.model_ranks} ranks a replica that is {given * run.model_ranks} ranks, but there are {world}",
+            f"with {run.model_ranks} ranks per replica that is {given * run.model_ranks} ranks, but there are {world}",
             f"choose {world // run.model_ranks}, or null to derive it",
         )
     parallelism = run.parallelism.model_copy(update={"data": world // run.model_ranks})

@@ -211,9 +211,9 @@ def test_distributed_tensors_are_refused(pool: RankPool) -> None:
 
 def test_other_misuse_is_refused() -> None:
     q = torch.zeros(4, 1, 2, 8)
-    with pytest.raises(ValueError, match=r"2 of k a rank don't fit a mask: .* causal=False and without a window"):
+    with pytest.raises(ValueError, match=r"2 of k per rank don't fit a mask: .* causal=False and without a window"):
         attention2d(q, q[:2], q[:2], Grid.single())
-    with pytest.raises(ValueError, match=r"4 tokens of q and 8 of k a rank don't fit a mask"):
+    with pytest.raises(ValueError, match=r"4 tokens of q and 8 of k per rank don't fit a mask"):
         attention2d(q, *[torch.zeros(8, 1, 2, 8)] * 2, Grid.single(), causal=False, window=(3, 3))
     for window in ((-2, 0), (), 5):
         with pytest.raises(ValueError, match=rf"window={re.escape(str(window))} is no window: choose \(left, right\)"):

@@ -74,7 +74,7 @@ def grid(*sizes: int, **options: Any) -> Options:
 
 
 def layers(*modes: str, sizes: tuple[int, int]) -> Options:
-    """Options of a mode a layer."""
+    """Options of one mode per layer."""
     return {**grid(*sizes), "cp_comm_type": list(modes)}
 
 

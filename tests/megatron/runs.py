@@ -88,7 +88,7 @@ def train_rank(rank: int, args: list[str]) -> None:
 
     from megatron_attn2d import pretrain_gpt
 
-    # Help texts, for which upstream reads its own sources at every parsing: half a second a rank.
+    # Help texts, for which upstream reads its own sources at every parsing: half a second per rank.
     with mock.patch.object(argument_utils.ArgumentGroupFactory, "_get_field_docstrings", return_value={}):
         pretrain_gpt.main(args)
 

@@ -159,7 +159,7 @@ _GATHER, _RETURN = (0, 1), (1, 0)  # the order of the two stages
 
 
 def _phases(name: str, u: int, order: tuple[int, int], parts: list[tuple[_Links, float, int]]) -> Iterator[Listed]:
-    """Links, bytes a chunk and messages a chunk -> the phases of both stages between context-parallel ranks."""
+    """Links, bytes per chunk and messages per chunk -> the phases of both stages between context-parallel ranks."""
     for stage in order:
         sent: dict[tuple[int, int], float] = {}
         messages: Counter[int] = Counter()

@@ -71,7 +71,7 @@ def test_the_own_chunks_hide_the_gather_and_the_return(causal: bool, hides: floa
 
 
 def test_heads_over_all_ranks_gather_nothing() -> None:
-    """Two exchanges a pass, of q, k, v and of o, or of do and of dq, dk, dv; one head group, as nothing overlaps."""
+    """Two exchanges per pass, of q, k, v and of o, or of do and of dq, dk, dv; one head group, as nothing overlaps."""
     node = replace(NODES, intra_latency_s=0.0, message_s=0.0)
     found = predict(Candidate("ulysses", (8, 1, 1), None), 8, MHA, node)
     exchanged = 4 * MHA.shard_bytes(8) * 7 / 8 / 360e9
@@ -163,7 +163,7 @@ def test_few_key_heads_make_gathering_them_the_best() -> None:
 
 
 def test_where_latency_decides_the_fewest_phases_win() -> None:
-    """Seven heads divide by no rank; a ring waits once a step, a gather of all keys once a pass."""
+    """Seven heads divide by no rank; a ring waits once per step, a gather of all keys once per pass."""
     far = replace(NODES, ranks_per_node=1, nic_latency_s=200e-6)
     found = plan(8, Workload(seq=8192, heads=7, kv_heads=1, head_dim=128), far)
     assert found[0].candidate.mode == "all_gather"
@@ -174,14 +174,14 @@ def test_where_latency_decides_the_fewest_phases_win() -> None:
 def test_key_heads_are_repeated_where_that_pays(
     ranks: int, heads: int, kv_heads: int, axes: tuple[int, int, int]
 ) -> None:
-    """Heads over more ranks than there are key heads, over slow links, one rank a node."""
+    """Heads over more ranks than there are key heads, over slow links, one rank per node."""
     slow = replace(NODES, ranks_per_node=1, nic_bytes_per_s=1e9, rank_nic_bytes_per_s=1e9)
     found = plan(ranks, Workload(seq=32768, heads=heads, kv_heads=kv_heads, head_dim=128), slow)
     assert found[0].candidate.axes == axes
 
 
 def test_repeated_key_heads_take_memory() -> None:
-    """On 8 x 2 x 1 ranks, one of the repeated heads a rank instead of a quarter."""
+    """On 8 x 2 x 1 ranks, one of the repeated heads per rank instead of a quarter."""
     work = Workload(seq=32768, heads=8, kv_heads=2, head_dim=128)
     shard = work.shard_bytes(16)
     keys_of_the_other, dq_and_own, in_fp32, spread = 4, 1 + 3, 2, 8

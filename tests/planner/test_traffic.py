@@ -29,7 +29,7 @@ TILES_OF_8 = [
 
 
 def units(traffic: Traffic, ranks: int, unit: float) -> tuple[float, float]:
-    """Mean received a rank in u, forward and backward, leaving out the few bytes of log-sum-exps and deltas."""
+    """Mean received per rank in u, forward and backward, leaving out the few bytes of log-sum-exps and deltas."""
     return tuple(  # type: ignore[return-value]
         sum(phase.total * phase.times for phase in side) / ranks / unit for side in (traffic.forward, traffic.backward)
     )
@@ -65,7 +65,7 @@ def test_ulysses_is_the_formula() -> None:
 
 
 def test_tiles_decide_what_leaves_a_node() -> None:
-    """8 x 8 ranks of 8-GPU nodes: blocks of 4 x 2 move 21 u a rank, whole rows 42 and whole columns 35."""
+    """8 x 8 ranks of 8-GPU nodes: blocks of 4 x 2 move 21 u per rank, whole rows 42 and whole columns 35."""
     work = Workload(seq=2**20, heads=8, kv_heads=8, head_dim=4096, causal=False)
     outside = {}
     for tile in ((8, 1), (1, 8), (4, 2)):
