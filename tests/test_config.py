@@ -1207,3 +1207,10 @@ def test_what_a_start_reads_of_another_run_must_fit(base, tmp_path, overrides, e
         (theirs / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("9")
         with pytest.raises(ConfigError, match="names it, but there is no checkpoint of that step in "):
             check_files(run)
+
+
+def test_a_runs_directory_in_place_of_its_checkpoints_is_told(base, tmp_path):
+    write_checkpoint(tmp_path / "theirs", 4)
+    given = [f"run.dir={tmp_path}/mine", "data.mock=true", f"checkpoint.start_from={tmp_path}/theirs"]
+    with pytest.raises(ConfigError, match=f"; name {re.escape(str(tmp_path))}/theirs/checkpoints, or null$"):
+        check_files(load_run(base, given))

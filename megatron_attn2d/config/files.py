@@ -43,7 +43,9 @@ def _checkpoint(run: RunConfig) -> Iterator[ConfigError]:
         if not (path / checkpoints.TRACKER).is_file():
             # Megatron would begin with random weights.
             reason = f"there is no checkpoint in it, as it holds no {checkpoints.TRACKER}"
-            yield ConfigError(key, directory, reason, "name the folder that another run saves to, or null")
+            below = path / "checkpoints"
+            choice = str(below) if (below / checkpoints.TRACKER).is_file() else "the folder that another run saves to"
+            yield ConfigError(key, directory, reason, f"name {choice}, or null")
             continue
         step = checkpoints.tracked(path) if asked is None else asked
         if isinstance(step, int) and not checkpoints.folder(path, step).is_dir():
