@@ -195,7 +195,8 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Ma
         key_ranks = tuple(rank for rank in key_ranks if rank not in shared)
     keys = _used(_chunks(key_ranks), mask) if keys_travel else _chunks(key_ranks)
     found = _used(_chunks(query_ranks), mask) if queries_travel else _chunks(query_ranks)
-    prefix = {chunk: min(len(keys), visible_prefix(chunk, key_ranks, causal)) for chunk in found}
+    most = len(_used(keys, mask))  # keys that do not travel stay in the plan, those of padding too
+    prefix = {chunk: min(most, visible_prefix(chunk, key_ranks, causal)) for chunk in found}
     # Stable: those that see the same keys stand in token order, so that padding is at the end of them.
     queries = tuple(sorted((c for c in found if prefix[c] or not queries_travel), key=lambda c: prefix[c]))
     staircase = [  # from this slot of queries to that, which see so many keys

@@ -157,6 +157,14 @@ def test_keys_outside_the_window_are_not_gathered(shape: tuple[int, int], window
             assert not plan.queries_travel or set(plan.queries) == {query for query, _ in near}
 
 
+@pytest.mark.parametrize(("used", "seen"), [(3, 0), (4, 1), (5, 2), (8, 2)])
+def test_queries_do_not_travel_to_keys_of_padding(used: int, seen: int) -> None:
+    """Rank 3 of 4 in one row holds chunks 3 and 4."""
+    plan = tile_plan((0, 1, 2, 3), (3,), Mask(FULL, 4, used=used))
+    assert (len(plan.queries), len(plan.keys)) == (used if seen else 0, 2)
+    assert [r.last for r in plan.rectangles] == ([seen] if seen else [])
+
+
 def test_chunks_of_padding_are_not_gathered() -> None:
     plan = tile_plan((0, 2), (0, 1), Mask(CAUSAL, 4, used=6))
     assert plan.keys == (Chunk(0, LOWER), Chunk(1, LOWER))
