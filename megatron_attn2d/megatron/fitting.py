@@ -50,7 +50,9 @@ def fitting() -> AbstractContextManager[None]:
             try:
                 return load_checkpoint(ddp_model, optimizer, scheduler, load_arg, *rest, **kwargs)
             except (AssertionError, CheckpointingException, CheckpointException) as error:  # torch's is no Exception
-                raise UsageError(f"{checkpoint}: {_in_words(error)}") from error
+                if not (said := _in_words(error)):
+                    raise
+                raise UsageError(f"{checkpoint}: {said}") from error
             except (KeyError, RuntimeError, SystemExit) as error:
                 if checkpoint is None or not (said := _in_words(error)):
                     raise
@@ -102,7 +104,9 @@ def _in_words(error: BaseException) -> str:
         return f"it holds no {error.args[0]!r}, as with no_save_optim; take the weights alone by checkpoint.start_from"
     if isinstance(error, RuntimeError) and not _LIMITS.search(str(error)):
         return ""
-    said = str(error).strip().splitlines()[-1]
+    if not (lines := str(error).strip().splitlines()):  # an assertion that says nothing: the traceback says more
+        return ""
+    said = lines[-1]
     if found := _SCHEDULE.search(said):
         here, there, what = found.groups()
         return (
