@@ -5,8 +5,8 @@ into one buffer, in the order of the tile's plan; `give_back` returns one partia
 All messages of one are a batched launch, and kernels may run until `Pending.wait`. Where ranks share nodes (`relay`)
 there are two launches, between nodes and within.
 
-Point-to-point messages rather than all-gathers, for they place each chunk where the plan wants it, so that no buffer is
-permuted by a copy, and they leave out what the causal mask hides. The bytes a rank moves are an all-gather's at most.
+Messages from rank to rank rather than all-gathers, for they place each chunk where the plan wants it. No buffer is
+permuted by a copy, and what the causal mask hides is left out. The bytes per rank are an all-gather's at most.
 """
 
 from __future__ import annotations
