@@ -31,7 +31,8 @@ PLACEHOLDERS = {
     "NAME.yaml": "quickstart.yaml",
     "/opt/megatron_attn2d": str(ROOT),
 }
-OURS = re.compile(r"megatron-attn2d|-m (?:megatron_attn2d|scripts|tests)\b|\b(?:scripts|examples)/\w+\.|pytest")
+FOLDERS = "benchmarks|scripts|examples"
+OURS = re.compile(rf"megatron-attn2d|-m (?:megatron_attn2d|scripts|tests)\b|\b(?:{FOLDERS})/\w+\.|pytest")
 
 
 def commands(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -121,7 +122,7 @@ def script(path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_it_can_be_typed(found: list[str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RANK", raising=False)
-    own = next((i for i, word in enumerate(found) if re.fullmatch(r"(scripts|examples)/\w+\.(py|sh)", word)), None)
+    own = next((i for i, word in enumerate(found) if re.fullmatch(rf"({FOLDERS})/\w+\.(py|sh)", word)), None)
     if found[:2] == ["docker", "build"]:
         assert (ROOT / found[found.index("-f") + 1]).exists()
     elif "-m" in found and "pytest" not in found:

@@ -63,7 +63,7 @@ def on_gpus(count: int, seq: int, heads: str, *overrides: str) -> RunConfig:
     h, g = map(int, heads.split("/"))
     sizes = [f"training.seq_length={seq}", f"model.num_attention_heads={h}", f"model.num_query_groups={g}"]
     gpus = [f"environment.gpus_per_node={count}", f"context_parallel.size={count}", "model.kv_channels=128"]
-    return load_run("scripts/benchmark_multi_gpu.yaml", [*sizes, *gpus, *overrides])
+    return load_run("benchmarks/benchmark_multi_gpu.yaml", [*sizes, *gpus, *overrides])
 
 
 @pytest.mark.parametrize(

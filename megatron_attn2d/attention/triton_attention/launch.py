@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 from megatron_attn2d.attention.segments import Segments
 
 # Rows and keys of a block, warps and pipeline stages by the widest head dim, for 16-bit inputs; the fastest measured on
-# H100, for 128 on H200 (`scripts/tune_triton.py`). Where an A100 lacks the shared memory it has a table of its own.
+# H100, for 128 on H200 (`benchmarks/tune_triton.py`). Where an A100 lacks the shared memory it has a table of its own.
 FORWARD = {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)}
 FORWARD_AMPERE = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 4, 1)}
 BACKWARD_ROWS = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 1)}

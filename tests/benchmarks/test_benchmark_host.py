@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCHES = {
     "4x1": 12,
     "2x2": 34,
@@ -26,7 +26,7 @@ operation shows here, and each of them costs the CPU microseconds whatever the n
 
 def test_host_time_is_told_of_faked_ranks(tmp_path: Path) -> None:
     written = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png")]
-    command = [sys.executable, str(ROOT / "scripts/benchmark_host.py"), "--device", "cpu", "--calls", "1", *written]
+    command = [sys.executable, str(ROOT / "benchmarks/benchmark_host.py"), "--device", "cpu", "--calls", "1", *written]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """All kinds of attention, forward and backward: attention2d's grids beside Transformer Engine's context parallelism.
 
-    python scripts/benchmark_attention.py --out attention                      # all GPUs; under four minutes on four
-    python scripts/benchmark_attention.py --out attention --quick              # three kinds, a minute and a half
-    python scripts/benchmark_attention.py --out packed --kinds packed --documents 1 16 64 256 1024 --seq 65536
-    python scripts/benchmark_attention.py --out dense --seq 16384 65536 --heads 12/12 16/2 40/40
-    python scripts/benchmark_attention.py --out nodes --ranks 16 --nodes --seq 16384 --heads 8/8 --inner 1
-    python scripts/benchmark_attention.py --out graphs --graphs --seq 16384    # as replayed CUDA graphs
-    python scripts/benchmark_attention.py --out cpu --device cpu --ranks 4     # tiny sizes, our kernels alone
+    python benchmarks/benchmark_attention.py --out attention                      # all GPUs; under four minutes on four
+    python benchmarks/benchmark_attention.py --out attention --quick              # three kinds, a minute and a half
+    python benchmarks/benchmark_attention.py --out packed --kinds packed --documents 1 16 64 256 1024 --seq 65536
+    python benchmarks/benchmark_attention.py --out dense --seq 16384 65536 --heads 12/12 16/2 40/40
+    python benchmarks/benchmark_attention.py --out nodes --ranks 16 --nodes --seq 16384 --heads 8/8 --inner 1
+    python benchmarks/benchmark_attention.py --out graphs --graphs --seq 16384    # as replayed CUDA graphs
+    python benchmarks/benchmark_attention.py --out cpu --device cpu --ranks 4     # tiny sizes, our kernels alone
 
 Kinds: one dense sequence, causal and bidirectional; packs of 1 to 1024 documents, whose lengths are drawn as real text
 has them; windows; sinks; MLA; dropout; grouped heads (`attention_kinds.KINDS`). --seq, --heads, --head-dim and

@@ -20,7 +20,7 @@ from megatron_attn2d.planner.run import cluster
 from megatron_attn2d.planner.traffic import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
-YAML = ROOT / "scripts/benchmark_multi_gpu.yaml"
+YAML = ROOT / "benchmarks/benchmark_multi_gpu.yaml"
 GRACE_S = 10.0
 """For a case that has begun when its section's time is up."""
 _CALLS = 5
@@ -107,7 +107,7 @@ def run_section(section: Section, out: Path, case_timeout: float, end: float) ->
     spec, log = out / f"{section.name}.json", out / f"{section.name}.log"
     spec.write_text(json.dumps(asdict(section)))
     log.unlink(missing_ok=True)
-    command = python(ROOT / "scripts/attention_ranks.py", str(spec), str(out / f"{section.name}.jsonl"))
+    command = python(ROOT / "benchmarks/attention_ranks.py", str(spec), str(out / f"{section.name}.jsonl"))
     watched = Watched(command, out / f"{section.name}.jsonl", log, 3 * case_timeout, case_timeout, end)
     begin = time.time()
     watched.run(len(section.cases), tell)

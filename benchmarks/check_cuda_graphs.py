@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a tiny GPT with CUDA graphs and without, and compare every step bit by bit.
 
-    python scripts/check_cuda_graphs.py --ranks 2 --quick
-    python scripts/check_cuda_graphs.py --ranks 4 --only pipeline
+    python benchmarks/check_cuda_graphs.py --ranks 2 --quick
+    python benchmarks/check_cuda_graphs.py --ranks 4 --only pipeline
 
 Each row is a run of `megatron-attn2d train` on all ranks, in deterministic mode. Its losses and gradient norms must be
 those of the same run without graphs, and it must end by itself: also after SIGTERM, and where it continues from a
@@ -33,7 +33,7 @@ from watched import brief, end
 from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.metrics import read_steps
 
-YAML = ROOT / "scripts/benchmark_training.yaml"
+YAML = ROOT / "benchmarks/benchmark_training.yaml"
 TINY = [
     *("model.num_layers=4", "model.hidden_size=512", "model.num_attention_heads=8", "data.vocab_size=1024"),
     *("data.null_tokenizer_eod_id=1023", "training.seq_length=2048", "training.train_iters=8"),

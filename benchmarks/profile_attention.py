@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Profile attention2d: export a trace for Perfetto or chrome://tracing, and say how much communication kernels hide.
 
-    python scripts/profile_attention.py --seq 65536 --heads 12/12 --grids 2x1 --trace trace.json
+    python benchmarks/profile_attention.py --seq 65536 --heads 12/12 --grids 2x1 --trace trace.json
 
 Rank 0's trace is written. A message's kernel counts as hidden while an attention, merge or sum kernel runs on the same
 GPU; the time that it waits for its peer to arrive counts as communication too.

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Ring attention against attention2d on an emulated cluster: time, and bytes by the kernel's counters.
 
-    sudo python scripts/benchmark_emulated_cluster.py --hosts 16
-    sudo python scripts/benchmark_emulated_cluster.py --hosts 64 --nic 4mbit --modes ring 8x8 16x4 8x4x2
-    sudo python scripts/benchmark_emulated_cluster.py --hosts 16 --ranks-per-host 4 --modes ring 8x8:2x2 8x8:1x4
-    sudo python scripts/benchmark_emulated_cluster.py --hosts 16 --seq 2048 --shapes 4/4x64 --documents 0 32
+    sudo python benchmarks/benchmark_emulated_cluster.py --hosts 16
+    sudo python benchmarks/benchmark_emulated_cluster.py --hosts 64 --nic 4mbit --modes ring 8x8 16x4 8x4x2
+    sudo python benchmarks/benchmark_emulated_cluster.py --hosts 16 --ranks-per-host 4 --modes ring 8x8:2x2 8x8:1x4
+    sudo python benchmarks/benchmark_emulated_cluster.py --hosts 16 --seq 2048 --shapes 4/4x64 --documents 0 32
 
 Hosts are network namespaces on this machine whose cards are limited to --nic in each direction. Ranks are processes
 that run this package's attention over Gloo, fp32, causal. A mode is `ring`, RxC or UxRxC; `:rxc` behind it is the block

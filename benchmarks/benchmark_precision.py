@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Error of attention2d, our ring and Transformer Engine's context parallelism against dense float64, side by side.
 
-    python scripts/benchmark_precision.py --modes te:p2p te:all_gather ring attention2d
-    python scripts/benchmark_precision.py --device cpu --ranks 2 --seq 2048 --heads 4/4 --head-dim 64 \\
+    python benchmarks/benchmark_precision.py --modes te:p2p te:all_gather ring attention2d
+    python benchmarks/benchmark_precision.py --device cpu --ranks 2 --seq 2048 --heads 4/4 --head-dim 64 \\
         --modes ring attention2d
 
 Relative errors (2-norm over the whole sequence) of O, dQ, dK and dV, causal, on inputs of three kinds:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed-ups that benchmark_emulated_cluster.py measured, against the sequence length: a PNG and a table in Markdown.
 
-    python scripts/plot_emulated_cluster.py ROWS.json ... -o docs/emulated_cluster.png > docs/emulated_cluster.md
+    python benchmarks/plot_emulated_cluster.py ROWS.json ... -o docs/emulated_cluster.png > docs/emulated_cluster.md
 
 A panel for each number of ranks, a colour for each shape of heads, a style of line for each mode; dotted, what the
 planner predicts.

@@ -1,6 +1,6 @@
 """The ranks of one section of a benchmark: measure the links, then case after case of attention.
 
-    python scripts/attention_ranks.py SECTION.json ROWS.jsonl FIRST
+    python benchmarks/attention_ranks.py SECTION.json ROWS.jsonl FIRST
 
 SECTION.json says what (`attention_section.Section`), FIRST with which case to begin. Rank 0 appends an object per line
 to ROWS.jsonl: the links, `{"begin": i}` before a case and `{"end": i, ...}` after it. All ranks agree over Gloo how a

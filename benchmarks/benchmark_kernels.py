@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time the attention kernels of one device side by side: full, causal, in a window, packed, and with dropout.
 
-    python scripts/benchmark_kernels.py                                   # on a GPU
-    python scripts/benchmark_kernels.py --head-dims 192x128 --masks full packed --kernels flash_attn_4 triton
-    python scripts/benchmark_kernels.py --device cpu --tokens 256 --heads 2 --documents 4
+    python benchmarks/benchmark_kernels.py                                   # on a GPU
+    python benchmarks/benchmark_kernels.py --head-dims 192x128 --masks full packed --kernels flash_attn_4 triton
+    python benchmarks/benchmark_kernels.py --device cpu --tokens 256 --heads 2 --documents 4
 
 One sequence or one pack, as many keys as queries. A row has forward / backward in ms, the mean of --calls back to back
 after two others, their TFLOP/s by the pairs of query and key that see each other, and the seconds of both first calls,

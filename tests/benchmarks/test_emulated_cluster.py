@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 THRESHOLD = Path("/proc/sys/net/ipv4/neigh/default/gc_thresh1")
 
 can_emulate = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def test_cards_receive_what_the_plan_lists(tmp_path: Path) -> None:
     before, threshold = namespaces(), THRESHOLD.read_text()
     size = ["--hosts", "4", "--ranks-per-host", "2", "--seq", "256", "--shapes", "16/16x64", "--nic", "100mbit"]
     modes = ["--modes", "ring", "2x4", "4x2:2x1", "2x2x2", "--documents", "0", "5", "--timeout", "150"]
-    done = python(["scripts/benchmark_emulated_cluster.py", *size, *modes, "--json", str(tmp_path / "rows.json")])
+    done = python(["benchmarks/benchmark_emulated_cluster.py", *size, *modes, "--json", str(tmp_path / "rows.json")])
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["mode"] for row in rows] == ["ring", "2x4", "4x2:2x1", "2x2x2"] * 2
@@ -61,7 +61,7 @@ def test_a_failing_rank_is_named_and_nothing_is_left() -> None:
     before = namespaces()
     code = """
 import sys
-sys.path.insert(0, "scripts")
+sys.path.insert(0, "benchmarks")
 from emulated_cluster import EmulatedCluster
 
 def fail(rank):
@@ -83,7 +83,7 @@ with EmulatedCluster(2, "100mbit") as cluster:
 @can_emulate
 def test_a_terminated_run_leaves_nothing() -> None:
     before = namespaces()
-    script = ["scripts/benchmark_emulated_cluster.py", "--hosts", "2", "--seq", "65536", "--timeout", "100"]
+    script = ["benchmarks/benchmark_emulated_cluster.py", "--hosts", "2", "--seq", "65536", "--timeout", "100"]
     process = subprocess.Popen([sys.executable, "-W", "ignore", *script], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(namespaces() - before) < 3 and time.monotonic() < deadline:
@@ -95,7 +95,7 @@ def test_a_terminated_run_leaves_nothing() -> None:
 
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from emulated_cluster import EmulatedCluster
 
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

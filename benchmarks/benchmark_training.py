@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time whole training steps under ring attention and attention2d, side by side, and compare their losses.
 
-    python scripts/benchmark_training.py --ranks 2 --seq 65536 131072
-    python scripts/benchmark_training.py --ranks 2 --per-rank 4096 --steps 15 --graphs none layer attention
-    python scripts/benchmark_training.py --ranks 2 --seq 16384 --fp8 none delayed tensorwise blockwise
+    python benchmarks/benchmark_training.py --ranks 2 --seq 65536 131072
+    python benchmarks/benchmark_training.py --ranks 2 --per-rank 4096 --steps 15 --graphs none layer attention
+    python benchmarks/benchmark_training.py --ranks 2 --seq 16384 --fp8 none delayed tensorwise blockwise
 
 Trains the GPT of benchmark_training.yaml from the same seed for some steps with each mode, all ranks as context ranks,
 through `megatron-attn2d train`; with each of `--graphs` (training.cuda_graphs) and of `--fp8` (training.fp8). Where
@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, seq: int, case: Case) -> list[dict[str, Any]
         f"environment.gpus_per_node={args.ranks}",
         *args.overrides,
     ]
-    return run(ROOT / "scripts/benchmark_training.yaml", args.ranks, overrides, args.timeout, torchrun=False)
+    return run(ROOT / "benchmarks/benchmark_training.yaml", args.ranks, overrides, args.timeout, torchrun=False)
 
 
 def run(

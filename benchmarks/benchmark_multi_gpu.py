@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What a network between hosts costs, emulated on the GPUs of one, and whole training, beside the plan and its ring.
 
-    python scripts/benchmark_multi_gpu.py --out multi_gpu                  # all GPUs; under 9 minutes on 8
-    python scripts/benchmark_multi_gpu.py --out multi_gpu --quick          # five cases on nodes, one pair of trainings
-    python scripts/benchmark_multi_gpu.py --out multi_gpu --node-ranks 16 32 --sections nodes
-    python scripts/benchmark_multi_gpu.py --out multi_gpu --quick --device cpu --ranks 2
+    python benchmarks/benchmark_multi_gpu.py --out multi_gpu                  # all GPUs; under 9 minutes on 8
+    python benchmarks/benchmark_multi_gpu.py --out multi_gpu --quick          # five cases on nodes, two trainings
+    python benchmarks/benchmark_multi_gpu.py --out multi_gpu --node-ranks 16 32 --sections nodes
+    python benchmarks/benchmark_multi_gpu.py --out multi_gpu --quick --device cpu --ranks 2
 
 Sections, in this order; `--sections` picks some:
     nodes     attention forward + backward with each GPU, then each two, as a node of NCCL over loopback sockets:
@@ -16,7 +16,7 @@ Sections, in this order; `--sections` picks some:
               installed) and attention2d: all GPUs context ranks, tensor 2 x context N/2; from 8 GPUs on also
               context N/2 x data 2
 
-Attention over NVLink, of every kind and at every length, is scripts/benchmark_attention.py.
+Attention over NVLink, of every kind and at every length, is benchmarks/benchmark_attention.py.
 
 Each section has a share of the budget, and what the ones before it left; short sequences come first. What time
 doesn't suffice for is printed as `not run: out of time`; what fails (memory, heads that don't divide, ranks that hang)

@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(name: str) -> Any:
-    """A module of scripts/."""
-    if str(ROOT / "scripts") not in sys.path:
-        sys.path.append(str(ROOT / "scripts"))
+    """A module of benchmarks/."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     return importlib.import_module(name)
 
 
@@ -28,7 +28,7 @@ def test_every_kind_is_timed_in_every_mode(tmp_path: Path) -> None:
     kinds = ["packed", "sink"]
     sizes = ["--device", "cpu", "--ranks", "2", "--repeats", "1", "--warmup", "1", "--kinds", *kinds]
     modes = ["--grids", "2x1", "--modes", "te:p2p", "ring", "attention2d"]
-    command = [sys.executable, "scripts/benchmark_attention.py", "--out", str(tmp_path), *sizes, *modes]
+    command = [sys.executable, "benchmarks/benchmark_attention.py", "--out", str(tmp_path), *sizes, *modes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "attention.json").read_text())["rows"]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Try sizes of blocks, warps and stages of the Triton attention on this GPU, and print the fastest.
 
-    python scripts/tune_triton.py                          # head dim 128, without and with dropout; two minutes
-    python scripts/tune_triton.py --head-dim 64 --tables   # packed: many short documents and a few long ones
+    python benchmarks/tune_triton.py                          # head dim 128, without and with dropout; two minutes
+    python benchmarks/tune_triton.py --head-dim 64 --tables   # packed: many short documents and a few long ones
 
 Kernels compile in processes of their own, as many at once as there are cores. What comes first in each list is what
 `triton_attention.launch` should hold.

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Time what the CPU takes to start one call of attention, forward and backward, at 4 to 1,024 ranks.
 
-    python scripts/benchmark_host.py --json host.json --plot host.png       # one GPU, real kernels
-    python scripts/benchmark_host.py --device cpu                           # empty kernels: our Python alone
+    python benchmarks/benchmark_host.py --json host.json --plot host.png       # one GPU, real kernels
+    python benchmarks/benchmark_host.py --device cpu                           # empty kernels: our Python alone
 
 This process is one rank of a world whose other ranks are faked (torch's `fake` backend): messages are handed to
 torch.distributed and go nowhere, so results are wrong and times are those of the CPU. Host time is the time until a

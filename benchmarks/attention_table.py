@@ -1,4 +1,4 @@
-"""What benchmark_attention.py found, as Markdown and as a picture: `python scripts/attention_table.py FOUND.json`."""
+"""What benchmark_attention.py found, as Markdown and a picture: `python benchmarks/attention_table.py FOUND.json`."""
 
 from __future__ import annotations
 

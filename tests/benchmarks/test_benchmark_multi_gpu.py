@@ -19,18 +19,18 @@ import torch.distributed as dist
 from megatron_attn2d import ring_attention
 from tests.pool import RankPool
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(name: str) -> Any:
-    """A module of scripts/, in this process or a rank's."""
-    if str(ROOT / "scripts") not in sys.path:
-        sys.path.append(str(ROOT / "scripts"))
+    """A module of benchmarks/, in this process or a rank's."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
     return importlib.import_module(name)
 
 
 def benchmark(out: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
-    command = [sys.executable, "scripts/benchmark_multi_gpu.py", "--out", str(out), "--device", "cpu", "--quick"]
+    command = [sys.executable, "benchmarks/benchmark_multi_gpu.py", "--out", str(out), "--device", "cpu", "--quick"]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((out / "multi_gpu.json").read_text())

@@ -1,4 +1,4 @@
-"""Draws what benchmark_multi_gpu.py found: `python scripts/multi_gpu_plot.py multi_gpu.json multi_gpu.png`."""
+"""Draws what benchmark_multi_gpu.py found: `python benchmarks/multi_gpu_plot.py multi_gpu.json multi_gpu.png`."""
 
 from __future__ import annotations
 
