@@ -22,7 +22,7 @@ from megatron_attn2d.config.run import build_run
 from megatron_attn2d.data import prefix_fault
 from megatron_attn2d.quiet_imports import quiet_import
 
-_FORWARD_ONLY = (
+FORWARD_ONLY = (
     "training.micro_batch_size=1",
     "training.global_batch_size=1",
     "training.eval_iters=0",
@@ -74,7 +74,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     """Evaluate a run's checkpoint forward only, by position; context_parallel.* of the run may be overridden."""
     world_size = environment.launched_world_size()
     run = configuration(Path(args.run), args.context, args.overrides, world_size)
-    step = _checkpoint(Path(args.run), args.step)
+    step = checkpoint_step(Path(args.run), args.step)
     output = args.output or str(Path(args.run) / f"eval-{args.context}.json")
     _check_output(Path(output))
     environment.apply_variables(run.environment.device, run.environment.variables)
@@ -132,33 +132,50 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
     else:
         positions = max(positions, context)
     decided = [
-        *_FORWARD_ONLY,
+        *FORWARD_ONLY,
         f"training.seq_length={context}",
         f"model.max_position_embeddings={positions}",
         f"run.dir={json.dumps(str(run_dir))}",
     ]
     asked = build_run(read_run(path, [*decided, *overrides]))
-    _check_overrides(trained, build_run(read_run(path, decided)), asked, context)
-    left_out = [f"megatron_args.{name}=null" for name in _stages_of_training(trained, asked)]
+    reasons = {
+        "run.dir": f"the checkpoint of {run_dir} is evaluated",
+        "training.seq_length": f"--context {context} says how long a window is",
+        "model.max_position_embeddings": f"follows from --context {context}",
+    }
+    check_overrides(trained, build_run(read_run(path, decided)), asked, reasons, "eval")
+    left_out = [f"megatron_args.{name}=null" for name in stages_of_training(trained, asked)]
     try:
         return load_run(path, [*decided, *overrides, *left_out], world_size=world_size)
     except ConfigError as error:  # of keys that the user spelled otherwise
         raise UsageError(str(error).replace(f"training.seq_length = {context}", f"--context {context}")) from error
 
 
-def _check_overrides(trained: RunConfig, decided: RunConfig, asked: RunConfig, context: int) -> None:
-    """Raise ConfigError where `asked` differs from what `eval` decided, or in what the weights of `trained` rest on."""
-    reasons = {
-        "run.dir": f"the checkpoint of {decided.run.dir} is evaluated",
-        "training.seq_length": f"--context {context} says how long a window is",
-        "model.max_position_embeddings": f"follows from --context {context}",
-    }
-    keys = [override.partition("=")[0] for override in _FORWARD_ONLY if not override.startswith("environment.")]
+def check_overrides(
+    trained: RunConfig,
+    decided: RunConfig,
+    asked: RunConfig,
+    reasons: dict[str, str],
+    command: str,
+    free: tuple[str, ...] = (),
+) -> None:
+    """Raise ConfigError where `asked` differs from what `command` decided, or in what the weights of `trained` rest on.
+
+    Args:
+        trained: the run as it was trained.
+        decided: the run as `command` leaves it without overrides.
+        asked: the same with the user's overrides.
+        reasons: keys that `command` decides besides those of `FORWARD_ONLY`, and why.
+        command: its name.
+        free: keys of `FORWARD_ONLY` that it leaves to the user.
+    """
+    keys = [override.partition("=")[0] for override in FORWARD_ONLY if not override.startswith("environment.")]
+    keys = [key for key in keys if key not in free]
     errors = []
     for key in [*reasons, *keys]:
         ours, theirs = attrgetter(key)(decided), attrgetter(key)(asked)
         if theirs != ours and not (key == "run.dir" and Path(theirs).resolve() == Path(ours).resolve()):
-            errors.append(ConfigError(key, theirs, reasons.get(key, "eval decides about it"), "leave it out"))
+            errors.append(ConfigError(key, theirs, reasons.get(key, f"{command} decides about it"), "leave it out"))
     for key in changed(trained, asked):
         if key.startswith(_WEIGHTS) and key not in reasons:
             before, now = value(trained, key), value(asked, key)
@@ -169,7 +186,7 @@ def _check_overrides(trained: RunConfig, decided: RunConfig, asked: RunConfig, c
         raise ConfigErrors(errors)
 
 
-def _stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
+def stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
     """Arguments of Megatron about the stages of `trained` that don't hold for the evaluation `asked`.
 
     Raises:
@@ -194,7 +211,12 @@ def _stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
     return left_out
 
 
-def _checkpoint(run_dir: Path, step: int | None) -> int:
+def checkpoint_step(run_dir: Path, step: int | None) -> int:
+    """`step`, or that of the last complete checkpoint.
+
+    Raises:
+        UsageError: there is no complete checkpoint of it.
+    """
     directory = run_dir / "checkpoints"
     there = checkpoints.complete(directory)
     chosen = checkpoints.last_complete(directory) if step is None else step

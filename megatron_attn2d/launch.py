@@ -90,6 +90,22 @@ def run_local(nprocs: int, target: Target, args: Sequence[str], device: Literal[
         return _wait(ranks, reports)
 
 
+def alone() -> None:
+    """Makes this process the only rank of a world: torchrun's variables in its environment."""
+    _name_rank(0, 1, _free_port())
+
+
+def _name_rank(rank: int, nprocs: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(nprocs),
+        LOCAL_WORLD_SIZE=str(nprocs),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
 def _preload() -> None:
     """Imports `PRELOAD`; what follows from libraries that Megatron misses is in the log."""
     for module in PRELOAD:
@@ -102,14 +118,7 @@ def _run_rank(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the launcher decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_die_with_launcher, daemon=True).start()
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(nprocs),
-        LOCAL_WORLD_SIZE=str(nprocs),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    _name_rank(rank, nprocs, port)
     try:
         # What a spawned process starts is spawned too, unless told otherwise. Data loaders hand their workers a
         # function that only a fork can take; under torchrun and srun they fork as well.

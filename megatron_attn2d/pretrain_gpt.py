@@ -12,7 +12,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -44,7 +44,17 @@ def main(megatron_args: Sequence[str]) -> None:
 
 
 def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]) -> None:
-    """Runs `body(console)` as this rank, with all that lets Megatron work here, and with its arguments completed."""
+    """Runs `body(console)` as this rank, inside `in_megatron`."""
+    with in_megatron(megatron_args) as console:
+        body(console)
+
+
+@contextmanager
+def in_megatron(megatron_args: Sequence[str]) -> Iterator[TextIO]:
+    """All that lets Megatron work here, as this rank, with its arguments completed; yields the console.
+
+    What this process prints while entered goes to the log of the run in `--run-dir`.
+    """
     rank = int(os.environ.get("RANK", "0"))
     run_dir = _add_own_arguments(ArgumentParser(allow_abbrev=False)).parse_known_args(megatron_args)[0].run_dir
     with ExitStack() as stack:
@@ -60,7 +70,7 @@ def run_in_megatron(body: Callable[[TextIO], None], megatron_args: Sequence[str]
         arguments = derive.with_derived_arguments(megatron_args)
         stack.enter_context(mock.patch.object(sys, "argv", ["pretrain_gpt", *arguments]))
         try:
-            body(console)
+            yield console
         except SystemExit as end:  # upstream's way to end a run early, after a signal for one
             if end.code:
                 raise

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -43,6 +43,13 @@ ROLLS_WITHIN_PADDING = "rolls_within_padding"
 """Marks the function that shifts packed tokens for multi-token prediction once it minds padding; see compat.py."""
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 _CAUSAL_PACKED = {**_CAUSAL, AttnMaskType.padding_causal: True, AttnMaskType.padding: False}
+
+
+class KeyValueCache(Protocol):
+    """What attention is asked of while text is generated; see `inference`."""
+
+    def attend(self, layer: ContextParallelAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keep key and value of the new tokens, and attend query [t, 1, h, d] to all that is kept: [t, 1, h * dv]."""
 
 
 class ContextParallelAttention(MegatronModule):
@@ -85,10 +92,12 @@ class ContextParallelAttention(MegatronModule):
         self.head_groups = getattr(config, "attention2d_head_groups", 1)
         self.ring = None
         self.grid = Grid.single()
-        if config.context_parallel_size == 1:
-            return
         tensor = config.tensor_model_parallel_size
         heads, kv_heads = config.num_attention_heads // tensor, max(1, config.num_query_groups // tensor)
+        self.cache: KeyValueCache | None = None
+        self.cache_width = (heads if config.multi_latent_attention else kv_heads) * sum(self.head_dims)
+        if config.context_parallel_size == 1:
+            return
         if self.mode == "p2p":
             self.ring = pg_collection.cp
             announce_ring()
@@ -118,7 +127,7 @@ class ContextParallelAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend query [s/cp, b, h, d] to key and value [s/cp, b, g, d] in the zigzag layout.
+        """Attend query [s/cp, b, h, d] to key and value [s/cp, b, g, d] in the zigzag layout, or to those of `cache`.
 
         The mask is that of `attn_mask_type`; `attention_mask` is not read, as Megatron's loader need not make it.
         With `packed_seq_params` (THD) the shapes are [t/cp, heads, d], each sequence in a zigzag of its own.
@@ -126,9 +135,16 @@ class ContextParallelAttention(MegatronModule):
         Returns:
             [s/cp, b, h * d], or [t/cp, h * d].
         """
+        if self.cache is not None:
+            return self.cache.attend(self, query, key, value)
         causal = self._is_causal(attn_mask_type, packed_seq_params)
         if attention_bias is not None:
             raise ValueError("attention bias is not supported: choose rotary or learned positions")
+        totals = {} if packed_seq_params is None else self._packed(packed_seq_params)
+        return self.attend(query, key, value, causal, **totals)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, **totals: Any) -> Tensor:
+        """Attention on the layer's grid or ring; shapes as in `forward`, `totals` as those of `attention2d`."""
         on_grid = partial(attention2d, grid=self.grid, head_groups=self.head_groups)
         attend = on_grid if self.ring is None else partial(ring_attention, group=self.ring)
         out = attend(
@@ -141,7 +157,7 @@ class ContextParallelAttention(MegatronModule):
             dropout=self._draw_dropout(query),
             softmax_scale=self.softmax_scale,
             label=f"layer {self.layer_number}",
-            **({} if packed_seq_params is None else self._packed(packed_seq_params)),
+            **totals,
         )
         return out.flatten(-2)
 

@@ -1,0 +1,429 @@
+"""Text from a run's checkpoint, on the ranks that trained it or on others: the Python API.
+
+    from megatron_attn2d.inference import Generator, Sampling
+
+    with Generator.load("runs/mine") as generator:                       # in every rank, as torchrun starts them
+        (text,) = generator.generate(["Once upon"], Sampling(max_tokens=20))
+
+Every rank calls every function with the same arguments and gets the same answers. Prompts are filled in by chunks with
+attention2d, keys and values stay spread over the context ranks, and tokens are chosen one after the other (`cache`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self, TextIO, cast
+
+import torch
+from torch import Tensor
+
+from megatron_attn2d import environment, launch, pretrain_gpt
+from megatron_attn2d.config import RunConfig
+from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.evaluate import checkpoint_step
+from megatron_attn2d.inference import configuration, shards
+from megatron_attn2d.inference.sampling import Sampling, choose, generators_of
+from megatron_attn2d.inference.text import TextStream, Tokenizer
+
+if TYPE_CHECKING:  # they import Megatron, whose greeting is for the log
+    from megatron_attn2d.inference.cache import Cache
+    from megatron_attn2d.inference.model import Model
+
+Tokens = Sequence[int]
+StopReason = Literal["length", "end", "stop"]
+_MARGIN = 0.9
+"""Share of the free memory that a cache may take: activations need some too."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What follows a prompt."""
+
+    text: str
+    """Without the stop text that ended it."""
+    tokens: list[int]
+    """As they were chosen, a stop text's included, the end-of-document token not."""
+    logprobs: list[float]
+    """Natural logarithm of each token's probability, before temperature, top-k and top-p."""
+    stop_reason: StopReason
+    """length: max_tokens were chosen. end: the model ended the document. stop: a stop text came."""
+
+
+class Generator:
+    """A model that continues prompts and scores texts; a context manager, which frees the ranks' groups.
+
+    Attributes:
+        tokenizer: the run's, with encode(text) and decode(tokens).
+        run: how the model was loaded.
+        console: where to print; what Megatron prints goes to the logs in RUN_DIR/logs.
+        positions: the longest text, where positions were learned; None where there is no end.
+    """
+
+    def __init__(self, run: RunConfig, model: Model, tokenizer: Tokenizer, console: TextIO, batch: int, chunk: int):
+        """Use `load`, or `started` inside Megatron's ranks."""
+        self.run, self.tokenizer, self.console = run, tokenizer, console
+        self._model, self._batch, self._chunk = model, batch, chunk
+        self._stack = ExitStack()
+        learned = run.model.position_embedding_type == "learned_absolute"
+        self.positions = run.model.max_position_embeddings if learned else None
+
+    @classmethod
+    def load(
+        cls,
+        run_dir: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        step: int | None = None,
+        batch: int = 8,
+        chunk: int = 4096,
+    ) -> Self:
+        """The model of a run's checkpoint, as this rank of those that a launcher started; alone, on one rank.
+
+        Args:
+            run_dir: the run's directory.
+            overrides: `key.sub=value`, of another layout of ranks than the run's say: parallelism.*,
+                context_parallel.*. Without a launcher they must leave one rank.
+            step: of the checkpoint; None: the last complete one.
+            batch: prompts that are completed at once, on each replica.
+            chunk: tokens that a rank computes at once while prompts are filled in.
+
+        Raises:
+            UsageError: there is no such checkpoint, or an override does not fit it.
+        """
+        world_size = environment.launched_world_size()
+        run = configuration.configuration(Path(run_dir), list(overrides), world_size)
+        if world_size is None and run.world_size > 1:
+            raise UsageError(
+                f"{run_dir} takes {run.world_size} ranks, and this process is alone: start it with torchrun, or "
+                "override parallelism.* and context_parallel.* so that one is left"
+            )
+        step = checkpoint_step(Path(run_dir), step)
+        environment.apply_variables(run.environment.device, run.environment.variables)
+        if world_size:
+            environment.adopt_launcher()
+        else:
+            launch.alone()
+        stack = ExitStack()
+        generator = stack.enter_context(cls.started(run, configuration.arguments(run, step), batch=batch, chunk=chunk))
+        generator._stack = stack
+        return generator
+
+    @classmethod
+    @contextmanager
+    def started(cls, run: RunConfig, arguments: Sequence[str], *, batch: int = 8, chunk: int = 4096) -> Iterator[Self]:
+        """The model in this rank, RANK, WORLD_SIZE, ... being in its environment; other arguments are those of `load`.
+
+        Args:
+            run: of `configuration.configuration`.
+            arguments: Megatron's, of `configuration.arguments`.
+            batch: as of `load`.
+            chunk: as of `load`.
+        """
+        for name, value in (("batch", batch), ("chunk", chunk)):
+            if value < 1:
+                raise UsageError(f"{name} {value}: choose 1 or more")
+        tokenizer = Tokenizer(run.data)
+        with pretrain_gpt.in_megatron(arguments) as console:
+            from megatron_attn2d.inference.model import Model
+
+            yield cls(run, Model.built(), tokenizer, console, batch, chunk)
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends Megatron in this rank."""
+        self.close()
+
+    def close(self) -> None:
+        """Ends Megatron in this rank; the generator can't be used any more."""
+        self._stack.close()
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Tokens],
+        sampling: Sampling | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        *,
+        after: Cache | None = None,
+    ) -> list[Completion]:
+        """Completes each prompt.
+
+        Args:
+            prompts: texts, or their tokens; of unequal lengths as they come.
+            sampling: how tokens are chosen; greedily, 64 of them, by default.
+            on_text: is called with a prompt's place and the text that has come, on every rank of its replica.
+            after: a text that stands before each prompt, in a cache of one sequence (`prefill`). It is as before
+                afterwards. The prompts are then completed one after the other.
+
+        Raises:
+            UsageError: a prompt is empty, holds tokens that are none, or is too long for positions or memory.
+        """
+        sampling = sampling or Sampling()
+        asked = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        cached = 0 if after is None else self._one_sequence(after)
+        for i, tokens in enumerate(asked):
+            self._check(f"prompt {i}", tokens, cached, sampling.max_tokens)
+        show = on_text or (lambda place, text: None)
+        replica, replicas = self._model.replica
+        mine = list(range(replica, len(asked), replicas))
+        found: dict[int, Completion] = {}
+        if after is not None:
+            for place in mine:
+                before = after.snapshot()
+                self._extend(after, [asked[place]])
+                found[place] = self._complete(after, [place], sampling, show)[0]
+                after.roll_back(before)
+        else:
+            for begin in range(0, len(mine), self._batch):
+                places = mine[begin : begin + self._batch]
+                cache = self.prefill([asked[place] for place in places], room=sampling.max_tokens)
+                found |= zip(places, self._complete(cache, places, sampling, show), strict=True)
+        merged = self._model.of_all_replicas(found)
+        return [merged[place] for place in range(len(asked))]
+
+    def prefill(self, prompts: Sequence[Tokens], *, room: int = 0) -> Cache:
+        """A cache of the prompts' keys and values.
+
+        Args:
+            prompts: tokens of each sequence.
+            room: tokens that will be added to each; where it is too small the cache grows, which copies it.
+
+        Raises:
+            UsageError: as `generate`.
+        """
+        from megatron_attn2d.inference.cache import Cache
+
+        for i, tokens in enumerate(prompts):
+            self._check(f"prompt {i}", tokens, 0, 0)
+        group = self._model.context_group
+        ranks = 1 if group is None else group.size()
+        lengths = [len(tokens) for tokens in prompts]
+        capacity = shards.capacity(lengths, room, self._chunk * ranks, ranks)
+        self._check_room(len(prompts), capacity, max(lengths) + room)
+        cache = Cache(len(prompts), capacity, group, self._model.device)
+        self._extend(cache, prompts)
+        return cache
+
+    def extend(self, cache: Cache, tokens: Sequence[Tokens]) -> None:
+        """Adds tokens to each sequence of `cache`; then its logits are those after the last of them.
+
+        Raises:
+            UsageError: as `generate`.
+        """
+        for i, (new, cached) in enumerate(zip(tokens, cache.lengths, strict=True)):
+            self._check(f"sequence {i}", new, cached, 0)
+        self._extend(cache, tokens)
+
+    def log_likelihood(
+        self, contexts: Sequence[Tokens], continuations: Sequence[Tokens], *, after: Cache | None = None
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation the sum of its tokens' log probabilities, and whether greedy choice would give it.
+
+        Args:
+            contexts: what stands before each continuation; at least a token, unless there is `after`.
+            continuations: their tokens, at least one each.
+            after: a text that stands before each context, in a cache of one sequence; it is as before afterwards.
+
+        Raises:
+            UsageError: as `generate`.
+        """
+        for i, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+            if not continuation or not (context or after is not None):
+                which = "continuation" if context or after is not None else "context"
+                raise UsageError(f"{which} {i}: empty; give at least one token")
+        texts = [[*context, *continuation] for context, continuation in zip(contexts, continuations, strict=True)]
+        scores = self._scores(texts, after, list(map(len, contexts)))
+        return [(float(found[:, 0].sum()), bool(found[:, 1].all())) for found in scores]
+
+    def score(self, texts: Sequence[Tokens]) -> list[list[float]]:
+        """The log probability of each token of each text but the first, which nothing stands before.
+
+        Raises:
+            UsageError: as `generate`.
+        """
+        return [scores[:, 0].tolist() for scores in self._scores(texts, None, [1] * len(texts))]
+
+    def _scores(self, texts: Sequence[Tokens], after: Cache | None, first: Sequence[int]) -> list[Tensor]:
+        """Of each text's tokens from the place `first` on: log probability and whether it is the likeliest, [n, 2]."""
+        cached = 0 if after is None else self._one_sequence(after)
+        for i, tokens in enumerate(texts):
+            self._check(f"text {i}", tokens, cached, 0)
+        from megatron_attn2d.inference.cache import Cache
+
+        replica, replicas = self._model.replica
+        mine = list(range(replica, len(texts), replicas))
+        found: dict[int, Tensor] = {}
+        group = self._model.context_group
+        ranks = 1 if group is None else group.size()
+        size = self._batch if after is None else 1
+        for begin in range(0, len(mine), size):
+            places = mine[begin : begin + size]
+            asked, starts = [texts[place] for place in places], [first[place] for place in places]
+            if after is not None:
+                before = after.snapshot()
+                found |= zip(places, self._extend(after, asked, starts), strict=True)
+                after.roll_back(before)
+                continue
+            lengths = [len(tokens) for tokens in asked]
+            capacity = shards.capacity(lengths, 0, self._chunk * ranks, ranks)
+            self._check_room(len(asked), capacity, max(lengths))
+            cache = Cache(len(asked), capacity, group, self._model.device)
+            found |= zip(places, self._extend(cache, asked, starts), strict=True)
+        merged = self._model.of_all_replicas(found)
+        return [merged[place] for place in range(len(texts))]
+
+    def _extend(self, cache: Cache, tokens: Sequence[Tokens], first: Sequence[int] | None = None) -> list[Tensor]:
+        """Fills in new tokens of each sequence, by chunks.
+
+        Args:
+            cache: receives them, and the logits after the last of them.
+            tokens: of each sequence.
+            first: from which place on tokens are scored; None: none are.
+
+        Returns:
+            For each sequence the scores of its tokens from `first` on, [n, 2], on the CPU.
+        """
+        starts = cache.lengths
+        before = cache.logits
+        last: list[Tensor | None] = [None] * len(tokens)
+        scores = [torch.zeros(len(new), 2, dtype=torch.float64, device=self._model.device) for new in tokens]
+        for chunk in shards.chunks(starts, list(map(len, tokens)), self._chunk * cache.ranks, cache.ranks):
+            step = cache.fill(chunk)
+            held: list[int] = []
+            wanted: list[tuple[int, int, int]] = []  # row, sequence, place in its new tokens
+            for piece in chunk:
+                new, begin = tokens[piece.sequence], piece.start - starts[piece.sequence]
+                for row in piece.rows(cache.rank):
+                    place = begin + min(row, piece.length - 1)
+                    ends = place == len(new) - 1
+                    is_scored = first is not None and not ends and place + 1 >= first[piece.sequence]
+                    if row < piece.length and (ends or is_scored):
+                        wanted.append((len(held), piece.sequence, place))
+                    held.append(new[place])
+            device = self._model.device
+            rows = torch.tensor([row for row, _, _ in wanted] or [0], device=device)
+            logits = self._model.logits(cache, torch.tensor(held, device=device), step.positions, rows)
+            cache.finish()
+            if logits is None:
+                continue
+            for row, (_, sequence, place) in zip(logits, wanted, strict=False):
+                if place == len(tokens[sequence]) - 1:
+                    last[sequence] = row
+            if first is not None:
+                inner = [(i, s, p) for i, (_, s, p) in enumerate(wanted) if p < len(tokens[s]) - 1]
+                targets = [tokens[s][p + 1] for _, s, p in inner]
+                for (_, s, p), found in zip(inner, _scored(logits[[i for i, _, _ in inner]], targets), strict=True):
+                    scores[s][p + 1] = found
+        if self._model.last:
+            cache.logits = self._model.last_logits(last)
+        if first is None:
+            return []
+        if self._model.last:
+            for found in scores:
+                self._model.sum_over_context(found)
+            if before is not None:  # of the text before, of which every context rank has them
+                for found, row, new in zip(scores, before, tokens, strict=True):
+                    found[0] = _scored(row[None], [new[0]])[0]
+        return [self._model.broadcast(found)[begin:].cpu() for found, begin in zip(scores, first, strict=True)]
+
+    def _complete(
+        self, cache: Cache, places: Sequence[int], sampling: Sampling, show: Callable[[int, str], None]
+    ) -> list[Completion]:
+        """Adds tokens to the sequences of `cache`, which are the prompts at `places`, until each of them ends."""
+        model, count = self._model, len(places)
+        streams = [TextStream(self.tokenizer.decode, sampling.stop) for _ in places]
+        logprobs: list[list[float]] = [[] for _ in places]
+        reasons: list[StopReason | None] = [None] * count
+        draws = generators_of(sampling, places, model.device)
+        logits, rows = cache.logits, torch.arange(count, device=model.device)
+        while True:
+            chosen = self._chosen(logits, sampling, draws, count)
+            for i, (token, logprob) in enumerate(chosen):
+                if reasons[i] is not None:
+                    continue
+                if token == self.tokenizer.end and not sampling.ignore_end:
+                    reasons[i], shown = "end", streams[i].rest()
+                else:
+                    logprobs[i].append(logprob)
+                    shown = streams[i].add(token)
+                    if streams[i].stopped:
+                        reasons[i] = "stop"
+                    elif len(streams[i].tokens) == sampling.max_tokens:
+                        reasons[i], shown = "length", shown + streams[i].rest()
+                if shown:
+                    show(places[i], shown)
+            if None not in reasons:
+                break
+            step = cache.decode([reason is None for reason in reasons])
+            tokens = torch.tensor([token for token, _ in chosen], device=model.device)
+            logits = model.logits(cache, tokens, step.positions, rows)
+            cache.finish()
+            cache.logits = logits
+        return [
+            Completion(stream.text, stream.tokens, logprob, cast(StopReason, reason))
+            for stream, logprob, reason in zip(streams, logprobs, reasons, strict=True)
+        ]
+
+    def _chosen(
+        self, logits: Tensor | None, sampling: Sampling, draws: list[torch.Generator], count: int
+    ) -> list[tuple[int, float]]:
+        """The next token of each sequence and its log probability, the same on all ranks of the replica."""
+        found = torch.zeros(count, 2, dtype=torch.float64, device=self._model.device)
+        if logits is not None:
+            among = logits[:, : self.tokenizer.size]  # the rest pads the vocabulary
+            tokens = choose(among, sampling, draws)
+            found[:, 0] = tokens
+            found[:, 1] = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        return [(int(token), logprob) for token, logprob in self._model.broadcast(found).tolist()]
+
+    def _one_sequence(self, cache: Cache) -> int:
+        """Tokens of the only sequence of `cache`."""
+        if len(cache.lengths) != 1:
+            raise UsageError(f"after: a cache of {len(cache.lengths)} sequences; fill one of a single text")
+        return cache.lengths[0]
+
+    def _check(self, what: str, tokens: Tokens, cached: int, new: int) -> None:
+        """Raise UsageError unless `tokens` can follow `cached` others, and `new` can follow them."""
+        if not len(tokens):
+            raise UsageError(
+                f"{what}: empty; give at least one token, the end of a document ({self.tokenizer.end}) say"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < self.tokenizer.size:
+            raise UsageError(
+                f"{what}: token {max(tokens) if min(tokens) >= 0 else min(tokens)} is none of the run's tokenizer "
+                f"({self.run.data.tokenizer_type}), whose tokens are 0 to {self.tokenizer.size - 1}"
+            )
+        # The last token that is chosen is not computed again.
+        if self.positions is not None and cached + len(tokens) + max(0, new - 1) > self.positions:
+            before = f"{cached:,} cached and " if cached else ""
+            after = f" and {new:,} new ones" if new else ""
+            raise UsageError(
+                f"{what}: {before}{len(tokens):,} tokens{after} are more than the {self.positions:,} positions that "
+                "the run has learned; give a shorter prompt or fewer new tokens"
+            )
+
+    def _check_room(self, sequences: int, capacity: int, tokens: int) -> None:
+        """Raise UsageError where a cache of so many tokens of each sequence on this rank would not fit."""
+        each = capacity * self._model.bytes_per_token
+        free = self._model.free_bytes() * _MARGIN
+        if sequences * each > free:
+            ranks = self.run.context_parallel.size
+            what = [f"{int(free // each)} prompts at once"] if each <= free and sequences > 1 else []
+            what += [f"{tokens * free / (sequences * each):,.0f} tokens per prompt"]
+            what += [f"{-(-ranks * sequences * each // int(free)):,} context ranks"]
+            raise UsageError(
+                f"a cache of {sequences} prompts of {tokens:,} tokens takes {sequences * each / 2**30:,.2f} GiB on "
+                f"each of {ranks} context ranks, and {free / 2**30:,.2f} GiB are free: choose {', or '.join(what)}"
+            )
+
+
+def _scored(logits: Tensor, targets: Sequence[int]) -> Tensor:
+    """Log probability of a target per row of logits [n, vocabulary], and 1 where it is the likeliest, [n, 2]."""
+    aimed = torch.tensor(targets, device=logits.device, dtype=torch.long)
+    logprob = logits.double().log_softmax(-1).gather(-1, aimed[:, None])[:, 0]
+    return torch.stack((logprob, (logits.argmax(-1) == aimed).double()), -1)

@@ -1,0 +1,82 @@
+"""Tokens to text while they come: what may be shown already, and whether a stop text has been reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_attn2d.config.schema import Data
+from megatron_attn2d.corpus import tokenizers
+
+_UNFINISHED = "\ufffd"
+"""What bytes of an unfinished character show as."""
+
+
+class Tokenizer:
+    """The run's tokenizer.
+
+    Attributes:
+        end: the token that ends a document.
+        size: ids are smaller than this.
+    """
+
+    def __init__(self, data: Data) -> None:
+        """The tokenizer of a run's `data:` section.
+
+        Raises:
+            UsageError: it only knows ids, or its files or its library aren't there.
+        """
+        self._tokenizer = tokenizers.load(tokenizers.from_yaml_section(data))
+        self.end, self.size = self._tokenizer.eod, self._tokenizer.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without the one that ends a document."""
+        ids: list[int] = self._tokenizer.encode(text)[:-1].tolist()
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`."""
+        return self._tokenizer.decode(np.array(tokens, dtype=np.int64))
+
+
+class TextStream:
+    """The text of one completion, token by token.
+
+    Attributes:
+        tokens: so far.
+        text: of all tokens so far, up to the stop text if there was one.
+        stopped: whether a stop text has been reached.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
+        """`decode` makes text of tokens; the text ends before the first of `stop`."""
+        self._decode, self._stop = decode, stop
+        self._shown = 0
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Takes a token; the text that may be shown now: no half of a character, and no beginning of a stop text."""
+        self.tokens.append(token)
+        self.text = self._decode(self.tokens)
+        found = [place for place in (self.text.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+            return self.rest()
+        return self._show(len(self.text.rstrip(_UNFINISHED)) - self._begun())
+
+    def rest(self) -> str:
+        """What has not been shown yet."""
+        return self._show(len(self.text))
+
+    def _show(self, end: int) -> str:
+        shown = self.text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return shown
+
+    def _begun(self) -> int:
+        """Characters at the end that may become a stop text."""
+        lengths = [n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+        return max(lengths, default=0)
