@@ -1,0 +1,1 @@
+"""Questions about long texts, generated from local text, and how answers are scored."""
