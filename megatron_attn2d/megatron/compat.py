@@ -92,16 +92,16 @@ def _without_step(set_states: Any) -> Any:
     return set_all_but_step
 
 
-def _attending_in_context(mtp_block_spec: Any) -> Any:
-    """`mtp_block_spec` with our attention in the layers that it describes."""
+def _attending_in_context(init: Any) -> Any:
+    """`MultiTokenPredictionBlock.__init__` with our attention in its layers where the model's own layers have it."""
     layer_spec = importlib.import_module("megatron_attn2d.megatron.layer_spec")
 
-    @functools.wraps(mtp_block_spec)
-    def describe(*args: Any, **kwargs: Any) -> Any:
-        return layer_spec.with_context_parallelism(mtp_block_spec(*args, **kwargs))
+    @functools.wraps(init)
+    def build(self: Any, config: Any, spec: Any, *args: Any, **kwargs: Any) -> None:
+        described = layer_spec.with_context_parallelism(spec) if layer_spec.is_spread(config) else spec
+        init(self, config, described, *args, **kwargs)
 
-    setattr(describe, layer_spec.ATTENDS_IN_CONTEXT, True)
-    return describe
+    return build
 
 
 def _within_padded_sequences(roll_packed: Any) -> Any:
@@ -160,6 +160,12 @@ REFUSING_NO_TOKENS = Patch(
     _refusing_no_tokens,
     "a split with a weight but without documents would be counted through for ever",
 )
+ATTENDING_IN_CONTEXT = Patch(
+    "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock.__init__",
+    _attending_in_context,
+    "builders describe the layers of multi-token prediction anew, whatever the spec of the other layers says",
+)
+"""Installed by the layer spec for a model with such layers, so that every launcher gets it."""
 FIXES = (
     Patch(
         "megatron.core.datasets.utils:compile_helpers",
@@ -182,11 +188,6 @@ FIXES = (
         f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
         _without_step,
         "it looks up the step of torch's Adam among the loaded tensors, where it is not kept: KeyError 'step'",
-    ),
-    Patch(
-        "megatron.training.models.gpt:mtp_block_spec",
-        _attending_in_context,
-        "it describes the layers of multi-token prediction anew, whatever the spec of the other layers says",
     ),
     Patch(
         "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq",

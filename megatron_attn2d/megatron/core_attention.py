@@ -13,7 +13,6 @@ It holds no parameters but learnable sinks, under upstream's name: checkpoints i
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any, Protocol
 
@@ -37,7 +36,8 @@ from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.ulysses import check_heads
 from megatron_attn2d.megatron import cuda_graphs
-from megatron_attn2d.megatron.layer_grid import announce_ring, layer_grid, split_mode
+from megatron_attn2d.megatron.announcement import launched_with, tell_unread_mask
+from megatron_attn2d.megatron.layer_grid import layer_grid, split_mode
 
 ROLLS_WITHIN_PADDING = "rolls_within_padding"
 """Marks the function that shifts packed tokens for multi-token prediction once it minds padding; see compat.py."""
@@ -100,16 +100,13 @@ class ContextParallelAttention(MegatronModule):
             return
         if self.mode == "p2p":
             self.ring = pg_collection.cp
-            announce_ring()
         elif self.mode == "all_gather":
             # `reuse`: another communicator for each layer would cost more than streams of high priority gain.
             self.grid = Grid.from_group(pg_collection.cp, rows=pg_collection.cp.size(), cols=1, reuse=True)
         elif self.mode == "a2a":
             self.grid = Grid.from_group(pg_collection.cp, rows=1, cols=1, heads=pg_collection.cp.size(), reuse=True)
         elif self.mode == "attention2d":
-            shared = 1 if config.multi_latent_attention else heads // kv_heads  # latent attention expands its keys
-            sizes = config.hierarchical_context_parallel_sizes
-            self.grid = layer_grid(pg_collection, asked, sizes, shared)
+            self.grid = layer_grid(pg_collection, asked, config)
         else:
             raise ValueError(
                 f"cp_comm_type {cp_comm_type!r} (context_parallel.mode) is not served without Transformer Engine: "
@@ -138,6 +135,8 @@ class ContextParallelAttention(MegatronModule):
         if self.cache is not None:
             return self.cache.attend(self, query, key, value)
         causal = self._is_causal(attn_mask_type, packed_seq_params)
+        if attention_mask is not None:
+            tell_unread_mask(attention_mask)
         if attention_bias is not None:
             raise ValueError("attention bias is not supported: choose rotary or learned positions")
         totals = {} if packed_seq_params is None else self._packed(packed_seq_params)
@@ -274,11 +273,6 @@ def _totals(packing: PackedSeqParams, read: bool) -> dict[str, Any]:
     return totals
 
 
-def _launched_with() -> Any:
-    """The arguments of a launch by Megatron's own training loop; None elsewhere."""
-    return getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
-
-
 def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
     refused = [
         (config.qk_clip or config.log_max_attention_logit, "qk_clip / log_max_attention_logit", "leave both off"),
@@ -305,7 +299,7 @@ def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
             "context-parallel groups that stay the same for all batches, as a grid is laid once",
         ),
         (
-            getattr(_launched_with(), "reset_attention_mask", False),  # the loader's mask, which is not read
+            getattr(launched_with(), "reset_attention_mask", False),  # the loader's mask, which is not read
             "--reset-attention-mask, a mask for each sequence of the batch,",
             "packed sequences (cu_seqlens), or leave it out",
         ),

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_attn2d import Grid
 from megatron_attn2d.planner import best_grid
@@ -85,42 +86,63 @@ def split_mode(mode: str | None) -> tuple[str | None, GridShape | None]:
     return name, GridShape(heads or 1, rows, cols, (down, across) if down else None)
 
 
-def layer_grid(
-    groups: ProcessGroupCollection, asked: GridShape | None, sizes: Sequence[int] | None, queries_per_kv_head: int
-) -> Grid:
-    """The grid of a layer with attention2d; rank 0 says once which it is and where it comes from.
+def queries_per_kv_head(config: TransformerConfig) -> int:
+    """Query heads that share a key/value head in attention; latent attention expands its keys to one for each."""
+    if config.multi_latent_attention:
+        return 1
+    tensor = config.tensor_model_parallel_size
+    return (config.num_attention_heads // tensor) // max(1, config.num_query_groups // tensor)
 
-    Layers of one shape share a grid and its communicators. Every rank of the context-parallel group must call.
+
+def hierarchical_sizes(groups: ProcessGroupCollection | None, config: TransformerConfig) -> tuple[int, ...]:
+    """The sizes of the hierarchical context-parallel groups, those of the configuration where there are no groups."""
+    levels = getattr(groups, "hcp", None) or []
+    return tuple(level.size() for level in levels) or tuple(config.hierarchical_context_parallel_sizes or ())
+
+
+def choose_shape(
+    asked: GridShape | None, sizes: Sequence[int], ranks: int, queries_per_kv_head: int
+) -> tuple[GridShape, str]:
+    """The shape of a layer's grid, and where it comes from in words.
 
     Args:
-        groups: of the model; `cp` is laid on the grid unless `hcp` has its rows and columns.
         asked: the grid that the mode says.
-        sizes: the model's hierarchical_context_parallel_sizes.
+        sizes: of the hierarchical groups; empty where there are none.
+        ranks: of the context-parallel group.
         queries_per_kv_head: chooses the grid where nobody says one.
 
     Raises:
         ValueError: a grid does not cover the context-parallel ranks, or two that were given differ.
     """
-    levels = getattr(groups, "hcp", None) or []
-    said = tuple(level.size() for level in levels) or tuple(sizes or ())
-    hierarchical = GridShape.of_sizes(said) if said else None
+    hierarchical = GridShape.of_sizes(sizes) if sizes else None
     if asked is not None and hierarchical is not None and asked != hierarchical:
         raise ValueError(
-            f"cp_comm_type {ATTENTION2D}:{asked} and hierarchical_context_parallel_sizes {list(said)} "
+            f"cp_comm_type {ATTENTION2D}:{asked} and hierarchical_context_parallel_sizes {list(sizes)} "
             f"(a grid of {hierarchical}) differ: leave one of them out"
         )
     shape = asked or hierarchical
     if shape is None:
-        shape = GridShape(1, *best_grid(groups.cp.size(), queries_per_kv_head))
-        announce(f"{ATTENTION2D} on a grid of {shape}, the one with the fewest bytes; {ATTENTION2D}:RxC says another")
-        return _laid_out(groups.cp, shape)
-    if shape.size != groups.cp.size():
+        best = GridShape(1, *best_grid(ranks, queries_per_kv_head))
+        return best, f"the one with the fewest bytes; {ATTENTION2D}:RxC says another"
+    if shape.size != ranks:
         raise ValueError(
-            f"a grid of {shape} covers {shape.size} ranks and the context-parallel group has {groups.cp.size()}: "
+            f"a grid of {shape} covers {shape.size} ranks and the context-parallel group has {ranks}: "
             "choose U x R x C = context_parallel_size"
         )
-    origin = "cp_comm_type" if asked is not None else "hierarchical_context_parallel_sizes"
-    announce(f"{ATTENTION2D} on a grid of {shape}, from {origin}")
+    return shape, "cp_comm_type" if asked is not None else "hierarchical_context_parallel_sizes"
+
+
+def layer_grid(groups: ProcessGroupCollection, asked: GridShape | None, config: TransformerConfig) -> Grid:
+    """The grid of a layer with attention2d; `asked` is what its mode says.
+
+    Layers of one shape share a grid and its communicators. Every rank of the context-parallel group must call.
+
+    Raises:
+        ValueError: a grid does not cover the context-parallel ranks, or two that were given differ.
+    """
+    sizes = hierarchical_sizes(groups, config)
+    shape, _ = choose_shape(asked, sizes, groups.cp.size(), queries_per_kv_head(config))
+    levels = getattr(groups, "hcp", None)
     if shape.block is None and levels:
         # Sizes [R, C] make a contiguous group of R, a column of the grid, and a strided group of C, a row.
         kv_group, q_group = levels[-2:]
@@ -132,15 +154,3 @@ def layer_grid(
 @lru_cache(maxsize=8)
 def _laid_out(group: dist.ProcessGroup, shape: GridShape) -> Grid:
     return Grid.from_group(group, rows=shape.rows, cols=shape.cols, heads=shape.heads, tile=shape.block)
-
-
-def announce_ring() -> None:
-    """Says once that layers run a ring, which is Megatron's default mode and may not be what was meant."""
-    announce(f"ring (p2p): --cp-comm-type {ATTENTION2D} was not given")
-
-
-@cache
-def announce(text: str) -> None:
-    """Prints a line, once, on rank 0, among those that Megatron prints while it builds the model."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"context parallelism: {text}", flush=True)

@@ -1,8 +1,9 @@
 """Upstream's layer specs with context-parallel attention in them.
 
 `attention2d_layer_spec` is what `--spec megatron_attn2d.megatron.layer_spec attention2d_layer_spec` names and what a
-`transformer_layer_spec=` takes (GPTModelBuilder, Megatron-Bridge); for hybrid models there is `hybrid_spec.py`. All
-surgery is in `with_context_parallelism`, which takes any of upstream's specs.
+`transformer_layer_spec=` takes (GPTModelBuilder, Megatron-Bridge). Callers that hand a spec on without calling it
+(`gpt_builders.gpt_builder`, and so train_rl.py and tools/checkpoint) take `attention2d_layer`. For hybrid models there
+is `hybrid_spec.py`. All surgery is in `with_context_parallelism`, which takes any of upstream's specs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
     LayerNormImpl,
@@ -24,14 +25,14 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.models import gpt
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_attn2d.megatron.announcement import introduce
+from megatron_attn2d.megatron.compat import ATTENDING_IN_CONTEXT
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
-from megatron_attn2d.megatron.layer_grid import ATTENTION2D, announce_ring, split_mode
-
-ATTENDS_IN_CONTEXT = "attends_in_context"
-"""Marks the function that builds the layers of multi-token prediction once they get our attention; see compat.py."""
+from megatron_attn2d.megatron.layer_grid import ATTENTION2D, split_mode
+from megatron_attn2d.megatron.patching import install
 
 
 class CoreAttention:
@@ -47,9 +48,14 @@ class CoreAttention:
         mode = cp_comm_type or config.cp_comm_type  # the layer's own is not handed over by latent attention
         if isinstance(mode, list):
             mode = mode[layer_number - 1]
+        introduce(
+            config,
+            kwargs.get("pg_collection"),
+            (kwargs.get("k_channels") or config.kv_channels, kwargs.get("v_channels") or config.kv_channels),
+            config.attention_dropout,
+            transformer_engine=HAVE_TE,
+        )
         if HAVE_TE and split_mode(mode)[0] != ATTENTION2D:
-            if config.context_parallel_size > 1 and mode == "p2p":
-                announce_ring()
             return TEDotProductAttention(config=config, layer_number=layer_number, cp_comm_type=cp_comm_type, **kwargs)
         return ContextParallelAttention(config=config, layer_number=layer_number, cp_comm_type=mode, **kwargs)
 
@@ -98,6 +104,8 @@ def _replaced(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _core_attention(spec: Any) -> Any:
+    if spec is CoreAttention:  # Megatron-Bridge describes multi-token prediction by layers that have it already
+        return spec
     if spec not in (DotProductAttention, TEDotProductAttention):
         raise ValueError(
             f"core attention {spec} can't be replaced: only DotProductAttention and TEDotProductAttention can"
@@ -107,7 +115,7 @@ def _core_attention(spec: Any) -> Any:
 
 def attention2d_layer_spec(
     config: GPTModelConfig | TransformerConfig, vp_stage: int | None = None, *, head_groups: int = 1
-) -> TransformerBlockSubmodules | ModuleSpec:
+) -> TransformerBlockSubmodules:
     """Upstream's default spec for the model (dense or MoE, local or Transformer Engine) with our attention in it.
 
     Args:
@@ -122,12 +130,8 @@ def attention2d_layer_spec(
     transformer = config.transformer if isinstance(config, GPTModelConfig) else config
     if transformer.attention_backend is AttnBackend.local:
         raise ValueError("attention_backend local: Megatron would replace context-parallel attention by its own")
-    provides = hasattr(config, "provide")  # as Megatron-Bridge does: then these layers, too, are described by this spec
-    if transformer.mtp_num_layers and not provides and not getattr(gpt.mtp_block_spec, ATTENDS_IN_CONTEXT, False):
-        raise ValueError(
-            "mtp_num_layers: Megatron builds multi-token prediction with an attention of its own choice; train with "
-            "megatron-attn2d train or megatron_attn2d.pretrain_gpt, which replace that one too"
-        )
+    if transformer.mtp_num_layers:
+        install(ATTENDING_IN_CONTEXT)
     transformer.attention2d_head_groups = head_groups  # where the module finds it: builders pass the config alone
     spec = default_layer_spec(model, vp_stage)
     if isinstance(spec, ModuleSpec):  # a layer: as a block, so that the final norm is part of it
@@ -135,7 +139,48 @@ def attention2d_layer_spec(
         pp_rank = None if groups is None else groups.pp.rank()
         layers = get_num_layers_to_build(transformer, vp_stage=vp_stage, pp_rank=pp_rank)
         spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LayerNormImpl)
-    return with_context_parallelism(spec)
+    spread: TransformerBlockSubmodules = with_context_parallelism(spec)
+    return spread
+
+
+def is_spread(config: TransformerConfig) -> bool:
+    """Whether the layers of this model have our attention, as far as its spec has been asked for."""
+    return hasattr(config, "attention2d_head_groups")
+
+
+class Attention2DLayer(BaseTransformerLayer):
+    """Builds the layer of this number that `attention2d_layer_spec` describes for the model's configuration.
+
+    A class, since Megatron repeats a layer's spec only if its module is a class of layers; instances are of the layer
+    that was chosen.
+    """
+
+    def __new__(
+        cls, config: TransformerConfig, layer_number: int = 1, vp_stage: int | None = None, **kwargs: Any
+    ) -> Any:
+        """The layer, constructed with the arguments that Megatron hands to any layer.
+
+        Raises:
+            ValueError: the model asks for what would attend otherwise, is hybrid, or has layers of several kinds.
+        """
+        if "layer_type_list" in kwargs:
+            raise ValueError(
+                "hybrid_layer_pattern: --spec names a layer of GPTModel; choose megatron_attn2d.megatron.hybrid_spec "
+                "attention2d_hybrid_stack_spec"
+            )
+        if config.heterogeneous_block_specs:
+            raise ValueError(
+                "heterogeneous_layers_config_path: this spec is of equal layers; choose "
+                "megatron_attn2d.megatron.layer_spec attention2d_layer_spec"
+            )
+        groups = getattr(config, "attention2d_head_groups", 1)
+        block = attention2d_layer_spec(config, vp_stage, head_groups=groups)
+        layer = block.layer_specs[layer_number - 1]
+        return build_module(layer, config=config, layer_number=layer_number, vp_stage=vp_stage, **kwargs)
+
+
+attention2d_layer = ModuleSpec(module=Attention2DLayer)
+"""The spec for callers that do not call it with a configuration; each layer looks at the one that it is built with."""
 
 
 def _model_of(config: TransformerConfig) -> GPTModelConfig:

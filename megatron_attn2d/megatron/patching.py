@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -48,3 +49,10 @@ def applied(patches: Iterable[Patch]) -> Iterator[None]:
             owner, name = patch.resolve()
             stack.enter_context(mock.patch.object(owner, name, patch.make(getattr(owner, name))))
         yield
+
+
+@cache
+def install(patch: Patch) -> None:
+    """Applies a patch for good, once: for a name that upstream uses after the call that asks for it has returned."""
+    owner, name = patch.resolve()
+    setattr(owner, name, patch.make(getattr(owner, name)))

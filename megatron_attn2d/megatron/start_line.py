@@ -8,10 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
-import torch
-
-from megatron_attn2d.attention.kernels import choose_kernel
-from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.megatron.announcement import kernel_name
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 from megatron_attn2d.megatron.patching import Patch, applied
 from megatron_attn2d.megatron.self_check import describe, distinct_attentions
@@ -66,19 +63,11 @@ def _model(args: Namespace) -> str:
 
 
 def _attention(attention: ContextParallelAttention) -> str:
-    config, (head_dim, v_head_dim) = attention.config, attention.head_dims
-    request = Request(
-        "cuda" if torch.cuda.is_available() else "cpu",
-        config.params_dtype,
-        head_dim,
-        v_head_dim,
-        windows=attention.window is not None,
-        dropout=attention.dropout > 0,
-        grouped=config.num_query_groups not in (None, config.num_attention_heads),
-    )
+    config, windows = attention.config, attention.window is not None
+    kernel = kernel_name(config, attention.head_dims, attention.dropout, windows)
     where = describe(attention) if config.context_parallel_size > 1 else "attention on one rank"
-    window = "" if attention.window is None else f", window {attention.window}"
-    return f"{where}{window}, kernel {choose_kernel('auto', request).name}"
+    window = f", window {attention.window}" if windows else ""
+    return f"{where}{window}, kernel {kernel}"
 
 
 def _data(args: Namespace) -> str:

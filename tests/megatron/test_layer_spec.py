@@ -86,7 +86,6 @@ def test_the_spec_of_multi_latent_attention_is_replaced_too() -> None:
     ("options", "message"),
     [
         ({"attention_backend": "local"}, "attention_backend local"),
-        ({"mtp_num_layers": 1}, "mtp_num_layers"),
         ({"use_transformer_engine_full_layer_spec": True}, "use_transformer_engine_full_layer_spec"),
     ],
     ids=str,
@@ -106,6 +105,7 @@ def test_what_would_attend_otherwise_is_refused(options: dict[str, Any], message
 def test_a_provider_of_megatron_bridge_stands_for_its_model(stage: int) -> None:
     """With groups of its own, from which the stage comes, and multi-token prediction, whose layers it makes of ours."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.training.models import gpt
 
     from megatron_attn2d.megatron import layer_spec
 
@@ -119,7 +119,7 @@ def test_a_provider_of_megatron_bridge_stands_for_its_model(stage: int) -> None:
     assert len(layer_spec.attention2d_layer_spec(given).layer_specs) == (1, 3)[stage]
     given.restore_modelopt_state, given.use_arbitrary_attention_mask = True, False
     block = TransformerBlockSubmodules(layer_specs=[])
-    with mock.patch.object(layer_spec.gpt, "get_gpt_modelopt_spec", return_value=block) as quantised:
+    with mock.patch.object(gpt, "get_gpt_modelopt_spec", return_value=block) as quantised:
         assert layer_spec.attention2d_layer_spec(given).layer_specs == []
     assert quantised.call_args.kwargs["use_arbitrary_attention_mask"] is False
 
@@ -132,6 +132,24 @@ def provider(**options: Any) -> Any:
     given = config(**{name: value for name, value in options.items() if name in fields})
     vars(given).update({name: value for name, value in options.items() if name not in fields})
     return given
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, {"layer_type_list": ["*"]}, "hybrid_layer_pattern: .* attention2d_hybrid_stack_spec"),
+        ({"heterogeneous_block_specs": True}, {}, "heterogeneous_layers_config_path: .* attention2d_layer_spec"),
+    ],
+)
+def test_a_spec_that_nobody_calls_refuses_other_models(
+    changes: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    from megatron.core.transformer.spec_utils import build_module
+
+    from megatron_attn2d.megatron.layer_spec import attention2d_layer
+
+    with pytest.raises(ValueError, match=message):
+        build_module(attention2d_layer, config(**changes), **arguments)
 
 
 def test_an_unknown_core_attention_is_refused() -> None:
@@ -167,12 +185,12 @@ def test_transformer_engine_keeps_its_own_modes(
 
     with (
         mock.patch.object(layer_spec, "HAVE_TE", transformer_engine),
+        mock.patch.object(layer_spec, "introduce"),
         mock.patch.object(layer_spec, "ContextParallelAttention", return_value="ours"),
         mock.patch.object(layer_spec, "TEDotProductAttention", return_value="theirs"),
     ):
-        built: Any = layer_spec.CoreAttention(
-            config=SimpleNamespace(cp_comm_type=configured, context_parallel_size=2), layer_number=2, cp_comm_type=given
-        )
+        transformer: Any = SimpleNamespace(cp_comm_type=configured, attention_dropout=0.0, kv_channels=16)
+        built: Any = layer_spec.CoreAttention(config=transformer, layer_number=2, cp_comm_type=given)
     assert built == chosen
 
 

@@ -24,7 +24,7 @@ from tests.megatron.runs import Tensors, arguments, train_states
 from tests.pool import RankPool
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the seam is for hosts without a GPU")
-BY_TARGET = {patch.target: patch for patch in (*cpu.PATCHES, *compat.FIXES)}
+BY_TARGET = {patch.target: patch for patch in (*cpu.PATCHES, *compat.FIXES, compat.ATTENDING_IN_CONTEXT)}
 
 RAISES_WITHOUT_A_DEVICE: dict[str, Callable[[], Any]] = {
     "torch.cuda:current_device": lambda: torch.cuda.current_device(),
@@ -50,7 +50,7 @@ TESTED_BELOW = {
     "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
     "megatron.core.datasets.utils:compile_helpers",
     "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
-    "megatron.training.models.gpt:mtp_block_spec",
+    "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock.__init__",
     "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq",
     "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache",
     "megatron.core.models.hybrid.hybrid_block:TENorm",
@@ -267,12 +267,7 @@ def test_upstream_gives_multi_token_prediction_an_attention_of_its_own() -> None
         mock.patch.object(gpt_layer_specs, "get_mtp_num_layers_to_build", return_value=1),
         mock.patch.object(layer_spec, "get_num_layers_to_build", return_value=1),
     ):
-        with pytest.raises(ValueError, match=r"mtp_num_layers: .* an attention of its own choice; train with"):
-            layer_spec.attention2d_layer_spec(model)
-        with compat.applied_fixes():
-            ours = layer_spec.attention2d_layer_spec(model)
-            assert attention_of(ours) is layer_spec.CoreAttention
-        assert attention_of(ours) is not layer_spec.CoreAttention
+        assert attention_of(layer_spec.attention2d_layer_spec(model)) is not layer_spec.CoreAttention
 
 
 def shifted_packed_tokens(rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 
 from megatron_attn2d.config import load_run, megatron_arguments
 from tests.megatron.runs import arguments, context_parallel, train_rank
-from tests.megatron.test_layer_spec import SPEC
+from tests.megatron.test_layer_spec import MIXTURE, SPEC
 from tests.pool import RankPool
 
 Layers = list[tuple[int, str, tuple[int, int] | None, int]]
@@ -85,41 +87,70 @@ CPU = {
     "distributed_backend": "gloo",
     "num_workers": 0,
 }
-STOCK = {
-    **CPU,
-    "num_layers": 2,
-    "train_iters": 4,
-    "mock_data": True,
-    "no_create_attention_mask_in_dataloader": True,
-    "calculate_per_token_loss": True,
+STOCK = {**CPU, "num_layers": 2, "train_iters": 4, "mock_data": True, "calculate_per_token_loss": True}
+UNCALLED = ["megatron_attn2d.megatron.layer_spec", "attention2d_layer"]
+ANY_GRID = {"context_parallel_size": 2, "cp_comm_type": "attention2d"}
+RING = "ring (p2p): --cp-comm-type attention2d was not given"
+BEST = "attention2d on a grid of 2x1 (the one with the fewest bytes; attention2d:RxC says another) in all layers"
+PER_LAYER = "layer 1: attention2d on a grid of 2x1 (cp_comm_type); layer 2: attention2d on a grid of 1x2 (cp_comm_type)"
+
+
+@dataclasses.dataclass
+class Launch:
+    """What a launch adds to `STOCK`, how it spreads the model, and what rank 0 says of its layers."""
+
+    spread: dict[str, Any]
+    said: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    spec: list[str] = dataclasses.field(default_factory=lambda: SPEC)
+    attentions: int = 2
+    tolerance: float = 1e-5
+
+
+LAUNCHES = {
+    "hierarchical sizes": Launch(
+        context_parallel("attention2d", 1, 2),
+        "attention2d on a grid of 1x2 (hierarchical_context_parallel_sizes) in all layers",
+    ),
+    "a grid per layer": Launch({**ANY_GRID, "cp_comm_type": ["attention2d:2x1", "attention2d:1x2"]}, PER_LAYER),
+    "a ring": Launch({"context_parallel_size": 2}, RING),
+    "a spec that nobody calls": Launch(ANY_GRID, BEST, spec=UNCALLED),
+    "a spec that nobody calls, MoE and MTP": Launch(
+        ANY_GRID, BEST, {**MIXTURE, "moe_layer_freq": "[0,1]", "mtp_num_layers": 1}, UNCALLED, 3, 1e-4
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    "grid",
-    [
-        context_parallel("attention2d", 1, 2),
-        {"context_parallel_size": 2, "cp_comm_type": "attention2d"},
-        {"context_parallel_size": 2, "cp_comm_type": ["attention2d:2x1", "attention2d:1x2"]},
-    ],
-    ids=["hierarchical sizes", "no sizes", "a grid per layer"],
-)
-def test_a_stock_launch_of_megatron_lm(grid: dict[str, Any], pool: RankPool) -> None:
-    without = {**STOCK, "no_create_attention_mask_in_dataloader": None}  # upstream's own attention reads the mask
-    [(expected, kinds)] = pool.run(_stock, 1, arguments(**without))
-    assert kinds == ["DotProductAttention"] * 2
-    for losses, kinds in pool.run(_stock, 2, arguments(**STOCK, spec=SPEC, **grid)):
-        assert kinds == ["ContextParallelAttention"] * 2
-        assert losses == pytest.approx(expected, abs=1e-5)
+@pytest.fixture(scope="module")
+def upstreams(pool: RankPool) -> tuple[list[float], list[str], list[str]]:
+    """What a launch on one rank without a spec gives."""
+    [found] = pool.run(_stock, 1, arguments(**STOCK))
+    return found
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_a_stock_launch_of_megatron_lm(
+    launch: Launch, upstreams: tuple[list[float], list[str], list[str]], pool: RankPool
+) -> None:
+    options = {**STOCK, **launch.options}
+    expected, kinds, _ = pool.run(_stock, 1, arguments(**options))[0] if launch.options else upstreams
+    assert kinds == ["DotProductAttention"] * launch.attentions
+    ranks = pool.run(_stock, 2, arguments(**options, spec=launch.spec, **launch.spread))
+    for losses, kinds, _ in ranks:
+        assert kinds == ["ContextParallelAttention"] * launch.attentions
+        assert losses == pytest.approx(expected, abs=launch.tolerance)
     assert len(expected) == 4
+    derived = "derived: no_create_attention_mask_in_dataloader, as no layer reads that mask of 0.00391 MiB per sequence"
+    assert ranks[0][2] == [f"context parallelism over 2 ranks: {launch.said}; kernel reference; {derived}"]
+    assert ranks[1][2] == []
 
 
-def _stock(rank: int, args: list[str]) -> tuple[list[float], list[str]]:
-    """The losses of a stock launch, and the kinds of core attention in its model."""
+def _stock(rank: int, args: list[str]) -> tuple[list[float], list[str], list[str]]:
+    """The losses of a stock launch, the kinds of core attention in its model, and what is said of them."""
     from megatron.training import training
 
     from megatron_attn2d import pretrain_gpt
-    from megatron_attn2d.megatron import compat, cpu
+    from megatron_attn2d.megatron import announcement, compat, cpu
     from tests.megatron import stock_pretrain_gpt
 
     losses: list[float] = []
@@ -135,6 +166,8 @@ def _stock(rank: int, args: list[str]) -> tuple[list[float], list[str]]:
         kinds.extend(name for name in names if name.endswith("Attention") and name != "SelfAttention")
         return train(step, model, *rest, **kwargs)
 
+    announcement.announce.cache_clear()
+    printed = io.StringIO()
     try:
         with (
             compat.applied_fixes(),
@@ -143,11 +176,13 @@ def _stock(rank: int, args: list[str]) -> tuple[list[float], list[str]]:
             mock.patch.object(sys, "argv", ["pretrain_gpt.py", *args]),
             mock.patch.object(training, "training_log", keep_loss),
             mock.patch.object(training, "train", look),
+            contextlib.redirect_stdout(printed),
         ):
             stock_pretrain_gpt.main()
     finally:
         pretrain_gpt._reset_megatron(owns_process_group=False)
-    return losses, kinds
+    said = [line for line in printed.getvalue().splitlines() if line.startswith("context parallelism")]
+    return losses, kinds, said
 
 
 def test_the_layer_spec_of_megatron_bridge(pool: RankPool) -> None:

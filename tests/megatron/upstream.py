@@ -30,7 +30,7 @@ WRAPPED = {
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states": [
         *("self", "model_param", "tensors"),
     ],
-    "megatron.training.models.gpt:mtp_block_spec": ["config", "transformer_layer_spec", "vp_stage"],
+    "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock.__init__": ["self", "config", "spec"],
     "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq": [
         *("tensor", "shifts", "dims", "packed_seq_params", "cp_group"),
     ],
