@@ -33,8 +33,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_attn2d import attention2d
-from megatron_attn2d.attention import attention2d as api
-from megatron_attn2d.attention import passes, pieces
+from megatron_attn2d.attention import attention2d as algorithm
+from megatron_attn2d.attention import call, comm, partials, tile
 
 CASES = [
     (4, 2**14, "12/12", ["4x1", "2x2", "4x1x1"]),
@@ -202,12 +202,12 @@ class Operators(TorchDispatchMode):
 def empty_kernels() -> Iterator[None]:
     """Kernels, merges and sums that allocate what those of GPUs do and compute nothing: what is left is our Python."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(api, "choose_kernel", return_value=EmptyKernel()))
-        for module in (passes, pieces):
+        stack.enter_context(mock.patch.object(call, "choose_kernel", return_value=EmptyKernel()))
+        for module in (comm, partials):
             for name in ("merge_partials", "sum_partials"):
                 stack.enter_context(mock.patch.object(module, name, nothing))
-        stack.enter_context(mock.patch.object(passes, "row_statistics", empty_statistics))
-        stack.enter_context(mock.patch.object(passes, "stand_in", lambda dout, delta: torch.empty_like(dout)))
+        stack.enter_context(mock.patch.object(algorithm, "row_statistics", empty_statistics))
+        stack.enter_context(mock.patch.object(tile, "stand_in", lambda dout, delta: torch.empty_like(dout)))
         yield
 
 

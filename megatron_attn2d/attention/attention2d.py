@@ -9,7 +9,19 @@
 With x query heads per key head, a rank receives 2(C-1) + 2(R-1)/x shards of Q's size forward and 3(C-1) + 4(R-1)/x
 backward, where a ring moves 2(P-1)/x and 4(P-1)/x. delta = rowsum(dO * O), a number per row, is gathered instead of O.
 
-How messages and kernels are ordered so that they hide each other: `passes`.
+Kernels run while messages travel. A rank attends its own chunks to themselves, the diagonal of the score matrix, while
+others' chunks arrive. Where partial results return to their owners, it keeps back the diagonal of half of its heads for
+that time, if that is work enough for kernel calls of its own:
+
+    messages   gather  >-----------------\\                 return  >-----------------\\
+    kernels      diagonal of some heads   tile              diagonal of other heads   merge or sum
+
+Heads are independent, so all of this may also run in groups of heads (`interleave`). The gathered buffers shrink by the
+number of groups.
+
+The peak of memory is made of buffers, so they live no longer than they must: gathered ones until the tile's kernels are
+queued, results for others until they are sent. Gradients are allocated when those are gone. On GPUs the allocator hands
+their memory out in the order of the stream, so nothing waits for it.
 
 Legend: s tokens of the whole sequence, cp ranks, n = s / (2 cp) tokens of a chunk, b batch, h query heads, g key heads,
 d head dim, dv the values' head dim.
@@ -17,26 +29,35 @@ d head dim, dv the values' head dim.
 
 from __future__ import annotations
 
-from math import gcd, sqrt
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.agreement import check_agreement, facts_of
-from megatron_attn2d.attention.checks import check_first_derivative, check_sink, packed, request_of, sequences_of
+from megatron_attn2d.attention.call import Call, prepare, run
+from megatron_attn2d.attention.comm import MERGED, SUMMED, TileAxis, axes
 from megatron_attn2d.attention.dropout import Dropout
-from megatron_attn2d.attention.exchange import axes
 from megatron_attn2d.attention.grid import Grid
-from megatron_attn2d.attention.kernels import Kernel, choose_kernel
-from megatron_attn2d.attention.layout import Band
-from megatron_attn2d.attention.local import Whole, local_attention
-from megatron_attn2d.attention.merge import apply_sink
-from megatron_attn2d.attention.packing import Packing, Totals
-from megatron_attn2d.attention.passes import Plan, backward, forward
-from megatron_attn2d.attention.saved import without_neighbours
-from megatron_attn2d.attention.tile import Scores, Tile
-from megatron_attn2d.attention.ulysses import check_heads, collect_heads, spread_heads
+from megatron_attn2d.attention.layout import LOWER
+from megatron_attn2d.attention.merge import accumulation_dtype, row_statistics
+from megatron_attn2d.attention.overlap import Heads, own_heads
+from megatron_attn2d.attention.packing import Totals
+from megatron_attn2d.attention.partials import PartialGradients, Partials, merge_halves, sum_halves
+from megatron_attn2d.attention.single_rank import SingleRank
+from megatron_attn2d.attention.tile import (
+    Queries,
+    Scores,
+    Tile,
+    attend,
+    attend_own,
+    differentiate,
+    differentiate_own,
+)
+from megatron_attn2d.attention.ulysses import collect_heads, spread_heads
 
 
 @torch.compiler.disable  # the messages cut it into pieces anyway; and buffers are merged in place
@@ -95,82 +116,233 @@ def attention2d(
     """
     if not isinstance(grid, Grid):
         raise ValueError(f"grid is a {type(grid).__name__}, no Grid: Grid.from_group(group, rows=R, cols=C) makes one")
-    packing = packed(cu_seqlens, cu_seqlens_padded, max_seqlen, (q, k, v), grid.size)
-    if packing is not None:
-        q, k, v = (x.unsqueeze(1) for x in (q, k, v))
-    dropout = Dropout.of_call(dropout)
-    sequences, band, kernel = _planned(q, k, v, grid, causal, window, dropout, backend, packing)
-    if head_groups < 1 or k.size(2) % head_groups:
-        raise ValueError(f"head_groups={head_groups} does not divide the {k.size(2)} key/value heads of this rank")
-    check_heads(q.size(2), k.size(2), grid.heads)
-    check_sink(sink, q)
-    scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
-    facts = facts_of(q, k, v, sequences, band, scale, sink, dropout, head_groups)
-    check_agreement((grid.head_group, grid.kv_group, grid.q_group), facts, q.device, label)
+    call, q, k, v = prepare(
+        q,
+        k,
+        v,
+        (grid.head_group, grid.kv_group, grid.q_group),
+        grid.rows * grid.cols,
+        grid.heads,
+        grid.calls,
+        causal=causal,
+        window=window,
+        sink=sink,
+        dropout=dropout,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_padded=cu_seqlens_padded,
+        max_seqlen=max_seqlen,
+        softmax_scale=softmax_scale,
+        backend=backend,
+        head_groups=head_groups,
+        label=label,
+    )
     if grid.heads > 1:
-        q, k, v = spread_heads(q, k, v, grid, label, packing)
+        q, k, v = spread_heads(q, k, v, grid, label, call.packing)
         first = grid.head_rank * q.size(2)
         sink = None if sink is None else sink[first : first + q.size(2)]
-        dropout = None if dropout is None else dropout.starting(first)
-    q, k, v = without_neighbours(q, k, v)
-    scores = Scores(kernel, scale, dropout)
-    if sequences.ranks == 1:
-        out = local_attention(q, k, v, sink, Whole(sequences, band, scores))
+        call = call.starting(first)
+    if grid.rows * grid.cols == 1:
+        out = run(SingleRank(call), q, k, v, sink)
     else:
-        groups = gcd(head_groups, k.size(2))  # fewer where the head axis leaves a rank fewer heads
-        plan, row, column = axes(grid, sequences.mask(band), label)
-        tile = Tile(plan, sequences, band, grid.rank)
-        out = _Attention2D.apply(q, k, v, sink, Plan(tile, row, column, scores, groups))
+        # fewer groups where the head axis leaves a rank fewer heads
+        out = run(GridSchedule.of(call, grid, gcd(head_groups, k.size(2))), q, k, v, sink)
     if grid.heads > 1:
-        out = collect_heads(out, grid, label, packing)
-    return out if packing is None else out.squeeze(1)
+        out = collect_heads(out, grid, label, call.packing)
+    return out if call.packing is None else out.squeeze(1)
 
 
-def _planned(
+def _forward_group(
+    call: GridSchedule, scores: Scores, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> Iterator[None]:
+    """The forward pass of a group of heads, from halves [2, n, b, heads, ...] into `out` and `lse` [2, b, h, n]."""
+    # 1 gather Q in the row, K and V in the column
+    gathered_q, gathered_kv = call.row.gather(q), call.column.gather(k, v)
+    yield  # the group before computes meanwhile
+    now, *later = call.diagonal_heads(q, k, returns=call.row.travels)
+    diagonal = [_attend_diagonal(call, scores, now, q, k, v)]
+    # 2 attend the tile
+    partial = attend(call.tile, scores, *gathered_q.wait(), *gathered_kv.wait())
+    # 3 return partial O, LSE in the row
+    returned = call.row.return_partials([partial.outs, partial.lses], [out[LOWER], lse[LOWER]], MERGED)
+    del partial
+    diagonal += [_attend_diagonal(call, scores, heads, q, k, v) for heads in later]
+    yield  # the group after computes meanwhile
+    # 4 merge by log-sum-exp
+    returned.wait()
+    for heads, own in diagonal:
+        outs, lses = returned.beside(own.outs, own.lses, of=heads.of)
+        merge_halves(outs, lses, heads.of(out), heads.of(lse))
+
+
+def _backward_group(
+    call: GridSchedule,
+    gradients: _Gradients,
+    i: int,
+    scores: Scores,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grid: Grid,
-    causal: bool,
-    window: tuple[int | None, int | None] | None,
-    dropout: Dropout | None,
-    backend: str,
-    packing: Packing | None,
-) -> tuple[Packing, Band, Kernel]:
-    """Sequences, who sees whom, and the kernel of a call; checked and worked out once for all calls of its kind."""
+    dout: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+) -> Iterator[None]:
+    """The backward pass of group `i` of heads; `statistics` [2, 1 or 2, b, h, n] are log-sum-exps and maybe deltas."""
+    # 1 gather Q, dO, LSE, delta in the row, K and V in the column
+    known = () if call.row.travels else (out,)  # delta is what others need of the output
+    gathered_q = call.row.gather(q, dout, *known, statistics=statistics)
+    gathered_kv = call.column.gather(k, v)
+    yield
+    now, *later = call.diagonal_heads(q, k, returns=True)
+    diagonal = [_differentiate_diagonal(call, scores, now, q, k, v, dout, out, statistics)]
+    # 2 differentiate the tile
+    rows = Queries.of(scores.kernel, *gathered_q.wait())
+    partial = differentiate(call.tile, scores, rows, gathered_kv.wait())
+    del rows
+    # 3 return partial dQ in the row, dK and dV in the column
+    returned_q = call.row.return_partials([partial.dq], [q[LOWER]], SUMMED)
+    returned_kv = call.column.return_partials([partial.dk, partial.dv], [k[LOWER], v[LOWER]], SUMMED)
+    del partial
+    diagonal += [_differentiate_diagonal(call, scores, heads, q, k, v, dout, out, statistics) for heads in later]
+    yield
+    # 4 sum
+    returned_q.wait()
+    returned_kv.wait()
+    dq, dk, dv = gradients.of_group(i)
+    for heads, own in diagonal:
+        (dqs,) = returned_q.beside(own.dq, of=heads.of)
+        dks, dvs = returned_kv.beside(own.dk, own.dv, of=heads.of_keys)
+        sum_halves((dqs, heads.of(dq)), (dks, heads.of_keys(dk)), (dvs, heads.of_keys(dv)))
 
-    def work_out() -> tuple[Packing, Band, Kernel]:
-        sequences, band = sequences_of(q, k, v, causal, window, grid.rows * grid.cols, grid.heads, packing)
-        return sequences, band, choose_kernel(backend, request_of(q, v, sequences, band, dropout))
 
-    if packing is not None or not (window is None or isinstance(window, tuple)):
-        return work_out()
-    tensors = [(type(x), x.shape, x.dtype, x.device) for x in (q, k, v)]
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    kind = (*tensors, causal, window, dropout is None, backend, deterministic)
-    found: tuple[Packing, Band, Kernel] | None = grid.calls.get(kind)
-    if found is None:
-        if len(grid.calls) >= _MOST_KINDS:  # tests and evaluations may go through many lengths
-            grid.calls.clear()
-        found = grid.calls[kind] = work_out()
-    return found
+def interleave(groups: Iterable[Iterator[None]]) -> None:
+    """Run groups of heads so that while one computes, the messages of the next and of the previous one travel.
 
+    A group takes three steps: gather, compute, merge. Those of three groups 0, 1 and 2 run in this order:
 
-_MOST_KINDS = 64
+        gather 0, gather 1, compute 0, gather 2, compute 1, merge 0, compute 2, merge 1, merge 2
+    """
+    gathered = computed = None
+    for group in (*groups, None, None):
+        for each in (group, gathered, computed):
+            if each is not None:
+                next(each, None)
+        gathered, computed = group, gathered
 
 
-class _Attention2D(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, plan: Plan) -> Tensor:
-        out, lse = forward(q, k, v, plan)
-        if sink is not None:
-            apply_sink(out, lse, sink)
-        ctx.save_for_backward(q, k, v, out, lse, sink)
-        ctx.plan = plan
-        return out
+@dataclass(frozen=True)
+class GridSchedule:
+    """The schedule of a grid of several ranks.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        check_first_derivative()
-        q, k, v, out, lse, sink = ctx.saved_tensors
-        return (*backward(grads[0], q, k, v, out, lse, sink, ctx.plan), None)
+    Attributes:
+        call: what is asked for.
+        tile: the caller's tile.
+        row, column: its axes.
+        head_groups: into how many groups of heads the call is cut; divides the key heads.
+    """
+
+    call: Call
+    tile: Tile
+    row: TileAxis
+    column: TileAxis
+    head_groups: int
+
+    @classmethod
+    def of(cls, call: Call, grid: Grid, head_groups: int) -> GridSchedule:
+        """That of the calling process."""
+        plan, row, column = axes(grid, call.sequences.mask(call.band), call.label)
+        tile = Tile(plan, call.sequences, call.band, grid.rank)
+        return cls(call, tile, TileAxis(row, tile), TileAxis(column, tile), head_groups)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Schedule.forward`; the log-sum-exp is that of the two halves of the rows, [2, b, h, n]."""
+        out, lse = q.new_empty((*q.shape[:3], v.size(3))), self._row_statistic(q)
+        groups = self._groups(*map(_halves, (q, k, v, out)), lse)
+        interleave(_forward_group(self, *group) for group in groups)
+        return self.tile.rows(_halves(out), self.row.travels), self.tile.own_statistics(lse, self.row.travels)
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, want_delta: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See `Schedule.backward`."""
+        dout = dout.contiguous()
+        statistics = lse.unsqueeze(1)
+        if want_delta or self.row.travels or not self.call.scores.kernel.needs_out:
+            statistics = row_statistics(_halves(dout), _halves(out), lse)
+        gradients = _Gradients(self, q, k, v)
+        groups = self._groups(*map(_halves, (q, k, v, dout, out)), statistics)
+        interleave(_backward_group(self, gradients, i, *group) for i, group in enumerate(groups))
+        dq, dk, dv = gradients.in_sequence()
+        return dq, dk, dv, statistics[:, 1] if want_delta else None
+
+    def diagonal_heads(self, q: Tensor, k: Tensor, returns: bool) -> list[Heads]:
+        """Which heads of q and k [2, n, b, heads, d] attend the diagonal before the tile, and which after it."""
+        return own_heads(q, k, self.tile.own_squares, apart=returns and self.head_groups == 1)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The head groups of [..., heads, head dim] or [..., heads, n], views."""
+        return (x,) if self.head_groups == 1 else x.chunk(self.head_groups, -2)
+
+    def _groups(self, q: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+        """By head group, its scores and its part of each tensor."""
+        heads = q.size(3) // self.head_groups
+        for i, parts in enumerate(zip(*map(self.split, (q, *others)), strict=True)):
+            yield self.call.scores.starting(i * heads), *parts
+
+    def _row_statistic(self, q: Tensor) -> Tensor:
+        """Room for a number per row, [2, b, h, n], by chunk in memory if rows travel, else by head."""
+        n, (b, h) = q.size(0) // 2, q.shape[1:3]
+        dtype = accumulation_dtype(q.dtype)
+        if self.row.travels:
+            return q.new_empty((2, b, h, n), dtype=dtype)
+        return q.new_empty((b, h, 2, n), dtype=dtype).permute(2, 0, 1, 3)
+
+
+class _Gradients:
+    """Gradients of q, k and v, allocated when the first group of heads is summed: what was gathered is gone by then."""
+
+    def __init__(self, schedule: GridSchedule, *inputs: Tensor) -> None:
+        self._schedule, self._inputs = schedule, inputs
+
+    def of_group(self, i: int) -> list[Tensor]:
+        """Those of head group `i`, [2, n, b, heads, head dim]."""
+        return [self._schedule.split(_halves(x))[i] for x in self._whole]
+
+    def in_sequence(self) -> list[Tensor]:
+        """All of them, like q, k and v; contiguous, whatever these are."""
+        row, column = self._schedule.row.travels, self._schedule.column.travels
+        for i, travels in enumerate((row, column, column)):  # one after the other, as memory is short
+            self._whole[i] = self._schedule.tile.rows(_halves(self._whole[i]), travels)
+        return self._whole
+
+    @cached_property
+    def _whole(self) -> list[Tensor]:
+        return [x.new_empty(x.shape) for x in self._inputs]
+
+
+def _attend_diagonal(
+    call: GridSchedule, scores: Scores, heads: Heads, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Heads, Partials]:
+    """What the own chunks have of themselves, of some heads."""
+    own = heads.of(q), heads.of_keys(k), heads.of_keys(v)
+    return heads, attend_own(call.tile, scores.starting(heads.first), *own)
+
+
+def _differentiate_diagonal(
+    call: GridSchedule,
+    scores: Scores,
+    heads: Heads,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+) -> tuple[Heads, PartialGradients]:
+    rows = Queries.of(scores.kernel, *map(heads.of, (statistics, q, dout, out)))
+    return heads, differentiate_own(call.tile, scores.starting(heads.first), rows, heads.of_keys(k), heads.of_keys(v))
+
+
+def _halves(shard: Tensor) -> Tensor:
+    """[s/cp, ...] -> [2, n, ...], a view: its two chunks unless sequences are packed."""
+    # A call makes 16 of them, and unflatten takes three times as long.
+    return shard.view(2, shard.size(0) // 2, *shard.shape[1:])

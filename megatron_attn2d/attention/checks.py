@@ -199,6 +199,19 @@ def check_first_derivative() -> None:
         raise RuntimeError("context-parallel attention has no second derivative: leave out create_graph=True")
 
 
+def check_heads(heads: int, kv_heads: int, ulysses_size: int, head_groups: int = 1) -> None:
+    """Raise ValueError unless heads spread over the ranks of the head axis, and key/value heads divide into groups."""
+    if head_groups < 1 or kv_heads % head_groups:
+        raise ValueError(f"head_groups={head_groups} does not divide the {kv_heads} key/value heads of this rank")
+    if heads % ulysses_size:
+        raise ValueError(f"{heads} query heads don't divide by the {ulysses_size} ranks of the grid's head axis (U)")
+    if kv_heads % ulysses_size and ulysses_size % kv_heads:
+        raise ValueError(
+            f"{kv_heads} key/value heads neither divide by the {ulysses_size} ranks of the grid's head axis (U) nor "
+            "into them"
+        )
+
+
 def check_sink(sink: Tensor | None, q: Tensor) -> None:
     """Raise ValueError unless there is a score for each head of q."""
     if sink is not None and not isinstance(sink, Tensor):

@@ -21,9 +21,9 @@ from torch import Tensor
 from megatron_attn2d.attention.dropout import Dropout, KeepMask
 from megatron_attn2d.attention.kernels import Kernel
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, TilePlan
-from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, sum_partials
+from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, stand_in, sum_partials
 from megatron_attn2d.attention.packing import Packing
-from megatron_attn2d.attention.pieces import PartialGradients, Partials, Slots
+from megatron_attn2d.attention.partials import PartialGradients, Partials, Slots
 from megatron_attn2d.attention.segmented import FEW_CALLS, Positions, attend_tables, differentiate_tables
 from megatron_attn2d.attention.tables import KeyGroup, TileTables, own_tables, tile_tables
 
@@ -127,6 +127,20 @@ class Queries:
     delta: Tensor | None
     out: Tensor | None
 
+    @classmethod
+    def of(cls, kernel: Kernel, statistics: Tensor, q: Tensor, dout: Tensor, out: Tensor | None = None) -> Queries:
+        """With what the kernel asks for: delta, or an output, a stand-in where the true one is not at hand.
+
+        Args:
+            kernel: the one that differentiates.
+            statistics: [slots, 1 or 2, b, h, n], log-sum-exps and deltas; these may miss where `out` is asked for.
+            q, dout, out: [slots, n, b, h, head dim].
+        """
+        lse, *delta = statistics.unbind(1)
+        if not kernel.needs_out:
+            return cls(q, dout, lse, delta[0], None)
+        return cls(q, dout, lse, None, stand_in(dout, delta[0]) if out is None else out)
+
     def in_a_row(self) -> Queries:
         """All chunks as one slot."""
         return Queries(
@@ -158,10 +172,11 @@ class Scores:
 
 
 def attend(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
-    """The tile's calls: q [Q, n, b, h, d], k and v [K, n, b, g, d], in order."""
+    """The tile's calls: q [Q, n, b, h, d], k and v [K, n, b, g, d], in order; one result per slot that travels."""
     plan = tile.plan
     if tile.tables is None:
-        return _attend_rectangles(tile, scores, q, k, v)
+        found = _attend_rectangles(tile, scores, q, k, v)
+        return found.reduced() if plan.queries_travel else found
     positions = _positions(tile, scores, plan.queries, plan.keys)
     return _partials(tile, *attend_tables(tile.tables, scores, positions, q[0], k[0], v[0]), len(plan.queries))
 
@@ -194,15 +209,21 @@ def attend_own(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> P
 
 
 def differentiate(tile: Tile, scores: Scores, queries: Queries, keys: list[Tensor]) -> PartialGradients:
-    """Gradients of the tile's calls; k and v, as in `attend`, are let go once the last of them is made."""
+    """Gradients of the tile's calls, one per slot that travels.
+
+    k and v, as in `attend`, are let go once the last of them is made.
+    """
     plan = tile.plan
     if tile.tables is None:
-        return _differentiate_rectangles(tile, scores, queries, *keys)
+        found = _differentiate_rectangles(tile, scores, queries, *keys)
+        keys.clear()
+        return found.reduced(plan.queries_travel, plan.keys_travel)
     keys[:] = [x[0] for x in keys]
     # Calls that share queries or keys take another buffer for the gradients of these: for the fewer.
     share_keys = plan.queries_travel or sum(x.numel() for x in keys) <= queries.q.numel()
     tables = tile_tables(plan, tile.packing, tile.band, share_keys)
-    return _differentiate_tables(tile, tables, plan.queries, plan.keys, scores, queries, keys)
+    found = _differentiate_tables(tile, tables, plan.queries, plan.keys, scores, queries, keys)
+    return found.reduced(plan.queries_travel, plan.keys_travel)
 
 
 def differentiate_own(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
@@ -378,7 +399,7 @@ class _KeyGradients:
 
 
 def _positions(tile: Tile, scores: Scores, rows: Sequence[Chunk], keys: Sequence[Chunk]) -> Positions:
-    if scores.dropout is None:
+    if scores.dropout is None or not (rows and keys):
         return None
     ranks = tile.packing.ranks
     first, second = (tile.packing.positions([c.position(ranks) for c in chunks]) for chunks in (rows, keys))

@@ -24,16 +24,6 @@ from megatron_attn2d.attention.messages import Lists, launch, nothing
 from megatron_attn2d.attention.packing import Packing
 
 
-def check_heads(heads: int, kv_heads: int, parts: int) -> None:
-    """Raise ValueError unless `heads` query and `kv_heads` key/value heads spread over `parts` ranks."""
-    if heads % parts:
-        raise ValueError(f"{heads} query heads don't divide by the {parts} ranks of the grid's head axis (U)")
-    if kv_heads % parts and parts % kv_heads:
-        raise ValueError(
-            f"{kv_heads} key/value heads neither divide by the {parts} ranks of the grid's head axis (U) nor into them"
-        )
-
-
 def spread_heads(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, label: str, packing: Packing | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,8 +33,8 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention.checks import check_heads
 from megatron_attn2d.attention.dropout import Dropout
-from megatron_attn2d.attention.ulysses import check_heads
 from megatron_attn2d.megatron import cuda_graphs
 from megatron_attn2d.megatron.announcement import launched_with, tell_unread_mask
 from megatron_attn2d.megatron.layer_grid import layer_grid, split_mode

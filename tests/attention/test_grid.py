@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_attn2d import Grid, attention2d
 from megatron_attn2d.attention import groups
-from megatron_attn2d.attention.exchange import axes
+from megatron_attn2d.attention.comm import axes
 from megatron_attn2d.attention.layout import Band, Mask
 from tests.attention.dense import dense_gradients, inputs, zigzag
 from tests.pool import RankPool

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_attn2d import Grid, attention2d
-from megatron_attn2d.attention import attention2d as function
-from megatron_attn2d.attention import passes, pieces
+from megatron_attn2d.attention import attention2d as algorithm
+from megatron_attn2d.attention import call, comm, partials, tile
 from megatron_attn2d.planner.peak import grid_shards, ring_shards
 from tests.pool import RankPool
 
@@ -72,12 +72,12 @@ def nothing(*_: Any) -> None:
 
 def as_on_gpus() -> list[Any]:
     """Merges, sums and delta take one launch there and no memory."""
-    launches = [(module, name) for module in (passes, pieces) for name in ("merge_partials", "sum_partials")]
+    launches = [(module, name) for module in (comm, partials) for name in ("merge_partials", "sum_partials")]
     return [
-        mock.patch.object(function, "choose_kernel", return_value=Hollow()),
+        mock.patch.object(call, "choose_kernel", return_value=Hollow()),
         *(mock.patch.object(module, name, nothing) for module, name in launches),
-        mock.patch.object(passes, "row_statistics", lambda dout, out, lse: torch.stack((lse, lse), 1)),
-        mock.patch.object(passes, "stand_in", lambda dout, delta: torch.zeros_like(dout)),
+        mock.patch.object(algorithm, "row_statistics", lambda dout, out, lse: torch.stack((lse, lse), 1)),
+        mock.patch.object(tile, "stand_in", lambda dout, delta: torch.zeros_like(dout)),
     ]
 
 

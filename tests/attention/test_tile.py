@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band, place_ranks, tile_plan
 from megatron_attn2d.attention.packing import Packing
-from megatron_attn2d.attention.pieces import Slots
+from megatron_attn2d.attention.partials import Slots
 from megatron_attn2d.attention.tile import (
     Queries,
     Scores,

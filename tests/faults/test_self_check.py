@@ -47,7 +47,7 @@ def test_sound_attention_passes_within_a_second(
 def broken(rank: int, cp_comm_type: str, sizes: list[int] | None, how: str) -> str:
     """What the check says about an attention that is broken in a way that trains without an error."""
     from megatron_attn2d import Grid
-    from megatron_attn2d.attention import layout, passes, ring
+    from megatron_attn2d.attention import layout, partials, ring
     from megatron_attn2d.megatron.self_check import SelfCheckError, check_attention
 
     def one_chunk_too_few(query: layout.Chunk, key_ranks: tuple[int, ...], causal: bool) -> int:
@@ -65,7 +65,7 @@ def broken(rank: int, cp_comm_type: str, sizes: list[int] | None, how: str) -> s
             "layout": [mock.patch.object(layout, "visible_prefix", one_chunk_too_few)],
             "gradients": [
                 mock.patch.object(
-                    passes,
+                    partials,
                     "sum_partials",
                     lambda partials, totals: [t.copy_(p[0]) for p, t in zip(partials, totals, strict=True)],
                 ),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_attn2d import Grid, attention2d, ring_attention
-from megatron_attn2d.attention.saved import without_neighbours
+from megatron_attn2d.attention.call import compact_for_save
 from tests.attention.dense import dense_gradients, zigzag
 from tests.pool import RankPool
 
@@ -68,7 +68,7 @@ def test_copies_are_made_where_they_free_memory(width: int, differentiated: bool
     q, k = (torch.randn(4, 1, 1, 8, requires_grad=differentiated) for _ in range(2))
     v = torch.randn(4, 1, width, 8, requires_grad=differentiated)[:, :, -1:]
     with torch.set_grad_enabled(recorded):
-        kept = without_neighbours(q, k, v)
+        kept = compact_for_save(q, k, v)
     assert [mine is x for mine, x in zip(kept, (q, k, v), strict=True)] == [True, True, not copied]
     assert torch.equal(kept[2], v)
 

@@ -1,0 +1,73 @@
+"""Attention of whole sequences on one rank: the 1 x 1 grid, where a kernel needs no tiles and no merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_attn2d.attention.call import Call
+from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.segmented import Positions, attend_tables, differentiate_tables
+from megatron_attn2d.attention.tables import whole_tables
+from megatron_attn2d.attention.tile import Queries
+
+
+@dataclass(frozen=True)
+class SingleRank:
+    """The schedule of a rank that has all tokens of its heads; its two chunks are a whole sequence.
+
+    Attributes:
+        call: what is asked for, its sequences on one place.
+    """
+
+    call: Call
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Schedule.forward`: the output, contiguous as on every grid, and its log-sum-exp [b, h, s]."""
+        call, scores = self.call, self.call.scores
+        if call.sequences.plain:
+            dropped = self._dropped(q, k)
+            out, lse = scores.kernel.forward(q, k, v, band=call.band, scale=scores.scale, dropout=dropped)
+            return out.contiguous(), lse
+        tables = whole_tables(call.sequences, call.band)
+        (out,), (lse,) = attend_tables(tables, scores, self._positions(q, k), q, k, v, zeros=True)
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, want_delta: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See `Schedule.backward`."""
+        call, scores = self.call, self.call.scores
+        delta = None
+        if want_delta or not scores.kernel.needs_out:
+            delta = (dout.to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
+        if call.sequences.plain:
+            dropped = self._dropped(q, k)
+            gradients = scores.kernel.backward(
+                dout, q, k, v, out, lse, delta, band=call.band, scale=scores.scale, dropout=dropped
+            )
+            return *gradients, delta
+        tables = whole_tables(call.sequences, call.band)
+        queries = Queries(*(None if x is None else x.unsqueeze(0) for x in (q, dout, lse, delta, out)))  # type: ignore[arg-type]
+        found: list[Tensor] = []
+        (dq,) = differentiate_tables(
+            tables, scores, self._positions(q, k), queries, [k, v], lambda _, gradients: found.extend(gradients)
+        )
+        dk, dv = found or (torch.zeros_like(k), torch.zeros_like(v))  # all is padding
+        return dq, dk, dv, delta
+
+    def _positions(self, q: Tensor, k: Tensor) -> Positions:
+        if self.call.scores.dropout is None:  # which alone asks for them
+            return None
+        rows, keys = (torch.arange(x.size(0), device=x.device).unsqueeze(0) for x in (q, k))
+        return rows, keys
+
+    def _dropped(self, q: Tensor, k: Tensor) -> KeepMask | None:
+        positions, dropout = self._positions(q, k), self.call.scores.dropout
+        if dropout is None or positions is None:
+            return None
+        batch = q.size(1)
+        rows, keys = (x.expand(batch, -1) for x in positions)
+        return dropout.at(torch.arange(batch, device=q.device), q.size(2), rows, keys)
