@@ -120,7 +120,8 @@ def packed(
         ValueError: naming what does not fit.
     """
     for name, values in (("cu_seqlens", cu_seqlens), ("cu_seqlens_padded", cu_seqlens_padded)):
-        _check_totals(name, values, shards[0].device)
+        if isinstance(values, Tensor):
+            _check_totals(name, values, shards[0].device)
     if cu_seqlens is None:
         if cu_seqlens_padded is not None:
             raise ValueError("cu_seqlens_padded comes without cu_seqlens: pass both")
@@ -136,20 +137,11 @@ def packed(
     return Packing.of(cu_seqlens, cu_seqlens_padded, tokens, ranks, shards[0].device, max_seqlen)
 
 
-def _check_totals(name: str, values: Totals | None, device: torch.device) -> None:
-    if isinstance(values, Tensor):
-        if values.dtype not in (torch.int32, torch.int64) or values.numel() < 2:
-            raise ValueError(
-                f"{name} must be a tensor of int32 or int64 with [0, s1, s1 + s2, ...], got {values.dtype}"
-            )
-        if Packing.on_gpu(values) and values.device != device:
-            raise ValueError(
-                f"{name} is on {values.device} and q on {device}: pass it on the same device, or on the CPU"
-            )
-    elif not set(map(type, values or ())) <= {int} and any(
-        isinstance(value, Tensor) or not hasattr(value, "__index__") for value in values or ()
-    ):
-        raise ValueError(f"{name} must hold running totals of tokens, as int: got {list(values or ())[:8]}")
+def _check_totals(name: str, values: Tensor, device: torch.device) -> None:
+    if values.dtype not in (torch.int32, torch.int64) or values.numel() < 2:
+        raise ValueError(f"{name} must be a tensor of int32 or int64 with [0, s1, s1 + s2, ...], got {values.dtype}")
+    if Packing.on_gpu(values) and values.device != device:
+        raise ValueError(f"{name} is on {values.device} and q on {device}: pass it on the same device, or on the CPU")
 
 
 def sequences_of(

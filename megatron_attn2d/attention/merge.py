@@ -39,7 +39,7 @@ def merge_partials(
         out: receives each chunk's merged output [n, b, h, d]; zero for a row that saw no key at all.
         lse: receives the merged log-sum-exp [b, h, n]; -inf for such a row.
     """
-    if _on_gpu(out[0]):
+    if on_gpu(out[0]):
         from megatron_attn2d.attention import triton_kernels
 
         return triton_kernels.merge_partials(outs, lses, out, lse)
@@ -71,7 +71,7 @@ def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor])
 
     Partial gradients are like the total or stacks of such, [ranks, n, b, h, d]. All totals have one shape and stride.
     """
-    if _on_gpu(totals[0]):
+    if on_gpu(totals[0]):
         from megatron_attn2d.attention import triton_kernels
 
         return triton_kernels.sum_partials(partials, totals)
@@ -98,7 +98,7 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     Returns:
         [2, 2, b, h, n]: by half, log-sum-exp then delta.
     """
-    if _on_gpu(out):
+    if on_gpu(out):
         from megatron_attn2d.attention import triton_kernels
 
         return triton_kernels.row_statistics(dout, out, lse)
@@ -141,7 +141,7 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
         dout: [slots, n, b, h, d].
         delta: [slots, b, h, n].
     """
-    if _on_gpu(dout):
+    if on_gpu(dout):
         from megatron_attn2d.attention import triton_kernels
 
         return triton_kernels.stand_in(dout, delta)
@@ -151,8 +151,9 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     return (wide * ratio.unsqueeze(-1)).to(dout.dtype)
 
 
-def _on_gpu(x: Tensor) -> bool:
-    # Triton's kernels accumulate in fp32: float64, which only tests use, stays with torch.
+def on_gpu(x: Tensor) -> bool:
+    """Whether Triton's kernels serve the tensor."""
+    # They accumulate in fp32: float64, which only tests use, stays with torch.
     return x.is_cuda and x.dtype != torch.float64 and _have_triton()
 
 

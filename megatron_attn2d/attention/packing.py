@@ -19,7 +19,6 @@ Legend: J sequences, n tokens of a chunk of all of them together.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,10 +29,14 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band, Mask, Steps
+from megatron_attn2d.attention.merge import on_gpu
 from megatron_attn2d.attention.staging import to_device
 
 type Totals = Sequence[int] | Tensor
 """Running totals [0, s1, s1 + s2, ...] of tokens: numbers of the host, or int32 or int64 on any device."""
+
+type Numbers = np.ndarray[Any, np.dtype[np.int64]] | Tensor
+"""Whole numbers, int64: an array where the host knows them, else a tensor of the GPU that does."""
 
 _MOST_PACKS = 8
 
@@ -43,24 +46,22 @@ class Packing:
     """Where sequences lie in the chunks of `ranks` places; a single sequence without padding too.
 
     Attributes:
-        chunks: [J] int64, tokens of a chunk of each sequence.
-        lengths: [J] int64, tokens of each sequence that are no padding.
+        chunks: [J], tokens of a chunk of each sequence.
+        lengths: [J], tokens of each sequence that are no padding.
         ranks: P.
         tokens: n.
         longest: at least the largest of `chunks`.
         padded: some token is padding, or may be.
-        known: the host knows `chunks` and `lengths`, which are on the CPU then.
         device: where the sequences' tokens are.
         facts: what tells packings apart that the host knows.
     """
 
-    chunks: Tensor
-    lengths: Tensor
+    chunks: Numbers
+    lengths: Numbers
     ranks: int
     tokens: int
     longest: int
     padded: bool
-    known: bool
     device: torch.device
     facts: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
@@ -105,15 +106,22 @@ class Packing:
                 # A replay makes all of it anew. Changes of inference tensors leave no trace.
                 return _on_device(*arguments)
             versions = tuple((id(x), x._version) for x in (cu_seqlens, padded))
-            return _kept((versions, tokens, ranks, device, max_seqlen), lambda: (_on_device(*arguments), arguments))
-        totals, padded = (tuple(x.flatten().tolist() if isinstance(x, Tensor) else x) for x in (cu_seqlens, padded))
-        key = totals, None if cu_seqlens_padded is None else padded, tokens, ranks, device
-        return _kept(key, lambda: (_on_host(totals, padded, tokens, ranks, device), None))
+            return _kept((tokens, ranks, device, versions, max_seqlen), lambda: (_on_device(*arguments), arguments))
+        totals = _tuple(cu_seqlens)
+        padded = totals if cu_seqlens_padded is None else _tuple(cu_seqlens_padded)
+        return _kept(
+            (tokens, ranks, device, totals, padded), lambda: (_on_host(totals, padded, tokens, ranks, device), None)
+        )
 
     @staticmethod
     def on_gpu(totals: Totals) -> bool:
         """Whether reading them would wait for a GPU."""
         return isinstance(totals, Tensor) and totals.is_cuda
+
+    @property
+    def known(self) -> bool:
+        """The host knows `chunks` and `lengths`."""
+        return isinstance(self.chunks, np.ndarray)
 
     @property
     def one(self) -> bool:
@@ -160,8 +168,8 @@ class Packing:
         def share() -> float:
             if not self.known:
                 return 1.0
-            chunks = self.chunks.double()
-            width = chunks if band.left is None else chunks.clamp(max=band.left + 1)
+            chunks = np.asarray(self.chunks, dtype=np.float64)
+            width = chunks if band.left is None else np.minimum(chunks, band.left + 1)
             return float((width * (2 * chunks - width)).sum()) / self.tokens**2
 
         return self.made(("share", band), share)
@@ -191,23 +199,11 @@ class Packing:
 
     def slot_rows(self, slots: int) -> Tensor:
         """Where each row of `slots` chunks by slot stands by sequence, [slots * n] int32."""
-
-        def rows() -> Tensor:
-            offset, chunk = self._of_each_row()
-            first = torch.arange(self.tokens, device=self.device) + (slots - 1) * offset
-            return (first + torch.arange(slots, device=self.device)[:, None] * chunk).flatten().int()
-
-        return self.made(("slot rows", slots), rows)
+        return self._rows(slots)[0]
 
     def sequence_rows(self, slots: int) -> Tensor:
         """Where each row of `slots` chunks by sequence stands by slot, [slots * n] int32."""
-
-        def rows() -> Tensor:
-            there = self.slot_rows(slots)
-            here = torch.arange(len(there), device=self.device, dtype=torch.int32)
-            return torch.empty_like(there).scatter_(0, there.long(), here)
-
-        return self.made(("sequence rows", slots), rows)
+        return self._rows(slots)[1]
 
     def spread_rows(self, parts: int) -> Tensor:
         """Where rows of two chunks by slot stand in a shard by sequence, [parts * 2n] int32.
@@ -248,15 +244,48 @@ class Packing:
         value: Value = self._made[key]
         return value
 
+    @property
+    def offsets(self) -> Numbers:
+        """[J], tokens of a chunk before those of each sequence."""
+        return self.made("offsets", lambda: self.chunks.cumsum(0) - self.chunks)
+
+    def _rows(self, slots: int) -> tuple[Tensor, Tensor]:
+        """`slot_rows` and `sequence_rows`."""
+
+        def rows() -> tuple[Tensor, Tensor]:
+            offsets, chunks = self._on_device
+            if on_gpu(offsets):
+                from megatron_attn2d.attention import triton_kernels
+
+                return triton_kernels.row_orders(offsets, chunks, self.tokens, slots)
+            offset, chunk = self._of_each_row()
+            first = torch.arange(self.tokens, device=self.device) + (slots - 1) * offset
+            there = (first + torch.arange(slots, device=self.device)[:, None] * chunk).flatten().int()
+            here = torch.arange(len(there), device=self.device, dtype=torch.int32)
+            return there, torch.empty_like(there).scatter_(0, there.long(), here)
+
+        return self.made(("rows", slots), rows)
+
+    @property
+    def _on_device(self) -> tuple[Tensor, Tensor]:
+        """`offsets` and `chunks` on the device, [J] int32 each."""
+
+        def placed() -> tuple[Tensor, Tensor]:
+            if isinstance(self.offsets, Tensor) and isinstance(self.chunks, Tensor):
+                return self.offsets.int(), self.chunks.int()
+            offsets, chunks = to_device(np.stack((self.offsets, self.chunks)), self.device).unbind()
+            return offsets, chunks
+
+        return self.made("on device", placed)
+
     def _of_each_row(self) -> tuple[Tensor, Tensor]:
         """For each row of a chunk the offset and the tokens of its sequence's part, [n] each, on the device."""
 
         def found() -> tuple[Tensor, Tensor]:
-            chunks = to_device(self.chunks.numpy(), self.device).long() if self.known else self.chunks
-            ends = chunks.cumsum(0)
+            offsets, chunks = (x.long() for x in self._on_device)
             rows = torch.arange(self.tokens, device=self.device)
-            sequence = torch.searchsorted(ends, rows, right=True)
-            return (ends - chunks)[sequence], chunks[sequence]
+            sequence = torch.searchsorted(offsets + chunks, rows, right=True)
+            return offsets[sequence], chunks[sequence]
 
         return self.made("of each row", found)
 
@@ -265,7 +294,7 @@ class Packing:
         if not self.known:
             reach: Steps = ((whole, whole),)
             return Mask(band, self.ranks) if band in (FULL, CAUSAL) else Mask(band, self.ranks, None, reach, reach)
-        chunks, lengths = self.chunks.numpy(), self.lengths.numpy()
+        chunks, lengths = np.asarray(self.chunks), np.asarray(self.lengths)
         used = _ceil(lengths, chunks)
         if band in (FULL, CAUSAL):
             most = int(used.max())
@@ -276,17 +305,18 @@ class Packing:
 
 @lru_cache(maxsize=64)
 def _of_one(chunk: int, ranks: int, device: torch.device) -> Packing:
-    chunks = torch.tensor([chunk])
-    return Packing(chunks, 2 * ranks * chunks, ranks, chunk, chunk, False, True, device, ((chunk,),))
+    chunks = np.array([chunk])
+    return Packing(chunks, 2 * ranks * chunks, ranks, chunk, chunk, False, device, ((chunk,),))
 
 
 def _on_host(
     totals: tuple[int, ...], padded: tuple[int, ...], tokens: int, ranks: int, device: torch.device
 ) -> Packing:
     unit = 2 * ranks
+    lengths = _steps_between("cu_seqlens", totals)
+    places = lengths if padded is totals else _steps_between("cu_seqlens_padded", padded)
     if len(totals) != len(padded) or len(totals) < 2 or totals[0] != 0 or padded[0] != 0:
         raise ValueError(f"cu_seqlens {_short(totals)} and cu_seqlens_padded {_short(padded)} don't fit")
-    lengths, places = (np.diff(np.array(x, dtype=np.int64)) for x in (totals, padded))
     for i in np.flatnonzero((lengths < 0) | (lengths > places))[:1].tolist():
         raise ValueError(f"packed sequence {i} has {lengths[i]} tokens in a place of {places[i]}")
     for i in np.flatnonzero(np.mod(places, unit))[:1].tolist():
@@ -307,16 +337,24 @@ def _on_host(
     lengths, places = lengths[taken], places[taken]
     chunks = places // unit
     return Packing(
-        torch.from_numpy(chunks),
-        torch.from_numpy(lengths),
+        chunks,
+        lengths,
         ranks,
         tokens // unit,
         int(chunks.max()),
         bool((lengths != places).any()),
-        True,
         device,
         (totals, padded),
     )
+
+
+def _steps_between(name: str, totals: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    if not set(map(type, totals)) <= {int} and any(
+        isinstance(total, Tensor) or not hasattr(total, "__index__") for total in totals
+    ):
+        raise ValueError(f"{name} must hold running totals of tokens, as int: got {list(totals[:8])}")
+    numbers = np.array(totals, dtype=np.int64)
+    return numbers[1:] - numbers[:-1]
 
 
 def _on_device(
@@ -329,20 +367,29 @@ def _on_device(
     chunks = torch.cat((padded.diff(), rest)) // (2 * ranks)
     lengths = torch.cat((totals.diff(), torch.zeros_like(rest)))
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
-    return Packing(chunks, lengths, ranks, tokens // (2 * ranks), -(-longest // (2 * ranks)), True, False, device)
+    return Packing(chunks, lengths, ranks, tokens // (2 * ranks), -(-longest // (2 * ranks)), True, device)
 
 
-_packs: OrderedDict[Hashable, tuple[Packing, object]] = OrderedDict()
+_packs: list[tuple[object, Packing, object]] = []
 
 
-def _kept(key: Hashable, make: Callable[[], tuple[Packing, object]]) -> Packing:
-    """What was made for `key`, with what must live as long as it, or is made now in place of the oldest."""
-    if key not in _packs:
-        _packs[key] = make()
-        while len(_packs) > _MOST_PACKS:
-            _packs.popitem(last=False)
-    _packs.move_to_end(key)
-    return _packs[key][0]
+def _kept(key: object, make: Callable[[], tuple[Packing, object]]) -> Packing:
+    """What was made for `key`, with what must live as long as it, or is made now in place of the oldest.
+
+    Keys are compared one by one: to hash the totals of a thousand sequences takes longer in every layer.
+    """
+    place = next((i for i, (known, *_) in enumerate(_packs) if known == key), None)
+    if place is None:
+        entry = key, *make()
+        del _packs[: len(_packs) + 1 - _MOST_PACKS]
+    else:
+        entry = _packs.pop(place)
+    _packs.append(entry)
+    return entry[1]
+
+
+def _tuple(totals: Totals) -> tuple[int, ...]:
+    return tuple(totals.flatten().tolist() if isinstance(totals, Tensor) else totals)
 
 
 def _steps(used: np.ndarray, reach: np.ndarray) -> Steps:

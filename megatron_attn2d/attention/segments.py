@@ -65,9 +65,9 @@ class Segments:
             device: where the rows are.
         """
         count = len(host)
-        numbers = np.zeros((4, count + 1), dtype=np.int32)
+        numbers = np.empty((4, count + 1), dtype=np.int32)
         numbers[:, :count] = host.T
-        numbers[0, count], numbers[2, count] = q_rows, k_rows
+        numbers[:, count] = q_rows, 0, k_rows, 0
         q_starts, q_lengths, k_starts, k_lengths = to_device(numbers, device).unbind()
         q_lengths, k_lengths = q_lengths[:count], k_lengths[:count]
         most_q, most_k = (int(host[:, column].max(initial=0)) for column in (1, 3))

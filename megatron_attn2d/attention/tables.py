@@ -27,10 +27,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, Rectangle, TilePlan
 from megatron_attn2d.attention.packing import Packing
@@ -102,23 +102,30 @@ def whole_tables(packing: Packing, band: Band) -> TileTables:
     return packing.made(("whole", band), lambda: _Rows.own(0, packing).squares(band, True))
 
 
-@dataclass(frozen=True)
-class _Pieces:
-    """Segments by sequence and slot, int64 [J, slots]."""
+type _Column = Any
+"""Numbers by sequence and slot, int64 [J, slots] or [J, 1]: of the host or a GPU, as those of the packing."""
 
-    q_start: Tensor
-    q_length: Tensor
-    k_start: Tensor
-    k_length: Tensor
+
+class _Pieces(NamedTuple):
+    """Segments by sequence and slot."""
+
+    q_start: _Column
+    q_length: _Column
+    k_start: _Column
+    k_length: _Column
 
 
 class _Rows:
-    """Rows of the two buffers of a plan by sequence and slot."""
+    """Rows of the two buffers of a plan by sequence and slot.
+
+    NumPy works on numbers of the host, in a third of the time that torch takes; functions are those that both have.
+    """
 
     def __init__(self, plan: TilePlan, packing: Packing) -> None:
         self._plan, self._packing = plan, packing
-        self._n = packing.chunks[:, None]
-        self._offset = packing.chunks.cumsum(0)[:, None] - self._n
+        self._np: Any = np if packing.known else torch
+        self._n: _Column = packing.chunks[:, None]
+        self._offset: _Column = packing.offsets[:, None]
         self._queries, self._keys = (
             tuple(chunk.position(packing.ranks) for chunk in chunks) for chunks in (plan.queries, plan.keys)
         )
@@ -139,9 +146,7 @@ class _Rows:
 
     def squares(self, band: Band, joined: bool) -> TileTables:
         """Chunks to themselves; with `joined` both of a sequence's as one."""
-        start, length = self._starts(self._queries), self._real(self._queries)
-        if joined:
-            start, length = start[:, :1], length.sum(1, keepdim=True)
+        start, length = self._run(self._queries, 0, 2) if joined else self._each(self._queries)
         most = (1 + joined) * self._packing.longest
         left, right = (None if side is None or side >= most - 1 else side for side in band)
         segments = self._table(_Pieces(start, length, start, length), Band(left, right), most, most)
@@ -157,17 +162,10 @@ class _Rows:
         if share_keys and not plan.queries_travel:
             stops = (*(r.start for r in rectangles[1:]), len(plan.queries))
             rectangles = tuple(Rectangle(r.start, stop, 0, r.last) for r, stop in zip(rectangles, stops, strict=True))
-        q_real, k_real = (self._real(positions).cumsum(1) for positions in (self._queries, self._keys))
-        q_starts, k_starts = self._starts(self._queries), self._starts(self._keys)
         calls = []
         for rectangle in rectangles:
             start, stop, first, last = rectangle
-            pieces = _Pieces(
-                q_starts[:, start : start + 1],
-                _between(q_real, start, stop),
-                k_starts[:, first : first + 1],
-                _between(k_real, first, last),
-            )
+            pieces = _Pieces(*self._run(self._queries, start, stop), *self._run(self._keys, first, last))
             segments = self._table(pieces, FULL, (stop - start) * most, (last - first) * most)
             if segments is not None:
                 calls.append((rectangle, segments))
@@ -206,67 +204,72 @@ class _Rows:
         """What every row of a chunk sees of earlier chunks."""
         at, real = self._at, self._real(self._queries)
         last_row_sees = at - at if band.left is None else at + real - 1 - band.left
-        return self._piece(0, real, torch.minimum(last_row_sees, at), at)
+        return self._piece(0, real, self._np.minimum(last_row_sees, at), at)
 
     def _left_edge(self, left: int) -> _Pieces:
         at, real = self._at, self._real(self._queries)
-        stop = torch.minimum(at + real - 1 - left, at)
+        stop = self._np.minimum(at + real - 1 - left, at)
         end = self._end(stop)  # of the keys that the tile holds of them
-        return self._piece(0, torch.where(real > 0, end + left - at, 0), at - left, stop)
+        return self._piece(0, self._np.where(real > 0, end + left - at, 0), at - left, stop)
 
     def _seen_after(self, band: Band) -> _Pieces:
         """What every row of a chunk sees of later chunks: they hold tokens only where it is full."""
         at, length = self._at, self._packing.lengths[:, None]
-        seen = length if band.right is None else torch.minimum(at + band.right + 1, length)
+        seen = length if band.right is None else self._np.minimum(at + band.right + 1, length)
         return self._piece(0, self._real(self._queries), at + self._n, seen)
 
     def _right_edge(self, right: int) -> tuple[_Pieces, _Pieces]:
         """Squares, and the rows below them that see all of their keys."""
         at, after = self._at, self._at + self._n
-        start = torch.maximum(at + right + 1, after)
-        stop = torch.minimum(after + right, self._packing.lengths[:, None])
+        start = self._np.maximum(at + right + 1, after)
+        stop = self._np.minimum(after + right, self._packing.lengths[:, None])
         first, last = self._begin(start), self._end(stop)
         square = self._piece(first - right - at, last - first, start, stop)
         below = self._piece(last - right - at, after - (last - right), start, stop)
         return square, below
 
-    def _piece(self, first: Tensor | int, rows: Tensor, start: Tensor, stop: Tensor) -> _Pieces:
+    def _piece(self, first: _Column, rows: _Column, start: _Column, stop: _Column) -> _Pieces:
         """Rows from the `first` of each chunk on, and the keys that the tile holds of positions [start, stop)."""
         key, end = self._held(start), self._held(stop)
         empty = (rows <= 0) | (end <= key)
         starts = self._starts(self._queries)
-        q_start = torch.where(empty, starts, starts + first)
-        q_length, k_length = torch.where(empty, 0, rows), torch.where(empty, 0, end - key)
+        q_start = self._np.where(empty, starts, starts + first)
+        q_length, k_length = self._np.where(empty, 0, rows), self._np.where(empty, 0, end - key)
         return _Pieces(q_start, q_length, len(self._keys) * self._offset + key, k_length)
 
     @cached_property
-    def _at(self) -> Tensor:
+    def _at(self) -> _Column:
         """The first position of each chunk of queries."""
-        return torch.cat([self._n * position for position in self._queries], 1)
+        return self._np.concatenate([self._n * position for position in self._queries], 1)
 
-    def _held(self, position: Tensor) -> Tensor:
+    def _held(self, position: _Column) -> _Column:
         """How many keys before this position of its sequence the tile holds."""
         chunk, position = self._chunk_of(position)
-        before, held = (x[chunk] for x in _lookup(self._keys, 2 * self._packing.ranks, self._n.device))
-        return before * self._n + held * (position - chunk * self._n)
+        before, held = self._lookup
+        return before[chunk] * self._n + held[chunk] * (position - chunk * self._n)
 
-    def _end(self, stop: Tensor) -> Tensor:
+    def _end(self, stop: _Column) -> _Column:
         """`stop`, or the end of the chunk before if the tile does not hold the key before `stop`."""
         chunk, last = self._chunk_of(stop - 1)
-        return torch.where(self._is_held(chunk), last + 1, chunk * self._n)
+        return self._np.where(self._is_held(chunk), last + 1, chunk * self._n)
 
-    def _begin(self, start: Tensor) -> Tensor:
+    def _begin(self, start: _Column) -> _Column:
         """`start`, or the start of the next chunk if the tile does not hold this key."""
         chunk, start = self._chunk_of(start)
-        return torch.where(self._is_held(chunk), start, (chunk + 1) * self._n)
+        return self._np.where(self._is_held(chunk), start, (chunk + 1) * self._n)
 
-    def _is_held(self, chunk: Tensor) -> Tensor:
-        return _lookup(self._keys, 2 * self._packing.ranks, self._n.device)[1][chunk] > 0
+    def _is_held(self, chunk: _Column) -> _Column:
+        return self._lookup[1][chunk] > 0
 
-    def _chunk_of(self, position: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def _lookup(self) -> tuple[_Column, _Column]:
+        device = None if self._packing.known else self._n.device
+        return _lookup(self._keys, 2 * self._packing.ranks, device)
+
+    def _chunk_of(self, position: _Column) -> tuple[_Column, _Column]:
         """Number of the chunk of a position, and the position, both within the sequence and its end."""
-        position = torch.minimum(position.clamp(min=0), 2 * self._packing.ranks * self._n)
-        return position // self._n.clamp(min=1), position
+        position = self._np.minimum(self._np.clip(position, 0, None), 2 * self._packing.ranks * self._n)
+        return position // self._np.clip(self._n, 1, None), position
 
     def _apart(self, pieces: _Pieces) -> Iterator[_Pieces]:
         """The same pieces so that those of one table share no key row.
@@ -276,34 +279,50 @@ class _Rows:
         """
         if not self._packing.known:
             for slot in range(len(self._queries)):
-                yield _Pieces(*(x[:, slot : slot + 1] for x in _columns(pieces)))
+                yield _Pieces(*(x[:, slot : slot + 1] for x in pieces))
             return
-        rows = np.stack([x.flatten().numpy() for x in _columns(pieces)], 1)
+        rows = np.stack([x.ravel() for x in pieces], 1)
         rows = _joined(rows[rows[:, 1] > 0])
         start, end = rows[:, 2], rows[:, 2] + rows[:, 3]
         most = 1
         while most < len(rows) and (end[:-most] > start[most:]).any():
             most += 1
         for i in range(most):
-            yield _Pieces(*torch.from_numpy(rows[i::most]).unsqueeze(1).unbind(2))
+            yield _Pieces(*rows[i::most].T)
 
-    def _starts(self, positions: Sequence[int]) -> Tensor:
+    def _run(self, positions: Sequence[int], start: int, stop: int) -> tuple[_Column, _Column]:
+        """Where the slots [start, stop) begin, and how many rows of them are no padding, [J, 1] each."""
+        first = len(positions) * self._offset + start * self._n
+        if not self._packing.padded:
+            return first, (stop - start) * self._n
+        return first, sum(self._real_of(position) for position in positions[start:stop])
+
+    def _each(self, positions: Sequence[int]) -> tuple[_Column, _Column]:
+        """The same of each slot."""
+        return self._starts(positions), self._real(positions)
+
+    def _starts(self, positions: Sequence[int]) -> _Column:
         """The first row of each slot."""
-        return torch.cat([len(positions) * self._offset + slot * self._n for slot in range(len(positions))], 1)
+        return self._np.concatenate(
+            [len(positions) * self._offset + slot * self._n for slot in range(len(positions))], 1
+        )
 
-    def _real(self, positions: Sequence[int]) -> Tensor:
+    def _real(self, positions: Sequence[int]) -> _Column:
         """The rows of each slot that are no padding: its first."""
         if not self._packing.padded:
-            return self._n.expand(-1, len(positions))
-        length = self._packing.lengths[:, None]
-        return torch.cat([(length - p * self._n).clamp(min=0).minimum(self._n) for p in positions], 1)
+            return self._np.broadcast_to(self._n, (len(self._n), len(positions)))
+        return self._np.concatenate([self._real_of(position) for position in positions], 1)
+
+    def _real_of(self, position: int) -> _Column:
+        real = self._np.clip(self._packing.lengths[:, None] - position * self._n, 0, None)
+        return self._np.minimum(real, self._n)
 
     def _table(self, pieces: _Pieces, band: Band, most_q: int, most_k: int) -> Segments | None:
         """None where the host knows that all are empty."""
         packing = self._packing
         q_rows, k_rows = (len(slots) * packing.tokens for slots in (self._queries, self._keys))
         if packing.known:
-            rows = np.stack([x.numpy().ravel() for x in _columns(pieces)])
+            rows = np.stack([x.ravel() for x in pieces])
             taken = (rows[1] > 0) & (rows[3] > 0)
             rows = rows if taken.all() else rows[:, taken]
             return Segments.of(rows.T, band, q_rows, k_rows, packing.device) if rows.size else None
@@ -314,16 +333,6 @@ class _Rows:
         )
         q_lengths, k_lengths = (torch.where(empty, 0, x).flatten().int() for x in (pieces.q_length, pieces.k_length))
         return Segments(q_starts, q_lengths, k_starts, k_lengths, band, most_q, most_k)
-
-
-def _columns(pieces: _Pieces) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return pieces.q_start, pieces.q_length, pieces.k_start, pieces.k_length
-
-
-def _between(totals: Tensor, start: int, stop: int) -> Tensor:
-    """Sums of slots [start, stop) of running totals [J, slots], as [J, 1]."""
-    found = totals[:, stop - 1 : stop]
-    return found - totals[:, start - 1 : start] if start else found
 
 
 def _joined(rows: Numbers) -> Numbers:
@@ -338,8 +347,13 @@ def _joined(rows: Numbers) -> Numbers:
 
 
 @lru_cache(maxsize=1024)
-def _lookup(held: tuple[int, ...], chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each position of a chunk, and behind the last: how many held chunks stand before it, whether it is held."""
+def _lookup(held: tuple[int, ...], chunks: int, device: torch.device | None) -> tuple[_Column, _Column]:
+    """For each position of a chunk, and behind the last: how many held chunks stand before it, whether it is held.
+
+    With a device tensors there, else arrays of the host.
+    """
     flags = [int(position in held) for position in range(chunks)] + [0]
     before = list(accumulate(flags, initial=0))[:-1]
+    if device is None:
+        return np.array(before), np.array(flags)
     return torch.tensor(before, device=device), torch.tensor(flags, device=device)

@@ -198,10 +198,7 @@ class ContextParallelAttention(MegatronModule):
 
     def _packed(self, packing: PackedSeqParams) -> dict[str, Any]:
         totals = _totals(packing, read=not self.captured)
-        padded = totals["cu_seqlens_padded"] is not None
-        if padded and not isinstance(totals["cu_seqlens"], Tensor):
-            padded = totals["cu_seqlens_padded"] != totals["cu_seqlens"]
-        if self.config.mtp_num_layers and padded and not _rolls_within_padding():
+        if self.config.mtp_num_layers and _are_padded(totals) and not _rolls_within_padding():
             raise ValueError(
                 "packed sequences with padding are not supported with mtp_num_layers: multi-token prediction "
                 "would predict a neighbour's tokens; train inside megatron_attn2d.megatron.compat.applied_fixes(), "
@@ -234,6 +231,12 @@ class ContextParallelAttention(MegatronModule):
 
 def _rolls_within_padding() -> bool:
     return getattr(multi_token_prediction._roll_tensor_packed_seq, ROLLS_WITHIN_PADDING, False)
+
+
+def _are_padded(totals: dict[str, Any]) -> bool:
+    """Whether there is, or may be, padding between sequences."""
+    lengths, places = totals["cu_seqlens"], totals["cu_seqlens_padded"]
+    return places is not None and (isinstance(lengths, Tensor) or bool(lengths != places))
 
 
 def _totals(packing: PackedSeqParams, read: bool) -> dict[str, Any]:

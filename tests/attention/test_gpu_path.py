@@ -68,7 +68,7 @@ def errors(
     grid = Grid.from_group(dist.group.WORLD, rows=shape[0], cols=shape[1])
     with (
         mock.patch.object(api, "choose_kernel", return_value=kernel_of(kernel)),
-        mock.patch.object(merge, "_on_gpu", return_value=merges_on_gpu),
+        mock.patch.object(merge, "on_gpu", return_value=merges_on_gpu),
         mock.patch.object(overlap, "SMALLEST_HALF", smallest_half),
     ):
         out = attention2d(q, k, v, grid, causal=causal, head_groups=head_groups)

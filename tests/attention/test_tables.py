@@ -34,9 +34,8 @@ def packing_of(pack: list[tuple[int, int]], ranks: int, known: bool = True) -> P
 
 def unknown(packing: Packing) -> Packing:
     """As if a GPU alone knew where its sequences lie."""
-    return Packing(
-        packing.chunks, packing.lengths, packing.ranks, packing.tokens, packing.longest, True, False, packing.device
-    )
+    chunks, lengths = (torch.as_tensor(x) for x in (packing.chunks, packing.lengths))
+    return Packing(chunks, lengths, packing.ranks, packing.tokens, packing.longest, True, packing.device)
 
 
 def tokens_of(packing: Packing, chunks: tuple[Chunk, ...]) -> np.ndarray:

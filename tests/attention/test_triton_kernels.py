@@ -13,6 +13,22 @@ import torch
 from megatron_attn2d.attention import merge
 
 
+def compare_row_orders() -> None:
+    """Of documents of a token, of many and of none at the end."""
+    from megatron_attn2d.attention import triton_kernels
+    from megatron_attn2d.attention.packing import Packing
+
+    for chunks in ([5], [300, 1, 1, 44], [1] * 7 + [0, 0]):
+        numbers = torch.tensor(chunks)
+        packing = Packing(numbers, 8 * numbers, 4, sum(chunks), max(chunks), True, numbers.device)
+        offsets = numbers.cumsum(0) - numbers
+        for slots in (1, 2, 7):
+            found = triton_kernels.row_orders(offsets.int(), numbers.int(), packing.tokens, slots)
+            for expected, order in zip((packing.slot_rows(slots), packing.sequence_rows(slots)), found, strict=True):
+                assert order.dtype == torch.int32
+                assert torch.equal(order, expected), (chunks, slots)
+
+
 def compare(d: int) -> None:
     """All four functions on tensors with strides of their own, empty rows and a row without gradient."""
     from megatron_attn2d.attention import triton_kernels
@@ -53,10 +69,10 @@ def compare(d: int) -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not part of this torch")
-@pytest.mark.parametrize("d", [8, 80])
-def test_interpreted_kernels_agree_with_torch(d: int) -> None:
+@pytest.mark.parametrize("call", ["compare(8)", "compare(80)", "compare_row_orders()"])
+def test_interpreted_kernels_agree_with_torch(call: str) -> None:
     # The interpreter is chosen when Triton is imported, hence a process of its own.
-    code = f"from tests.attention.test_triton_kernels import compare; compare({d})"
+    code = f"from tests.attention import test_triton_kernels as test; test.{call}"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
