@@ -15,8 +15,8 @@ from attention_modes import TRANSFORMER_ENGINE, GridMode, Shape, a2a_ranks
 from watched import Watched, python
 
 from megatron_attn2d.config import load_run
+from megatron_attn2d.config.auto import cluster
 from megatron_attn2d.planner.cost import Candidate, Cluster, plan, predict
-from megatron_attn2d.planner.run import cluster
 from megatron_attn2d.planner.traffic import Workload
 
 ROOT = Path(__file__).resolve().parents[1]

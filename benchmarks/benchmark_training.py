@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from watched import brief, end
 
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.metrics import read_steps
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.run.metrics import read_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 WARMUP = 5

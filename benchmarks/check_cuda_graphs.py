@@ -30,8 +30,8 @@ from typing import IO, Any
 from benchmark_training import ROOT, TrainingError, run
 from watched import brief, end
 
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.metrics import read_steps
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.run.metrics import read_steps
 
 YAML = ROOT / "benchmarks/benchmark_training.yaml"
 TINY = [

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from megatron_attn2d.plot import COLOURS
+from megatron_attn2d.run.curves import COLOURS
 
 NAMES = {"16/16x96": "760M: 16 heads of 96", "32/32x80": "2.7B: 32 heads of 80", "40/40x128": "13B: 40 heads of 128"}
 STYLES = ("-", (0, (5, 2)), (0, (6, 2, 1, 2)))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attn2d import checkpoints
+from megatron_attn2d.run import checkpoints
 
 WHOLE = ("__0_0.distcp", ".metadata", "metadata.json")
 

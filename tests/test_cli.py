@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attn2d import cli, environment, run_lock
+from megatron_attn2d import cli
 from megatron_attn2d.config import ConfigError, load_run, resolved_yaml
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.plot import Curve, draw, read_curve, table
-from megatron_attn2d.topology import context_group, picture
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.launch import environment
+from megatron_attn2d.preview.topology import context_group, picture
+from megatron_attn2d.run import lock
+from megatron_attn2d.run.curves import Curve, draw, read_curve, table
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "runs" / "quickstart.yaml")
@@ -138,13 +140,15 @@ def test_a_missing_file_names_its_neighbours(capsys):
 @pytest.fixture
 def started(monkeypatch):
     """Records the launches instead of making them."""
-    from megatron_attn2d import data, launch, pretrain_gpt
+    from megatron_attn2d.data import indexed
+    from megatron_attn2d.launch import ranks
+    from megatron_attn2d.training import pretrain_gpt
 
     calls = []
-    monkeypatch.setattr(data, "build_default", lambda directory: calls.append(("data", directory)))
+    monkeypatch.setattr(indexed, "build_default", lambda directory: calls.append(("data", directory)))
     monkeypatch.setattr(pretrain_gpt, "main", lambda arguments: calls.append(("rank", arguments)))
     monkeypatch.setattr(
-        launch,
+        ranks,
         "run_local",
         lambda nprocs, target, args, device: calls.append(("local", nprocs, target, args, device)) or 3,
     )
@@ -157,7 +161,7 @@ def started(monkeypatch):
 
 
 def test_alone_it_starts_the_ranks_and_returns_their_exit_code(started, tmp_path):
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     assert cli.main(["train", QUICKSTART, "data.dir=there"]) == 3
     assert started[0] == ("data", "there")
@@ -165,19 +169,19 @@ def test_alone_it_starts_the_ranks_and_returns_their_exit_code(started, tmp_path
     assert (kind, nprocs, target, device) == ("local", 8, pretrain_gpt.main, "cpu")
     assert arguments[-2:] == ["--run-dir", "runs/quickstart"]
     assert load_run(tmp_path / "runs" / "quickstart" / "config.yaml", []).data.dir == "there"
-    assert {path.name for path in (tmp_path / "runs" / "quickstart").iterdir()} == {"config.yaml", run_lock.NAME}
+    assert {path.name for path in (tmp_path / "runs" / "quickstart").iterdir()} == {"config.yaml", lock.NAME}
     assert os.environ["OMP_NUM_THREADS"] == "1"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_what_is_left_of_a_training_is_waited_for(tmp_path, capsys):
     """A process that loads data, say, which a killed rank leaves behind for some seconds."""
-    with run_lock.held(tmp_path):
+    with lock.held(tmp_path):
         left = os.fork()
         if not left:
             time.sleep(1)
             os._exit(0)
-    with run_lock.held(tmp_path):
+    with lock.held(tmp_path):
         assert os.waitpid(left, 0)[1] == 0
     assert f"another training writes there (process {os.getpid()} on " in capsys.readouterr().err
 
@@ -186,11 +190,11 @@ def test_what_is_left_of_a_training_is_waited_for(tmp_path, capsys):
     "launched", [{}, {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}]
 )
 def test_a_second_training_in_a_directory_is_refused(started, launched, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_lock, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(lock, "PATIENCE_S", 0.5)
     run_dir = tmp_path / "runs" / "quickstart"
     run_dir.mkdir(parents=True)
     os.environ.update(launched)
-    with run_lock.held(run_dir):
+    with lock.held(run_dir):
         assert cli.main(["train", QUICKSTART, "data.dir=there", "checkpoint.save=true"]) == 2
     assert f"another training writes there (process {os.getpid()} on " in capsys.readouterr().err
     assert not started
@@ -267,10 +271,10 @@ def test_options_of_the_first_start_are_left_out_once_there_is_a_checkpoint(star
 
 
 def test_a_change_that_is_allowed_is_told_with_what_repeats(started, saved, tmp_path, capsys, monkeypatch):
-    from megatron_attn2d import data_order
+    from megatron_attn2d.data import order
 
     asked = []
-    monkeypatch.setattr(data_order, "told", lambda *given: asked.append(given) or "half of it repeats")
+    monkeypatch.setattr(order, "told", lambda *given: asked.append(given) or "half of it repeats")
     more = ["training.seed=3", "model.hidden_dropout=0.1", "training.train_iters=61"]
     assert cli.main(["train", QUICKSTART, *more]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from megatron_attn2d import cli
-from megatron_attn2d.corpus import command as corpus
+from megatron_attn2d.commands import data as data_command
 from tests.faults.drill import DRILLS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +92,7 @@ def ours(arguments: list[str]) -> None:
         args.output = None  # no picture
         assert args.command(args) == 0
     elif named[0] == "data":
-        assert args.command in {corpus._build, corpus._inspect}
+        assert args.command in {data_command._build, data_command._inspect}
 
 
 def script(path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_attn2d import config
-from megatron_attn2d.checkpoints import begin_save, keep_configuration
-from megatron_attn2d.config import ConfigError, keys, load_run, megatron_arguments, resolved_yaml, upstream
+from megatron_attn2d.config import ConfigError, keys, load_run, megatron_arguments, resolved_yaml, upstream_flags
 from megatron_attn2d.config.arguments import embedded_data, left_out
 from megatron_attn2d.config.continued import check_continued
 from megatron_attn2d.config.files import check_files
 from megatron_attn2d.config.yaml_io import dump, parse
+from megatron_attn2d.run.checkpoints import begin_save, keep_configuration
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ROOT = Path(__file__).parents[1]
@@ -922,22 +922,22 @@ def test_libraries_that_a_key_needs_are_named_when_missing(base, monkeypatch):
 def test_every_flag_is_one_of_megatrons(base):
     """A renamed argument of upstream's must not wait for a run to be found."""
     from megatron_attn2d.config.arguments import _owners
-    from megatron_attn2d.pretrain_gpt import _add_own_arguments
+    from megatron_attn2d.training.pretrain_gpt import _add_own_arguments
 
     own = _add_own_arguments(ArgumentParser())._option_string_actions
-    known = {flag.removeprefix("--") for flag in (*upstream.options(), *own)}
+    known = {flag.removeprefix("--") for flag in (*upstream_flags.options(), *own)}
     assert {flag: key for flag, key in _owners().items() if flag not in known} == {}
 
 
 def test_the_table_of_upstreams_arguments_is_that_of_its_parser(monkeypatch):
-    """After moving the pin: python -m megatron_attn2d.config.upstream"""
-    assert upstream.options() == upstream.described()
-    upstream.options.cache_clear()
+    """After moving the pin: python -m megatron_attn2d.config.upstream_flags"""
+    assert upstream_flags.options() == upstream_flags.described()
+    upstream_flags.options.cache_clear()
     asked = []
-    monkeypatch.setattr(upstream, "described", lambda: asked.append(1) or {})
+    monkeypatch.setattr(upstream_flags, "described", lambda: asked.append(1) or {})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.999")
-    assert upstream.options() == {}, "another version's are read from its parser"
-    upstream.options.cache_clear()
+    assert upstream_flags.options() == {}, "another version's are read from its parser"
+    upstream_flags.options.cache_clear()
 
 
 @pytest.mark.parametrize(("begun", "now"), [("[7, 0]", "'7,0'"), ("'7,0'", "[7, 0]")])
@@ -946,7 +946,7 @@ def test_a_run_is_continued_with_the_same_in_other_words(base, begun, now, tmp_p
     (tmp_path / "run").mkdir()
     run = load_run(base, [*directory, f"megatron_args.window_size={begun}"])
     (tmp_path / "run" / "config.yaml").write_text(resolved_yaml(run))
-    with mock.patch("megatron_attn2d.checkpoints.last_complete", return_value=1):
+    with mock.patch("megatron_attn2d.run.checkpoints.last_complete", return_value=1):
         check_files(load_run(base, [*directory, f"megatron_args.window_size={now}"]))
         with pytest.raises(ConfigError, match=r"megatron_args.window_size = \[8, 0\]: the run in .* was begun with"):
             check_files(load_run(base, [*directory, "megatron_args.window_size=[8, 0]"]))
@@ -955,18 +955,18 @@ def test_a_run_is_continued_with_the_same_in_other_words(base, begun, now, tmp_p
 def test_upstreams_parser_takes_what_we_compile(base):
     *tokens, run_dir_flag, _ = megatron_arguments(load_run(base, ["parallelism.virtual_pipeline=2"]))
     assert run_dir_flag == "--run-dir"
-    args = upstream.parser().parse_args(tokens)
+    args = upstream_flags.parser().parse_args(tokens)
     assert args.hierarchical_context_parallel_sizes == [2, 2]
     assert args.cp_comm_type == ["attention2d"]
     assert args.num_virtual_stages_per_pipeline_rank == 2
 
 
 def test_the_embedded_data_set_is_where_it_is_built(base, tmp_path, monkeypatch):
-    from megatron_attn2d import data
+    from megatron_attn2d.data import indexed
 
-    monkeypatch.setattr(data, "build", lambda files, prefix: prefix)
+    monkeypatch.setattr(indexed, "build", lambda files, prefix: prefix)
     run = load_run(base, [f"data.dir={tmp_path}"])
-    assert str(data.build_default(run.data.dir)) == embedded_data(run)
+    assert str(indexed.build_default(run.data.dir)) == embedded_data(run)
 
 
 # --- ranks ---
@@ -1136,7 +1136,7 @@ def write_checkpoint(run_dir, step):
 def test_lists_of_keys_name_keys():
     named = {*keys.SCHEDULE, *keys.ORDER, *keys._FREE, *keys._FIXED, *(f"megatron_args.{n}" for n in keys.FIRST_START)}
     assert not [key for key in named if not keys.is_key(key)]
-    groups = {option.group for option in upstream.options().values()}
+    groups = {option.group for option in upstream_flags.options().values()}
     assert keys._FREE_GROUPS | {keys._SCHEDULE_GROUP} <= groups
 
 
@@ -1144,7 +1144,7 @@ def test_an_argument_that_nobody_has_classified_is_compared():
     """By far the most of Megatron's arguments about model, data and loss."""
     compared = {
         flag
-        for flag, option in upstream.options().items()
+        for flag, option in upstream_flags.options().items()
         if option.group in {"network size", "regularization", "data and dataloader", "mla", "moe", "mixed precision"}
         and not keys._is_free(flag.removeprefix("--").replace("-", "_"))
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_attn2d.config import load_run
-from megatron_attn2d.memory import estimate
+from megatron_attn2d.preview.memory import estimate
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
@@ -21,13 +21,14 @@ import contextlib, io, json, os, sys
 from argparse import Namespace
 from unittest import mock
 from megatron_attn2d.config import load_run, megatron_arguments
-from megatron_attn2d.megatron import compat, cpu, derive
+from megatron_attn2d.megatron.upstream import compat, cpu
+from megatron_attn2d.training import derive
 found, held = {}, {}
 with compat.applied_fixes(), cpu.seam(), contextlib.redirect_stdout(io.StringIO()):
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
     from megatron.training.arguments import parse_args, validate_args
-    from megatron_attn2d.pretrain_gpt import _add_own_arguments
+    from megatron_attn2d.training.pretrain_gpt import _add_own_arguments
     for path in sys.argv[1:]:
         for mode in ("attention2d", "ring"):
             # FP8 needs Transformer Engine, which is not installed here.

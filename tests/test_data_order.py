@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_attn2d import data_order
 from megatron_attn2d.config import RunConfig, load_run
+from megatron_attn2d.data import order
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "runs" / "quickstart.yaml"
 
@@ -66,15 +66,15 @@ def tokens(dataset: Any, first: int, last: int) -> list[int]:
 def test_repeats_are_those_of_the_tokens(overrides: tuple[str, ...], repeats: bool, prefixes: Path) -> None:
     step = 8
     before, now = run_of(prefixes), run_of(prefixes, *overrides)
-    found = data_order.repeats(before, now, step)
+    found = order.repeats(before, now, step)
     consumed = step * 4
     expected = []
-    old = data_order._training_set(before, 64)
+    old = order._training_set(before, 64)
     seen = set(tokens(old, 0, consumed))
     assert len(seen) == consumed * 16
     for run in (now, before):
         batch = run.training.global_batch_size
-        dataset = data_order._training_set(run, data_order._samples(run, step, consumed))
+        dataset = order._training_set(run, order._samples(run, step, consumed))
         following = tokens(dataset, consumed, consumed + (run.training.train_iters - step) * batch)
         expected += [len(following), sum(token in seen for token in following)]
     assert [found.following, found.seen, found.unchanged_following, found.unchanged_seen] == expected
@@ -85,16 +85,16 @@ def test_repeats_are_those_of_the_tokens(overrides: tuple[str, ...], repeats: bo
 
 def test_what_repeats_is_told(prefixes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run_of(prefixes)
-    told = data_order.told(before, run_of(prefixes, "training.seed=5"), 8)
+    told = order.told(before, run_of(prefixes, "training.seed=5"), 8)
     assert told.startswith("4")
     assert told.endswith(
         "% of the 512 tokens to come have been trained on before; it would be 0.0% if nothing had changed"
     )
     cyclic = run_of(prefixes, "megatron_args.dataloader_type=cyclic")
-    assert data_order.told(before, cyclic, 8) == "what repeats is not counted under megatron_args.dataloader_type"
+    assert order.told(before, cyclic, 8) == "what repeats is not counted under megatron_args.dataloader_type"
     gone = run_of(prefixes, "data.paths=[{d}/gone]")
-    assert data_order.told(gone, before, 8) == f"what repeats can't be counted: {prefixes}/gone is gone"
-    monkeypatch.setattr(data_order, "_MOST", 10)
-    told = data_order.told(before, run_of(prefixes, "training.seed=5"), 8)
+    assert order.told(gone, before, 8) == f"what repeats can't be counted: {prefixes}/gone is gone"
+    monkeypatch.setattr(order, "_MOST", 10)
+    told = order.told(before, run_of(prefixes, "training.seed=5"), 8)
     assert told.startswith("about 4")
     assert told.endswith("as is to be expected where data is dealt anew (not counted: too many documents)")

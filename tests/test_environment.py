@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from megatron_attn2d import environment, launch
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.launch import environment, ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "node07", "MASTER_PORT": "29500"}
 SRUN = {
@@ -94,4 +94,4 @@ def test_an_exported_variable_that_the_yaml_replaces_is_named_once(capsys):
 def test_threads_that_are_no_number_are_named(value, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
     with pytest.raises(UsageError, match=r"OMP_NUM_THREADS='.?': not a number of 1 or more; choose a rank's threads"):
-        launch.run_local(1, os.path.join, [])
+        ranks.run_local(1, os.path.join, [])

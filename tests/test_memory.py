@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_attn2d.config import load_run
-from megatron_attn2d.memory import GIB, estimate, parameters, report
+from megatron_attn2d.preview.memory import GIB, estimate, parameters, report
 
 ROOT = Path(__file__).parents[1]
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_attn2d import cli
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.metrics import read_steps, read_validation
-from megatron_attn2d.report import Run, _running_median, read_runs, table
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.run.comparison import Run, _running_median, read_runs, table
+from megatron_attn2d.run.metrics import read_steps, read_validation
 
 
 def write(run_dir: Path, steps: int = 30, **more: float) -> Path:

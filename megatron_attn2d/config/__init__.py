@@ -7,8 +7,8 @@ arguments.py  Megatron's arguments
 """
 
 from megatron_attn2d.config.arguments import megatron_arguments
-from megatron_attn2d.config.errors import ConfigError
-from megatron_attn2d.config.run import load_run, resolved_yaml
+from megatron_attn2d.config.read import load_run, resolved_yaml
 from megatron_attn2d.config.schema import RunConfig
+from megatron_attn2d.errors import ConfigError
 
 __all__ = ["ConfigError", "RunConfig", "load_run", "megatron_arguments", "resolved_yaml"]

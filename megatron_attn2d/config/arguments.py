@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_attn2d.checkpoints import last_complete
-from megatron_attn2d.config import effects, upstream
+from megatron_attn2d.config import effects, upstream_flags
 from megatron_attn2d.config.checks import PER_LAYER
-from megatron_attn2d.config.errors import ConfigError, ConfigErrors, nearest
 from megatron_attn2d.config.keys import FIRST_START, is_schedule
 from megatron_attn2d.config.schema import NO_FLAG, Flag, RunConfig
 from megatron_attn2d.config.yaml_io import parse
+from megatron_attn2d.errors import ConfigError, ConfigErrors, nearest
+from megatron_attn2d.run.checkpoints import last_complete
 
 CP_COMM_TYPES = {"attention2d": "attention2d", "ring": "p2p", "all_gather": "all_gather", "ulysses": "a2a"}
 
@@ -264,7 +264,7 @@ def _owners() -> dict[str, str]:
 
 def _parsed_by_upstream(name: str, value: object) -> list[str]:
     """The tokens for `--name value`, which upstream's parser would accept."""
-    key, flag, known = f"megatron_args.{name.replace('-', '_')}", f"--{name}", upstream.options()
+    key, flag, known = f"megatron_args.{name.replace('-', '_')}", f"--{name}", upstream_flags.options()
     if flag not in known:
         by_destination = {option.dest: spelled for spelled, option in known.items()}
         if spelled := by_destination.get(name.replace("-", "_")):
@@ -297,6 +297,6 @@ def _parsed_by_upstream(name: str, value: object) -> list[str]:
     if known[flag].nargs is None and len(values) != 1:
         raise ConfigError(key, value, f"{flag} takes one value", "write that alone")
     tokens = _flag(name, *values)
-    if (refused := upstream.refusal(flag, tokens)) is not None:
+    if (refused := upstream_flags.refusal(flag, tokens)) is not None:
         raise ConfigError(key, value, f"Megatron refuses it: {refused}", "see megatron/training/arguments.py")
     return tokens

@@ -5,13 +5,13 @@ import re
 from collections.abc import Callable, Iterator
 from math import prod
 
-from megatron_attn2d import checkpoints
 from megatron_attn2d.config import keys
-from megatron_attn2d.config.errors import ConfigError, ConfigErrors
 from megatron_attn2d.config.schema import GRAPH_IMPLEMENTATIONS, RunConfig
-from megatron_attn2d.data import prefix_fault
-from megatron_attn2d.graph_environment import graph_fault
+from megatron_attn2d.data.indexed import prefix_fault
+from megatron_attn2d.errors import ConfigError, ConfigErrors
+from megatron_attn2d.megatron.upstream.graph_environment import graph_fault
 from megatron_attn2d.planner import factorisations
+from megatron_attn2d.run import checkpoints
 
 UNEVEN = (
     "decoder_first_pipeline_num_layers",

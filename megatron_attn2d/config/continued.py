@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_attn2d import checkpoints
-from megatron_attn2d.config.errors import ConfigError, show
 from megatron_attn2d.config.keys import changed, is_fixed, value
 from megatron_attn2d.config.loading import read_run
-from megatron_attn2d.config.run import build_run
+from megatron_attn2d.config.read import build_run
 from megatron_attn2d.config.schema import RunConfig
+from megatron_attn2d.errors import ConfigError, show
+from megatron_attn2d.run import checkpoints
 
 
 def begun_in(run: RunConfig) -> Path | None:

@@ -16,7 +16,7 @@ from functools import cache
 from importlib import resources
 from typing import Literal
 
-from megatron_attn2d.config import upstream
+from megatron_attn2d.config import upstream_flags
 
 TABLE = "argument_effects.json"
 
@@ -58,17 +58,17 @@ class Ignored:
 def table() -> dict[str, Effect]:
     """The arguments that some kind of model ignores, by their flags; empty under a version that wasn't measured."""
     found = json.loads(resources.files(__package__).joinpath(TABLE).read_text())
-    if found["megatron-core"] != upstream.installed():
+    if found["megatron-core"] != upstream_flags.installed():
         return {}
     return {flag: Effect(row["kinds"], tuple(row.get("needs", ()))) for flag, row in found["flags"].items()}
 
 
 def ignored(arguments: Sequence[str]) -> Iterator[Ignored]:
     """What of a command line for Megatron would change nothing in its model."""
-    given = upstream.given(arguments)
+    given = upstream_flags.given(arguments)
     if not (kinds := _kinds(given)):
         return
-    options = upstream.options()
+    options = upstream_flags.options()
     for flag, effect in table().items():
         one = given.get(options[flag].dest)
         if one is None or one[0] != flag or one[1] == [str(options[flag].default)]:  # by which nobody asks for anything

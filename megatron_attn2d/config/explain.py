@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_attn2d.config.errors import ConfigError, nearest
 from megatron_attn2d.config.schema import RunConfig
+from megatron_attn2d.errors import ConfigError, nearest
 
 _BY_KEY = {
     "context_parallel.grid": ("not a grid", "write auto, [rows, columns] or [heads, rows, columns]"),

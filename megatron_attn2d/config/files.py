@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
-from megatron_attn2d import checkpoints
 from megatron_attn2d.config.continued import check_continued
-from megatron_attn2d.config.errors import ConfigError, ConfigErrors
 from megatron_attn2d.config.schema import RunConfig
+from megatron_attn2d.errors import ConfigError, ConfigErrors
+from megatron_attn2d.run import checkpoints
 
 
 def check_files(run: RunConfig) -> None:
@@ -19,7 +19,7 @@ def check_files(run: RunConfig) -> None:
 
 
 def _data(run: RunConfig) -> Iterator[ConfigError]:
-    from megatron_attn2d.data import is_complete
+    from megatron_attn2d.data.indexed import is_complete
 
     for prefix in run.data.paths:
         if not is_complete(Path(prefix)):

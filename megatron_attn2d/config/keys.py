@@ -8,7 +8,7 @@ are in no list here belong to the latter: an argument that nobody has classified
 import re
 from operator import attrgetter
 
-from megatron_attn2d.config import upstream
+from megatron_attn2d.config import upstream_flags
 from megatron_attn2d.config.schema import Model, RunConfig
 
 FIRST_START = (
@@ -124,7 +124,7 @@ def is_key(key: str) -> bool:
     """Whether there is such a key, or such an argument of Megatron's."""
     section, _, name = key.partition(".")
     if section == "megatron_args":
-        return f"--{name.replace('_', '-')}" in upstream.options()
+        return f"--{name.replace('_', '-')}" in upstream_flags.options()
     field = RunConfig.model_fields.get(section)
     return field is not None and name in getattr(field.annotation, "model_fields", {})
 
@@ -143,8 +143,8 @@ def value(run: RunConfig, key: str) -> object:
     return given(run, key)
 
 
-def _option(name: str) -> upstream.Option:
-    return upstream.options().get(f"--{name.replace('_', '-')}", upstream.Option(name))
+def _option(name: str) -> upstream_flags.Option:
+    return upstream_flags.options().get(f"--{name.replace('_', '-')}", upstream_flags.Option(name))
 
 
 def _is_free(name: str) -> bool:

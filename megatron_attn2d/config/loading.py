@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_attn2d.config.errors import ConfigError, show
 from megatron_attn2d.config.yaml_io import parse, read_mapping
+from megatron_attn2d.errors import ConfigError, show
 
 
 def read_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from megatron_attn2d.planner.run import chosen_grid
+from megatron_attn2d.config.auto import chosen_grid
 
 Mode = Literal["attention2d", "ring", "all_gather", "ulysses"]
 

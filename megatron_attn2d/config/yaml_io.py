@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_attn2d.config.errors import ConfigError
+from megatron_attn2d.errors import ConfigError
 
 _INT = re.compile(r"[-+]?[0-9]{1,30}|0x[0-9a-fA-F]{1,16}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]{1,4})?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_attn2d.commands.evaluate import FORWARD_ONLY, check_overrides, stages_of_training
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments
-from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.config.loading import read_run
-from megatron_attn2d.config.run import build_run
-from megatron_attn2d.evaluate import FORWARD_ONLY, check_overrides, stages_of_training
+from megatron_attn2d.config.read import build_run
+from megatron_attn2d.errors import UsageError
 
 _DECIDED = (
     *FORWARD_ONLY,

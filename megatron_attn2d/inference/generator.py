@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Literal, Self, TextIO, cast
 import torch
 from torch import Tensor
 
-from megatron_attn2d import environment, launch, pretrain_gpt
+from megatron_attn2d.commands.evaluate import checkpoint_step
 from megatron_attn2d.config import RunConfig
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.evaluate import checkpoint_step
+from megatron_attn2d.errors import UsageError
 from megatron_attn2d.inference import configuration, shards
 from megatron_attn2d.inference.sampling import Sampling, choose, generators_of
 from megatron_attn2d.inference.text import TextStream, Tokenizer
+from megatron_attn2d.launch import environment, ranks
+from megatron_attn2d.training import pretrain_gpt
 
 if TYPE_CHECKING:  # they import Megatron, whose greeting is for the log
     from megatron_attn2d.inference.cache import Cache
@@ -105,7 +106,7 @@ class Generator:
         if world_size:
             environment.adopt_launcher()
         else:
-            launch.alone()
+            ranks.alone()
         stack = ExitStack()
         generator = stack.enter_context(cls.started(run, configuration.arguments(run, step), batch=batch, chunk=chunk))
         generator._stack = stack

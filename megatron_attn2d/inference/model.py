@@ -17,9 +17,9 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_attn2d import pretrain_gpt
 from megatron_attn2d.inference.cache import Cache
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+from megatron_attn2d.training import pretrain_gpt
 
 
 class Model:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from megatron_attn2d.config.schema import Data
-from megatron_attn2d.corpus import tokenizers
+from megatron_attn2d.data import tokenizers
 
 _UNFINISHED = "\ufffd"
 """What bytes of an unfinished character show as."""

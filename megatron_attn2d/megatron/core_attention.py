@@ -201,8 +201,8 @@ class ContextParallelAttention(MegatronModule):
         if self.config.mtp_num_layers and _are_padded(totals) and not _rolls_within_padding():
             raise ValueError(
                 "packed sequences with padding are not supported with mtp_num_layers: multi-token prediction "
-                "would predict a neighbour's tokens; train inside megatron_attn2d.megatron.compat.applied_fixes(), "
-                "which mends it, or pack without padding"
+                "would predict a neighbour's tokens; train inside "
+                "megatron_attn2d.megatron.upstream.compat.applied_fixes(), which mends it, or pack without padding"
             )
         return totals
 

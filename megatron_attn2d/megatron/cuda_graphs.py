@@ -21,7 +21,7 @@ import torch
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_attn2d.graph_environment import graph_fault
+from megatron_attn2d.megatron.upstream.graph_environment import graph_fault
 
 
 def hold_attention(config: TransformerConfig) -> bool:

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.errors import UsageError
 from megatron_attn2d.megatron.layer_spec import with_context_parallelism
 
 

@@ -29,10 +29,10 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_attn2d.megatron.announcement import introduce
-from megatron_attn2d.megatron.compat import ATTENDING_IN_CONTEXT
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 from megatron_attn2d.megatron.layer_grid import ATTENTION2D, split_mode
-from megatron_attn2d.megatron.patching import install
+from megatron_attn2d.megatron.upstream.compat import ATTENDING_IN_CONTEXT
+from megatron_attn2d.megatron.upstream.patching import install
 
 
 class CoreAttention:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_attn2d.config.arguments import megatron_arguments
-from megatron_attn2d.config.run import load_run
-from megatron_attn2d.megatron.derive import derived_arguments
+from megatron_attn2d.config.read import load_run
+from megatron_attn2d.training.derive import derived_arguments
 from tests.benchmarks.test_benchmark_multi_gpu import script
 from tests.megatron.test_derive import FULL
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attn2d.corpus.tokenizers import TokenizerChoice
+from megatron_attn2d.data.tokenizers import TokenizerChoice
 
 TEXTS = [
     "Ring attention passes every key by every rank.\n",

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.corpus.build import build
-from megatron_attn2d.corpus.inspect import open_indexed, report
-from megatron_attn2d.corpus.tokenizers import TokenizerChoice, load
-from megatron_attn2d.data import is_complete
+from megatron_attn2d.data.build import build
+from megatron_attn2d.data.indexed import is_complete
+from megatron_attn2d.data.inspect import open_indexed, report
+from megatron_attn2d.data.tokenizers import TokenizerChoice, load
+from megatron_attn2d.errors import UsageError
 
 BYTES = TokenizerChoice()
 
@@ -103,7 +103,7 @@ def test_a_set_is_only_replaced_when_asked(tmp_path: Path) -> None:
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from megatron_attn2d.corpus import build
+from megatron_attn2d.data import build
 tokenize = build._tokenize
 def slowly(*args):
     Path(sys.argv[1], "begun").touch()
@@ -153,7 +153,7 @@ def alive(pid: int) -> bool:
 def test_the_folder_of_a_build_at_work_is_left_alone(tmp_path: Path) -> None:
     import fcntl
 
-    from megatron_attn2d.corpus.build import _scratch
+    from megatron_attn2d.data.build import _scratch
 
     with _scratch(tmp_path / "set") as first, _scratch(tmp_path / "set") as second:
         assert first != second

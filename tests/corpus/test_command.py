@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_attn2d import cli, data, launch
+from megatron_attn2d import cli
 from megatron_attn2d.config import load_run
-from megatron_attn2d.config.errors import ConfigError
 from megatron_attn2d.config.yaml_io import parse
-from megatron_attn2d.corpus import matching
-from megatron_attn2d.corpus.matching import check_data, largest_id
-from megatron_attn2d.corpus.tokenizers import TokenizerChoice, digest
+from megatron_attn2d.data import indexed, matching
+from megatron_attn2d.data.matching import check_data, largest_id
+from megatron_attn2d.data.tokenizers import TokenizerChoice, digest
+from megatron_attn2d.errors import ConfigError
+from megatron_attn2d.launch import ranks
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml")
 
@@ -74,7 +75,7 @@ def test_mistakes_are_one_message(words: list[str], message: str, tmp_path: Path
 
 def test_a_run_without_its_data_is_refused_before_it_starts(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "run_local", lambda *args, **kwargs: pytest.fail("started"))
+    monkeypatch.setattr(ranks, "run_local", lambda *args, **kwargs: pytest.fail("started"))
     (tmp_path / "half.bin").touch()
     with pytest.raises(ConfigError, match=r"data.paths = 'half': half.bin and half.idx are not both there; build it"):
         cli.main(["train", QUICKSTART, "data.paths={half: 0.5, other: 0.5}", "--debug"])
@@ -155,7 +156,7 @@ def test_what_others_keep_beside_a_set_is_no_description(tmp_path: Path, monkeyp
 
 def test_of_a_set_that_others_built_the_largest_id_is_found(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_text("a" * 1000)
-    text = data.build([tmp_path / "a.txt"], tmp_path / "text")
+    text = indexed.build([tmp_path / "a.txt"], tmp_path / "text")
     assert largest_id(text) == 256
     monkeypatch.setattr(matching, "_BLOCK", 64)
     assert largest_id(text) == 256

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.corpus.readers import BadDocument, find_files, read
+from megatron_attn2d.data.readers import BadDocument, find_files, read
+from megatron_attn2d.errors import UsageError
 
 LINES = b'{"text": "one"}\n{"id": 7, "text": "zw\\u00f6lf"}\n{"text": "dr\xc3\xbc"}\n'
 

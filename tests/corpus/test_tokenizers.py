@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatron_attn2d.config import load_run, megatron_arguments
-from megatron_attn2d.config.errors import UsageError
 from megatron_attn2d.config.schema import Data
 from megatron_attn2d.config.yaml_io import dump
-from megatron_attn2d.corpus import tokenizers
-from megatron_attn2d.corpus.tokenizers import TokenizerChoice, load, yaml_section
-from megatron_attn2d.memory import parameters
+from megatron_attn2d.data import tokenizers
+from megatron_attn2d.data.tokenizers import TokenizerChoice, load, yaml_section
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.preview.memory import parameters
 from tests.corpus.conftest import TEXTS
 
 RUNS = Path(__file__).parents[2] / "configs" / "runs"
@@ -121,6 +121,6 @@ def test_a_runs_tokenizer_knows_its_vocabulary_whatever_the_model_says(choice: T
 def test_the_command_line_offers_what_there_is() -> None:
     from typing import get_args
 
-    from megatron_attn2d.corpus.command import TOKENIZERS
+    from megatron_attn2d.commands.data import TOKENIZERS
 
     assert get_args(tokenizers.Kind) == TOKENIZERS

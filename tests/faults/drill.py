@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from megatron_attn2d import checkpoints, launch
+from megatron_attn2d.launch import ranks
+from megatron_attn2d.run import checkpoints
 from tests import pool as rank_pool
 from tests.faults.hangs import hangs
 from tests.faults.jobs import Failed, assert_unbroken, job, reported
@@ -182,8 +183,8 @@ DRILLS: dict[str, tuple[Callable[[int], str], int]] = {
 def main(asked: list[str]) -> int:
     """Runs the drills that are asked for, or all; the number of those that failed."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    rank_pool.PRELOAD.extend(module for module in launch.PRELOAD if module not in rank_pool.PRELOAD)
-    launch._preload()
+    rank_pool.PRELOAD.extend(module for module in ranks.PRELOAD if module not in rank_pool.PRELOAD)
+    ranks._preload()
     random.seed(0)
     failed = 0
     table = os.fdopen(os.dup(1), "w")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_attn2d import launch, pretrain_gpt
+from megatron_attn2d.launch import ranks
+from megatron_attn2d.training import pretrain_gpt
 from tests.megatron.runs import metrics
 
 
@@ -25,7 +26,7 @@ class Failed(AssertionError):
 class Job:
     """A running launch."""
 
-    def __init__(self, nranks: int, target: launch.Target, args: Sequence[str], output: Path) -> None:
+    def __init__(self, nranks: int, target: ranks.Target, args: Sequence[str], output: Path) -> None:
         output.touch()
         self._output = output
         self._process = multiprocessing.get_context("fork").Process(target=_run, args=(nranks, target, args, output))
@@ -71,7 +72,7 @@ class Job:
 
 
 @contextmanager
-def job(nranks: int, args: Sequence[str], output: Path, target: launch.Target = pretrain_gpt.main) -> Iterator[Job]:
+def job(nranks: int, args: Sequence[str], output: Path, target: ranks.Target = pretrain_gpt.main) -> Iterator[Job]:
     """Runs `target(args)`, training, on `nranks`; nothing of it outlives the block."""
     started = Job(nranks, target, args, output)
     try:
@@ -95,9 +96,9 @@ def assert_unbroken(run: Path) -> None:
         raise Failed("recorded steps have a gap or a repetition")
 
 
-def _run(nranks: int, target: launch.Target, args: Sequence[str], output: Path) -> None:
+def _run(nranks: int, target: ranks.Target, args: Sequence[str], output: Path) -> None:
     with output.open("ab") as file:
         for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
             os.dup2(file.fileno(), descriptor)
-    sys.exit(launch.run_local(nranks, target, args))
+    sys.exit(ranks.run_local(nranks, target, args))

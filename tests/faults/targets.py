@@ -22,9 +22,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_attn2d import Grid, attention2d, launch, ring_attention
+from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention import messages, ring
-from megatron_attn2d.megatron import agreement
+from megatron_attn2d.launch import ranks
+from megatron_attn2d.training.guards import same_start
 
 
 def stop_in(args: Sequence[str]) -> None:
@@ -65,7 +66,7 @@ def stop_in_training(args: Sequence[str], *, where: int, seconds: float) -> None
 
     With -1 it stops before the ranks are compared.
     """
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     def parsed() -> Any:
         arguments, config = original()
@@ -82,9 +83,9 @@ def stop_in_training(args: Sequence[str], *, where: int, seconds: float) -> None
             os.kill(os.getpid(), signal.SIGSTOP)
         check_agreement(mine)
 
-    original, check_agreement = pretrain_gpt.parsed, agreement.check_agreement
+    original, check_agreement = pretrain_gpt.parsed, same_start.check_agreement
     if where == -1:
-        mock.patch.object(agreement, "check_agreement", compare).start()
+        mock.patch.object(same_start, "check_agreement", compare).start()
     mock.patch.object(pretrain_gpt, "parsed", parsed).start()
     _stop_in_exchange(where, counts)
     pretrain_gpt.main(args)
@@ -100,7 +101,7 @@ def train_counting_groups(args: Sequence[str], *, directory: Path) -> None:
     """Trains; each rank writes its number of process groups after step 1 and whenever it has changed after a step."""
     from megatron.training import training
 
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     counts: list[int] = []
 
@@ -120,11 +121,11 @@ def train_counting_groups(args: Sequence[str], *, directory: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "training":
         stopping = functools.partial(stop_in_training, seconds=float(sys.argv[2]), where=int(sys.argv[4]))
-        sys.exit(launch.run_local(int(sys.argv[3]), stopping, sys.argv[5:]))
-    launch.PRELOAD = ()
+        sys.exit(ranks.run_local(int(sys.argv[3]), stopping, sys.argv[5:]))
+    ranks.PRELOAD = ()
     *arguments, _ = sys.argv[1:7]
     for exchange_number in sys.argv[6:]:
         began = time.monotonic()
-        code = launch.run_local(2, stop_in, [*arguments, exchange_number])
+        code = ranks.run_local(2, stop_in, [*arguments, exchange_number])
         print(exchange_number, code, time.monotonic() - began, flush=True)
         print("====", file=sys.stderr, flush=True)

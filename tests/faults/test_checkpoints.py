@@ -10,9 +10,10 @@ from unittest import mock
 
 import pytest
 
-from megatron_attn2d import checkpoints, data
-from megatron_attn2d.corpus.build import build
-from megatron_attn2d.corpus.tokenizers import TokenizerChoice
+from megatron_attn2d.data import indexed
+from megatron_attn2d.data.build import build
+from megatron_attn2d.data.tokenizers import TokenizerChoice
+from megatron_attn2d.run import checkpoints
 from tests.megatron.runs import arguments, context_parallel, metrics, train
 from tests.pool import RankPool
 
@@ -41,7 +42,7 @@ def saved(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(rank: int, folder: str) -> list[str]:
     """Flips bytes of each file of a checkpoint in turn; the files of which no error tells."""
-    from megatron_attn2d.megatron.integrity import CorruptCheckpointError, verify
+    from megatron_attn2d.training.guards.integrity import CorruptCheckpointError, verify
 
     silent = []
     for path in sorted(Path(folder).iterdir()):
@@ -69,9 +70,9 @@ def test_a_flipped_byte_in_any_file_of_a_checkpoint_is_refused_with_the_files_na
 
 
 def resume(rank: int, args: list[str]) -> str:
-    from megatron_attn2d import pretrain_gpt
-    from megatron_attn2d.config.errors import UsageError
-    from megatron_attn2d.megatron.integrity import CorruptCheckpointError
+    from megatron_attn2d.errors import UsageError
+    from megatron_attn2d.training import pretrain_gpt
+    from megatron_attn2d.training.guards.integrity import CorruptCheckpointError
 
     try:
         pretrain_gpt.main(args)
@@ -139,8 +140,8 @@ def fill_the_disk(rank: int, args: list[str], step: int) -> str:
     """Trains; from the save of `step` on no file may grow beyond 20 KB, as on a full disk. What the save says."""
     from megatron.core import dist_checkpointing
 
-    from megatron_attn2d import pretrain_gpt
-    from megatron_attn2d.megatron.retention import SaveError
+    from megatron_attn2d.training import pretrain_gpt
+    from megatron_attn2d.training.guards.retention import SaveError
 
     save, limits = dist_checkpointing.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -178,29 +179,29 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(pool: RankPool, tm
 
 def test_a_flipped_byte_in_the_index_of_a_data_set_is_refused_with_the_files_name(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
-    embedded = data.build([tmp_path / "a.txt"], tmp_path / "embedded")
+    embedded = indexed.build([tmp_path / "a.txt"], tmp_path / "embedded")
     build([tmp_path / "a.txt"], tmp_path / "built", TokenizerChoice("bytes"))
     for prefix in (embedded, tmp_path / "built"):
         index = prefix.with_name(f"{prefix.name}.idx")
-        data.verify_index(prefix)
+        indexed.verify_index(prefix)
         for at in range(len(index.read_bytes())):
             flip(index, at)
             with pytest.raises(ValueError, match=f"{index} is not the index that was built"):
-                data.verify_index(prefix)
+                indexed.verify_index(prefix)
             flip(index, at)
-        data.verify_index(prefix)
+        indexed.verify_index(prefix)
 
 
 def test_training_verifies_its_data_sets(pool: RankPool, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 1000)
-    prefix = data.build([tmp_path / "a.txt"], tmp_path / "text")
+    prefix = indexed.build([tmp_path / "a.txt"], tmp_path / "text")
     flip(tmp_path / "text.idx", -1)
     (message,) = pool.run(start, 1, arguments(run_dir=tmp_path / "run", data_path=prefix))
     assert "text.idx is not the index that was built" in message
 
 
 def start(rank: int, args: list[str]) -> str:
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     try:
         pretrain_gpt.main(args)
@@ -211,19 +212,19 @@ def start(rank: int, args: list[str]) -> str:
 
 def test_a_flipped_byte_in_a_sample_index_that_megatron_cached_is_refused(pool: RankPool, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 1000)
-    prefix = data.build([tmp_path / "a.txt"], tmp_path / "text")
+    prefix = indexed.build([tmp_path / "a.txt"], tmp_path / "text")
     args = {"data_path": prefix, "num_layers": 1, "train_iters": 1}
     assert len(train(pool, 1, tmp_path / "run", **args)) == 1
     cached = sorted(tmp_path.rglob("*.npy"))
     assert {path.stem.rpartition("-")[2] for path in cached} == {"document_index", "sample_index", "shuffle_index"}
     for path in cached:
-        with data.sealed_caches([path.parent], verifies=True, seals=False):
+        with indexed.sealed_caches([path.parent], verifies=True, seals=False):
             pass
         for at in range(0, len(path.read_bytes()), 7):
             flip(path, at)
             with (
                 pytest.raises(ValueError, match=f"{path} is not the index that was built"),
-                data.sealed_caches([path.parent], verifies=True, seals=False),
+                indexed.sealed_caches([path.parent], verifies=True, seals=False),
             ):
                 pass
             flip(path, at)

@@ -108,9 +108,9 @@ def train_with(rank: int, args: list[str], where: int, name: str, value: float) 
     """Trains with `value` planted in a tensor of layer 2 of rank `where` in step 2."""
     from megatron.training import get_args
 
-    from megatron_attn2d import pretrain_gpt
-    from megatron_attn2d.megatron import finite_check
     from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+    from megatron_attn2d.training import pretrain_gpt
+    from megatron_attn2d.training.guards import finite_check
 
     def corrupt(x: torch.Tensor) -> torch.Tensor:
         if rank != where or get_args().curr_iteration != 1:

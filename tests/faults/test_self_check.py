@@ -27,7 +27,7 @@ RUNS: list[tuple[int, str | None, list[int] | None]] = [
 
 def check(rank: int, cp: int, cp_comm_type: str | None, sizes: list[int] | None, dtype: torch.dtype) -> float:
     """The CPU seconds of a check that succeeds."""
-    from megatron_attn2d.megatron.self_check import check_attention
+    from megatron_attn2d.training.guards.self_check import check_attention
 
     with built(cp, cp_comm_type, sizes, params_dtype=dtype) as attention:
         state = torch.get_rng_state()
@@ -48,7 +48,7 @@ def broken(rank: int, cp_comm_type: str, sizes: list[int] | None, how: str) -> s
     """What the check says about an attention that is broken in a way that trains without an error."""
     from megatron_attn2d import Grid
     from megatron_attn2d.attention import layout, partials, ring
-    from megatron_attn2d.megatron.self_check import SelfCheckError, check_attention
+    from megatron_attn2d.training.guards.self_check import SelfCheckError, check_attention
 
     def one_chunk_too_few(query: layout.Chunk, key_ranks: tuple[int, ...], causal: bool) -> int:
         seen = visible_prefix(query, key_ranks, causal)
@@ -114,7 +114,7 @@ def test_broken_attention_is_refused_with_mode_grid_and_rank(
 def test_the_scale_is_the_models(given: dict[str, Any]) -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_attn2d.megatron.self_check import softmax_scale
+    from megatron_attn2d.training.guards.self_check import softmax_scale
 
     config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, **given)
     assert softmax_scale(config) == {"{}": 1 / 4, "{'kv_channels': 9}": 1 / 3}.get(str(given), 0.3)
@@ -125,7 +125,7 @@ def test_the_scale_of_latent_attention_is_the_models(factor: float) -> None:
     from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_mscale
     from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-    from megatron_attn2d.megatron.self_check import softmax_scale
+    from megatron_attn2d.training.guards.self_check import softmax_scale
 
     sizes: dict[str, Any] = {"qk_head_dim": 48, "qk_pos_emb_head_dim": 16, "mscale_all_dim": 0.7, "mscale": 0.7}
     config = MLATransformerConfig(
@@ -146,9 +146,10 @@ def start_broken(rank: int, args: list[str]) -> bool:
     """Whether training with an attention that sees one rank's tokens alone is refused."""
     from megatron.training import training
 
-    from megatron_attn2d import Grid, pretrain_gpt
+    from megatron_attn2d import Grid
     from megatron_attn2d.megatron import core_attention
-    from megatron_attn2d.megatron.self_check import SelfCheckError
+    from megatron_attn2d.training import pretrain_gpt
+    from megatron_attn2d.training.guards.self_check import SelfCheckError
 
     def train(*args: Any, **kwargs: Any) -> tuple[int, int]:
         return 0, 0
@@ -166,14 +167,14 @@ def start_broken(rank: int, args: list[str]) -> bool:
 
 def start_in_disagreement(rank: int, args: list[list[str]], versions: list[str]) -> tuple[str, float, int]:
     """What a rank is told, after how many seconds, and how many groups were made until then."""
-    from megatron_attn2d import pretrain_gpt
-    from megatron_attn2d.megatron import agreement
+    from megatron_attn2d.training import pretrain_gpt
+    from megatron_attn2d.training.guards import same_start
 
     began, groups = time.monotonic(), torch.distributed.get_pg_count()
     try:
-        with mock.patch.object(agreement, "_version", return_value=versions[rank]):
+        with mock.patch.object(same_start, "_version", return_value=versions[rank]):
             pretrain_gpt.main(args[rank])
-    except agreement.DisagreementError as error:
+    except same_start.DisagreementError as error:
         return str(error), time.monotonic() - began, torch.distributed.get_pg_count() - groups
     return "", 0.0, 0
 

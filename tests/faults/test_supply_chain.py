@@ -109,7 +109,7 @@ LIMITED = ("a tensor in a .distcp file", "torch.load(weights_only=True) in torch
 
 def resume_watched(rank: int, args: list[str]) -> set[tuple[str, str]]:
     """What is read of a checkpoint with pickle, and how."""
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     found: set[tuple[str, str]] = set()
 

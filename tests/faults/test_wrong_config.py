@@ -15,11 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_attn2d import cli, memory
+from megatron_attn2d import cli
 from megatron_attn2d.config import ConfigError, load_run, megatron_arguments, resolved_yaml
 from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.config.yaml_io import dump
-from megatron_attn2d.topology import picture
+from megatron_attn2d.preview import memory
+from megatron_attn2d.preview.topology import picture
 from tests.test_config import BASE, FILES_REFUSED, REFUSED, split_overrides
 
 ABSENT = {

@@ -219,7 +219,7 @@ def decentralised(rank: int, path: Path, grid: list[int] | None) -> str:
     from megatron.bridge.training.initialize import torch_dist_init
     from megatron.core.parallel_state import destroy_global_memory_buffer
 
-    from megatron_attn2d.megatron.self_check import attentions
+    from megatron_attn2d.training.guards.self_check import attentions
 
     start(rank)
     _, provider = provider_of(path, "attention2d", grid)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_attn2d import data, launch
+from megatron_attn2d.data import indexed
+from megatron_attn2d.launch import ranks
 from tests import pool as rank_pool
 from tests.megatron.combinations import COMBINATIONS, MODELS, REFERENCES
 from tests.megatron.runs import arguments, metrics, train_rank
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two CUDA devices, or none"),
 ]
-rank_pool.PRELOAD.extend(module for module in launch.PRELOAD if module not in rank_pool.PRELOAD)
+rank_pool.PRELOAD.extend(module for module in ranks.PRELOAD if module not in rank_pool.PRELOAD)
 
 # Two runs in bf16 round differently where ranks share the work: on CPU ranks losses by 7e-4, norms by 3e-3 at most.
 TOLERANCE = 5e-3
@@ -56,7 +57,7 @@ def options(model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return data.build(data.standard_library_sources()[:20], tmp_path_factory.mktemp("text") / "text")
+    return indexed.build(indexed.standard_library_sources()[:20], tmp_path_factory.mktemp("text") / "text")
 
 
 @pytest.fixture(scope="module")

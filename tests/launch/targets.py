@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_attn2d import launch
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.launch import ranks
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
@@ -76,8 +76,8 @@ def save_on_sigterm(args: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] != "pretrain":
-        launch.PRELOAD = ()
-        sys.exit(launch.run_local(int(sys.argv[2]), globals()[sys.argv[1]], sys.argv[3:]))
-    from megatron_attn2d import pretrain_gpt
+        ranks.PRELOAD = ()
+        sys.exit(ranks.run_local(int(sys.argv[2]), globals()[sys.argv[1]], sys.argv[3:]))
+    from megatron_attn2d.training import pretrain_gpt
 
-    sys.exit(launch.run_local(int(sys.argv[2]), pretrain_gpt.main, sys.argv[3:]))
+    sys.exit(ranks.run_local(int(sys.argv[2]), pretrain_gpt.main, sys.argv[3:]))

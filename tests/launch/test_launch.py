@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_attn2d import launch
+from megatron_attn2d.launch import ranks
 from tests.launch import targets
 from tests.megatron import runs
 
@@ -106,7 +106,7 @@ def test_ranks_that_save_nothing_end_at_the_first_signal(tmp_path: Path) -> None
 
 
 def test_a_gpu_rank_forks_its_data_loaders(tmp_path: Path) -> None:
-    assert launch.run_local(1, targets.write_start_method, [str(tmp_path / "method")], "cuda") == 0
+    assert ranks.run_local(1, targets.write_start_method, [str(tmp_path / "method")], "cuda") == 0
     assert (tmp_path / "method").read_text() == "fork"
 
 

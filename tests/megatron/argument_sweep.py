@@ -32,8 +32,9 @@ from unittest import mock
 
 import torch
 
-from megatron_attn2d import data, launch
-from megatron_attn2d.config import effects, upstream
+from megatron_attn2d.config import effects, upstream_flags
+from megatron_attn2d.data import indexed
+from megatron_attn2d.launch import ranks
 from tests.megatron.runs import OPTIONS, arguments, metrics, train_rank
 
 Options = dict[str, Any]
@@ -213,7 +214,7 @@ VALUES: Options = {
 def tried() -> Iterator[tuple[Action, str]]:
     """The arguments to try, and the title of their group."""
     seen = set()
-    for group in upstream.parser()._action_groups:
+    for group in upstream_flags.parser()._action_groups:
         for action in group._group_actions:
             if (
                 not action.option_strings
@@ -249,11 +250,11 @@ class Sweep:
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
         self._found: dict[str, Any] = {}
-        launch._preload()
+        ranks._preload()
         importlib.import_module("megatron.core.tokenizers.text")
         gc.collect()
         gc.freeze()  # what was imported is no garbage, and each training looks for some
-        self._text = data.build(data.standard_library_sources()[:20], scratch / "text")
+        self._text = indexed.build(indexed.standard_library_sources()[:20], scratch / "text")
 
     def steps(self, options: Options) -> list[Any] | str:
         """What was recorded of the steps of a training, or why there was none."""
@@ -365,7 +366,7 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
             kept = {name: row[name] for name in ("kinds", "needs") if row[name]}
             lines.append(f"    {json.dumps(flag)}: {json.dumps(kept)}")
     path = Path(effects.__file__).with_name(effects.TABLE)
-    version = json.dumps(upstream.installed())
+    version = json.dumps(upstream_flags.installed())
     path.write_text(f'{{\n  "megatron-core": {version},\n  "flags": {{\n' + ",\n".join(lines) + "\n  }\n}\n")
 
 

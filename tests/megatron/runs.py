@@ -86,7 +86,7 @@ def train_rank(rank: int, args: list[str]) -> None:
     """Trains as one rank of a pool."""
     from megatron.training import argument_utils
 
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     # Help texts, for which upstream reads its own sources at every parsing: half a second per rank.
     with mock.patch.object(argument_utils.ArgumentGroupFactory, "_get_field_docstrings", return_value={}):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_attn2d.config import effects, upstream
+from megatron_attn2d.config import effects, upstream_flags
 from tests.megatron import argument_sweep as sweep
 
 
 def test_the_sweep_knows_megatrons_arguments() -> None:
-    dests = {option.dest for option in upstream.options().values()}
-    spelt = {flag.removeprefix("--").replace("-", "_") for flag in upstream.options()}
+    dests = {option.dest for option in upstream_flags.options().values()}
+    spelt = {flag.removeprefix("--").replace("-", "_") for flag in upstream_flags.options()}
     known = dests | spelt
     for options in (*sweep.BASES.values(), *sweep.NEEDS.values(), sweep.VALUES):
         assert options.keys() <= known

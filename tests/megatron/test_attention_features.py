@@ -30,7 +30,7 @@ def _packed_against_alone(rank: int, args: list[str]) -> tuple[float, float]:
     """Largest difference of a real token's loss, and of a gradient relative to the largest of its parameter."""
     from megatron.training import training
 
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     found: list[tuple[float, float]] = []
 

@@ -123,7 +123,7 @@ def upstream_error(rank: int, changes: dict[str, Any]) -> tuple[float, bool]:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_attn2d.megatron import cpu
+    from megatron_attn2d.megatron.upstream import cpu
 
     whole = inputs(16, 2, (4, 2), dtype=torch.float32)
     unseen = hidden(16, 16, True, changes.get("window_size", (-1, -1)))

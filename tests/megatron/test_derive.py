@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 
 from megatron_attn2d.config import ConfigError, load_run, megatron_arguments
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.megatron.derive import (
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.training.derive import (
     REFUSED,
     Installed,
     derived_arguments,
@@ -175,7 +175,7 @@ def test_rank_0_logs_each_with_its_reason(
     rank: str, lines: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    with caplog.at_level(logging.INFO, "megatron_attn2d.megatron.derive"):
+    with caplog.at_level(logging.INFO, "megatron_attn2d.training.derive"):
         with_derived_arguments([], FULL)
     assert len(caplog.messages) == lines
     assert all(re.fullmatch(r"derived --[\w-]+( \w+)?: .{20,}", message) for message in caplog.messages)

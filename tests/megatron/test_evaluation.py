@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_attn2d import cli, evaluate, launch
+from megatron_attn2d import cli
+from megatron_attn2d.commands import evaluate
 from megatron_attn2d.config import load_run, megatron_arguments, resolved_yaml
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.corpus.build import build
-from megatron_attn2d.corpus.tokenizers import TokenizerChoice
-from megatron_attn2d.megatron import evaluation
+from megatron_attn2d.data.build import build
+from megatron_attn2d.data.tokenizers import TokenizerChoice
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.launch import ranks
+from megatron_attn2d.training import evaluation
 from tests.pool import RankPool
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml"
@@ -29,7 +31,7 @@ def call(rank: int, target: Any, args: list[str]) -> None:
 @pytest.fixture(scope="module")
 def run_dir(pool: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps at 64 tokens, as `train` leaves it behind."""
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     directory = tmp_path_factory.mktemp("runs") / "run"
     run = load_run(
@@ -55,7 +57,7 @@ def in_pool(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
         pool.run(call, nprocs, target, list(args), init_group=False)
         return 0
 
-    monkeypatch.setattr(launch, "run_local", run_local)
+    monkeypatch.setattr(ranks, "run_local", run_local)
 
 
 def evaluated(run_dir: Path, data: Path, output: Path, *overrides: str, **options: Any) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def evaluated(run_dir: Path, data: Path, output: Path, *overrides: str, **option
 
 def direct_losses(rank: int, args: list[str], windows: np.ndarray, target: Path) -> None:
     """The loss of each token of `windows` [n, context + 1], by the logits of the model on one rank."""
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     def body(console: Any) -> None:
         from megatron.core.enums import ModelType

@@ -29,7 +29,7 @@ RUN: dict[str, Any] = {
     ],
 )
 def test_differences(theirs: dict[str, Any], ours: dict[str, Any], said: list[str]) -> None:
-    from megatron_attn2d.megatron.fitting import differences
+    from megatron_attn2d.training.guards.fitting import differences
 
     found = list(differences(Namespace(**RUN | theirs), Namespace(**RUN | ours)))
     assert len(found) == len(said)
@@ -49,6 +49,6 @@ def test_differences(theirs: dict[str, Any], ours: dict[str, Any], said: list[st
     ],
 )
 def test_how_a_load_that_fails_is_told(error: BaseException, said: str) -> None:
-    from megatron_attn2d.megatron.fitting import _in_words
+    from megatron_attn2d.training.guards.fitting import _in_words
 
     assert _in_words(error) == said or (said.endswith("...") and _in_words(error).startswith(said[:-3]))

@@ -221,7 +221,7 @@ def _modules(rank: int, args: list[str]) -> list[str]:
     """The class names of the modules of this rank's model."""
     from megatron.training import training
 
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     names: list[str] = []
 

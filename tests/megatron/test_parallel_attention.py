@@ -64,8 +64,8 @@ def layer(tp: int, sp: bool, cp: int, grid: list[int] | None) -> Iterator[Any]:
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_attn2d.megatron import cpu
     from megatron_attn2d.megatron.layer_spec import attention2d_layer_spec
+    from megatron_attn2d.megatron.upstream import cpu
 
     with cpu.seam():
         parallel_state.initialize_model_parallel(

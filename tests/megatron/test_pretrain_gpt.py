@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_attn2d import pretrain_gpt
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.training import pretrain_gpt
 from tests.attention.test_capture import WAITS, Refuses
 from tests.megatron.runs import arguments, context_parallel, metrics, train
 from tests.pool import RankFailed, RankPool
@@ -135,13 +135,13 @@ def test_it_ends_the_process_group_that_it_made_and_no_other(init_group: bool, p
 
 
 def _run_scanned(rank: int, scanned: bool, args: list[str]) -> None:
-    with nullcontext() if scanned else mock.patch("megatron_attn2d.corpus.matching.largest_id", return_value=0):
+    with nullcontext() if scanned else mock.patch("megatron_attn2d.data.matching.largest_id", return_value=0):
         _run(rank, [args])
 
 
 def _run(rank: int, runs: list[list[str]]) -> list[str]:
     """The names of what the runs raised, one after the other; what a single one raises is raised."""
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     raised = []
     for args in runs:
@@ -156,7 +156,7 @@ def _run(rank: int, runs: list[list[str]]) -> list[str]:
 
 
 def _has_group_after(rank: int, args: list[str]) -> bool:
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     pretrain_gpt.main(args)
     return torch.distributed.is_initialized()

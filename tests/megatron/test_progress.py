@@ -16,14 +16,15 @@ from unittest import mock
 
 import pytest
 
-from megatron_attn2d import checkpoints, data
 from megatron_attn2d.attention.messages import Pending
 from megatron_attn2d.config import load_run, megatron_arguments
-from megatron_attn2d.megatron import progress, wandb_run
-from megatron_attn2d.megatron.attention_wait import AttentionWait
-from megatron_attn2d.megatron.patching import applied
-from megatron_attn2d.megatron.progress import Reporter, quiet
-from megatron_attn2d.metrics import read_steps
+from megatron_attn2d.data import indexed
+from megatron_attn2d.megatron.upstream.patching import applied
+from megatron_attn2d.run import checkpoints
+from megatron_attn2d.run.metrics import read_steps
+from megatron_attn2d.training import progress, wandb_run
+from megatron_attn2d.training.attention_wait import AttentionWait
+from megatron_attn2d.training.progress import Reporter, quiet
 from tests.megatron.runs import arguments, context_parallel, train
 from tests.pool import RankPool
 
@@ -57,7 +58,7 @@ def test_a_start_says_in_a_line_what_trains(pool: RankPool, text: Path, tmp_path
 
 
 def first_line(rank: int, args: list[str]) -> str:
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     console = io.StringIO()
     with mock.patch.object(progress, "quiet", return_value=contextlib.nullcontext(console)):
@@ -258,7 +259,7 @@ def test_a_skipped_step_is_recorded_without_a_norm(tmp_path: Path) -> None:
 
 def test_a_step_whose_tokens_are_all_masked_has_no_loss_and_others_have_theirs(pool: RankPool, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("b" * 1000)
-    masked = {"data_path": data.build([tmp_path / "a.txt"], tmp_path / "b"), "null_tokenizer_eod_id": ord("b")}
+    masked = {"data_path": indexed.build([tmp_path / "a.txt"], tmp_path / "b"), "null_tokenizer_eod_id": ord("b")}
     options = {"eod_mask_loss": True, "num_layers": 1, "train_iters": 2, **masked}
     for step in train(pool, 2, tmp_path / "run", **options):
         assert (step["loss"], step["grad_norm"]) == (None, 0.0)
@@ -295,7 +296,7 @@ def test_losses_are_recorded_exactly(tmp_path: Path) -> None:
 
 PRINTS = """
 import os, sys
-from megatron_attn2d.megatron.progress import quiet
+from megatron_attn2d.training.progress import quiet
 with quiet(sys.argv[1], rank=3) as console:
     print("upstream")
     print("a complaint", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_attn2d import checkpoints
+from megatron_attn2d.run import checkpoints
 from tests.megatron.runs import arguments, context_parallel, metrics, train
 from tests.pool import RankFailed, RankPool
 
@@ -18,7 +18,7 @@ def train_until_killed(rank: int, args: list[str], step: int) -> None:
     """Trains; in the save of `step` the first rank is killed, its data written but the checkpoint not whole."""
     from megatron.core.dist_checkpointing import serialization
 
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     save_config = serialization.save_config
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.megatron import compat, cpu
-from megatron_attn2d.megatron.patching import Patch, UpstreamChangedError, applied
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.megatron.upstream import compat, cpu
+from megatron_attn2d.megatron.upstream.patching import Patch, UpstreamChangedError, applied
 from tests.attention.dense import packed_zigzag
 from tests.megatron.runs import Tensors, arguments, train_states
 from tests.pool import RankPool

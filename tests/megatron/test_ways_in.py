@@ -62,7 +62,7 @@ def _layers(rank: int, args: list[str]) -> Layers:
     """Number, mode, grid and head groups of the attention in each layer of the model that is trained."""
     from megatron.training import training
 
-    from megatron_attn2d.megatron.self_check import attentions
+    from megatron_attn2d.training.guards.self_check import attentions
 
     found: Layers = []
     original = training.train
@@ -149,8 +149,9 @@ def _stock(rank: int, args: list[str]) -> tuple[list[float], list[str], list[str
     """The losses of a stock launch, the kinds of core attention in its model, and what is said of them."""
     from megatron.training import training
 
-    from megatron_attn2d import pretrain_gpt
-    from megatron_attn2d.megatron import announcement, compat, cpu
+    from megatron_attn2d.megatron import announcement
+    from megatron_attn2d.megatron.upstream import compat, cpu
+    from megatron_attn2d.training import pretrain_gpt
     from tests.megatron import stock_pretrain_gpt
 
     losses: list[float] = []
@@ -206,8 +207,8 @@ def _bridged(rank: int, grid: list[int] | None) -> dict[int, torch.Tensor]:
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    from megatron_attn2d.megatron import cpu
     from megatron_attn2d.megatron.layer_spec import attention2d_layer_spec
+    from megatron_attn2d.megatron.upstream import cpu
 
     @dataclasses.dataclass
     class Provider(TransformerConfig):

@@ -37,7 +37,7 @@ def _probe(rank: int, args: list[str]) -> list[int]:
     """Asserts it for this rank's positions and a changed token in each rank's chunks; returns this rank's positions."""
     from megatron.training import training
 
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     held: list[int] = []
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_attn2d.cli import main
 from megatron_attn2d.config import load_run
-from megatron_attn2d.planner import growth
+from megatron_attn2d.config.auto import workload
 from megatron_attn2d.planner.cost import (
     PEER_STARTS,
     RING_STARTS,
@@ -20,9 +20,9 @@ from megatron_attn2d.planner.cost import (
     predict,
     transient_bytes,
 )
-from megatron_attn2d.planner.report import report, verdict
-from megatron_attn2d.planner.run import workload
 from megatron_attn2d.planner.traffic import Workload
+from megatron_attn2d.preview import growth
+from megatron_attn2d.preview.predictions import report, verdict
 
 NODES = Cluster(8, 360e9, 45e9, 45e9, 5e-6, 12e-6, 2e-6, 620e12, 550e12)
 MHA = Workload(seq=32768, heads=40, kv_heads=40, head_dim=128)

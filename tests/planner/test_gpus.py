@@ -7,10 +7,10 @@ import re
 import pytest
 
 from megatron_attn2d.config import load_run
+from megatron_attn2d.config.auto import cluster, missing_rates, workload
 from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.planner.cost import Candidate, predict
-from megatron_attn2d.planner.report import report, waiting_for_the_cpu
-from megatron_attn2d.planner.run import cluster, missing_rates, workload
+from megatron_attn2d.preview.predictions import report, waiting_for_the_cpu
 
 RING, ROWS, COLUMNS, HEADS = (None, (1, 2, 1), (1, 1, 2), (2, 1, 1))
 MEASURED = [  # tokens, heads, axes, milliseconds forward and backward; the ring is Transformer Engine's p2p

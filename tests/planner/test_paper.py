@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_attn2d.config import load_run
+from megatron_attn2d.config.auto import cluster, workload
 from megatron_attn2d.planner.cost import Candidate, predict
-from megatron_attn2d.planner.run import cluster, workload
 
 PUBLISHED = {16: (2.4, 3.3), 64: (3.85, 5.0)}
 

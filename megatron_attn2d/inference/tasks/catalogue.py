@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_attn2d.config.errors import UsageError, nearest
+from megatron_attn2d.errors import UsageError, nearest
 from megatron_attn2d.inference.tasks import documents
 from megatron_attn2d.inference.tasks.counting import CommonWords, FrequentWords
 from megatron_attn2d.inference.tasks.haystack import Task

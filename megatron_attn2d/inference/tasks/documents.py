@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.errors import UsageError
 from megatron_attn2d.inference.tasks.haystack import Haystack, Question
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, Protocol
 
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.errors import UsageError
 
 Count = Callable[[str], int]
 """Tokens of a text."""

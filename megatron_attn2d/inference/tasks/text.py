@@ -10,8 +10,8 @@ from random import Random
 from typing import Literal
 from uuid import UUID
 
-from megatron_attn2d.config.errors import UsageError
-from megatron_attn2d.corpus.readers import BadDocument, find_files, read
+from megatron_attn2d.data.readers import BadDocument, find_files, read
+from megatron_attn2d.errors import UsageError
 
 Kind = Literal["numbers", "words", "uuids"]
 """Of keys and values."""

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from megatron_attn2d.config.errors import UsageError
+from megatron_attn2d.errors import UsageError
 from megatron_attn2d.inference.tasks import catalogue, documents
 from megatron_attn2d.inference.tasks.counting import CommonWords, FrequentWords
 from megatron_attn2d.inference.tasks.haystack import Question, fit, spread

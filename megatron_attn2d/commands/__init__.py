@@ -1,0 +1,1 @@
+"""The command `megatron-attn2d`: a file per subcommand."""

@@ -1,0 +1,152 @@
+"""The planner's view of a run: what each context-parallel rank works on, what it works with, and the grid to take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_attn2d.planner import best_grid
+from megatron_attn2d.planner.cost import Candidate, Cluster, Prediction, plan, predict
+from megatron_attn2d.planner.traffic import Workload
+
+if TYPE_CHECKING:
+    from megatron_attn2d.config.schema import RunConfig
+
+
+class Shape(NamedTuple):
+    """A grid: U, R and C, rows and columns of its tile, into how many groups heads are split."""
+
+    axes: tuple[int, int, int]
+    tile: tuple[int, int]
+    head_groups: int
+
+
+_RATES = (
+    "attention_forward_tflops",
+    "attention_backward_tflops",
+    "intra_node_gb_per_s",
+    "intra_node_latency_us",
+    "nic_gb_per_s",
+    "nic_latency_us",
+)
+
+LATENT_DIMS = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
+"""Head dims of multi-latent attention where Megatron's arguments leave them out."""
+
+_MESSAGE_S = 2e-6
+"""What NCCL's proxy spends on a message, whichever the cluster: an order of magnitude."""
+
+
+def workload(run: RunConfig) -> Workload:
+    """One layer's attention on one tensor-parallel rank."""
+    model, tensor = run.model, run.parallelism.tensor
+    kv_heads, head_dim = model.num_query_groups, model.kv_channels or model.hidden_size // model.num_attention_heads
+    if run.megatron_args.get("multi_latent_attention"):
+        # All heads have keys. Their head dim and that of values differ; each is half of what is sent and computed.
+        given = {name: run.megatron_args.get(name) for name in LATENT_DIMS}
+        dims = [value if isinstance(value, int) else LATENT_DIMS[name] for name, value in given.items()]
+        kv_heads, head_dim = None, sum(dims) // 2
+    return Workload(
+        seq=run.training.seq_length,
+        heads=max(1, model.num_attention_heads // tensor),
+        kv_heads=max(1, (kv_heads or model.num_attention_heads) // tensor),
+        head_dim=head_dim,
+        batch=run.training.micro_batch_size,
+        element_bytes=4 if run.training.precision == "fp32" else 2,
+    )
+
+
+def missing_rates(run: RunConfig) -> list[str]:
+    """Keys that a prediction needs and the YAML leaves out."""
+    missing = [f"cluster.{name}" for name in _RATES if getattr(run.cluster, name) is None]
+    return missing + (["environment.gpus_per_node"] if run.environment.gpus_per_node is None else [])
+
+
+def described(run: RunConfig) -> None:
+    """Refuse a run whose YAML does not describe the cluster.
+
+    Raises:
+        ConfigError: naming the first key that is missing.
+    """
+    from megatron_attn2d.errors import ConfigError
+
+    if missing := missing_rates(run):
+        raise ConfigError(missing[0], None, "the planner needs it", "extend one of configs/clusters")
+
+
+def cluster(run: RunConfig) -> Cluster:
+    """What a context-parallel rank has, by the YAML's cluster section; `missing_rates` must be empty.
+
+    A CUDA graph starts all that it holds at once: starts then cost nothing.
+    """
+    rates = {name: getattr(run.cluster, name) for name in _RATES}
+    nic = rates["nic_gb_per_s"] * 1e9
+    return Cluster(
+        ranks_per_node=max(1, (run.environment.gpus_per_node or 1) // run.parallelism.tensor),
+        intra_bytes_per_s=rates["intra_node_gb_per_s"] * 1e9,
+        nic_bytes_per_s=nic,
+        rank_nic_bytes_per_s=nic,
+        intra_latency_s=rates["intra_node_latency_us"] * 1e-6,
+        nic_latency_s=rates["nic_latency_us"] * 1e-6,
+        message_s=_MESSAGE_S,
+        forward_flops=rates["attention_forward_tflops"] * 1e12,
+        backward_flops=rates["attention_backward_tflops"] * 1e12,
+        launch_s=(run.cluster.launch_us or 0.0) * 1e-6 if run.graph_implementation == "none" else 0.0,
+    )
+
+
+@lru_cache(maxsize=64)
+def predictions(ranks: int, work: Workload, machines: Cluster) -> tuple[Prediction, ...]:
+    """`cost.plan`, computed once."""
+    return tuple(plan(ranks, work, machines))
+
+
+def chosen_grid(run: RunConfig) -> Shape:
+    """The grid of a run: as written, or for `auto` the planner's choice.
+
+    Where the YAML does not describe the cluster, the choice is the R x C with the fewest bytes (`best_grid`), in one
+    head group.
+    """
+    context = run.context_parallel
+    asked = None if context.head_groups == "auto" else context.head_groups
+    tile = (context.tile[0], context.tile[1]) if context.tile else None
+    known = context.mode == "attention2d" and context.size > 1 and not missing_rates(run)
+    if context.grid != "auto":
+        heads, rows, cols = context.grid if len(context.grid) == 3 else (1, *context.grid)
+    elif not known:
+        heads, (rows, cols) = 1, best_grid(context.size, run.model.queries_per_kv_head, tile or (1, 1))
+    else:
+        found: Sequence[Prediction] = predictions(context.size, workload(run), cluster(run))
+        if tile:
+            found = _in_tiles(found, tile, context.size, workload(run), cluster(run)) or found
+        best = next(p for p in found if p.candidate.axes is not None)
+        assert best.candidate.axes is not None
+        heads, rows, cols = best.candidate.axes
+        tile = tile or best.candidate.tile
+    shape = Shape((heads, rows, cols), tile or (rows, 1), asked or 1)
+    if not known or asked is not None or not _fits(shape, run):
+        return shape
+    candidate = Candidate("attention2d", shape.axes, tile)
+    return shape._replace(head_groups=_head_groups(candidate, context.size, workload(run), cluster(run)))
+
+
+def _fits(shape: Shape, run: RunConfig) -> bool:
+    """Whether there is something to predict: what does not fit is refused later, with a message."""
+    (heads, rows, cols), (tile_rows, tile_cols) = shape.axes, shape.tile
+    return heads * rows * cols == run.context_parallel.size and not (rows % tile_rows or cols % tile_cols)
+
+
+def _in_tiles(
+    found: Sequence[Prediction], tile: tuple[int, int], ranks: int, work: Workload, machines: Cluster
+) -> list[Prediction]:
+    """Of the grids that are found those that a given tile fills, the fastest first."""
+    grids = dict.fromkeys(p.candidate.axes for p in found if p.candidate.mode == "attention2d")
+    filled = [axes for axes in grids if axes and not (axes[1] % tile[0] or axes[2] % tile[1])]
+    predicted = [predict(Candidate("attention2d", axes, tile), ranks, work, machines) for axes in filled]
+    return sorted(predicted, key=lambda p: p.total_s)
+
+
+@lru_cache(maxsize=64)
+def _head_groups(candidate: Candidate, ranks: int, work: Workload, machines: Cluster) -> int:
+    return predict(candidate, ranks, work, machines).head_groups

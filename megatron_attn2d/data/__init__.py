@@ -1,0 +1,11 @@
+"""The user's text as Megatron's .bin/.idx pair: read it, tokenize it in several processes, write it, look at it.
+
+readers.py     text, JSONL and Parquet files -> raw documents, each with its place
+tokenizers.py  text -> token ids: bytes, or one of Megatron's own tokenizers
+build.py       raw documents -> PREFIX.bin, PREFIX.idx and PREFIX.json, whole or not at all
+inspect.py     what such a data set holds
+matching.py    whether it was written with the tokenizer of the run that reads it
+
+indexed.py     the files of a data set, their checksums, and the embedded byte-level set of the quick start
+order.py       what of a data set a run has trained on, where its order has changed
+"""

@@ -1,0 +1,149 @@
+"""Data sets of real text, at byte level, as Megatron's .bin/.idx pair.
+
+A document is a text file's bytes (token ids 0 to 255) followed by the end-of-document token 256. Megatron reads such
+a set with `--tokenizer-type NullTokenizer --vocab-size 512 --null-tokenizer-eod-id 256` (`TOKENIZER_ARGUMENTS`): 512
+pads to the same number of rows for every tensor-parallel size up to 4, so checkpoints reshard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from megatron_attn2d.megatron.upstream.quiet_imports import indexed_dataset
+
+END_OF_DOCUMENT = 256
+TOKENIZER_ARGUMENTS = (
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--vocab-size",
+    "512",
+    "--null-tokenizer-eod-id",
+    str(END_OF_DOCUMENT),
+)
+
+
+def standard_library_sources() -> list[Path]:
+    """The source files of the running interpreter's standard library (without its tests), sorted."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+
+
+def prefix_fault(prefix: str) -> tuple[str, str] | None:
+    """Why `prefix` can't be that of PREFIX.bin and PREFIX.idx, and what to write instead; None where it can."""
+    if prefix.rpartition("/")[2].strip("."):
+        return None
+    return "a folder, whose files need a name to begin with", f"write {prefix.rstrip('/')}/NAME"
+
+
+def is_complete(prefix: Path) -> bool:
+    """Whether both files of the data set `prefix` exist."""
+    return all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".bin", ".idx"))
+
+
+def is_sealed(prefix: Path) -> bool:
+    """Whether the data set `prefix` has the checksum that `seal_index` writes: this package built it."""
+    return prefix.with_name(f"{prefix.name}.idx.sha256").is_file()
+
+
+def seal_index(index: Path, prefix: Path) -> Path:
+    """Writes, beside the index of what is to become `prefix`, its checksum as `sha256sum -c` reads it; its path."""
+    seal = index.with_name(f"{index.name}.sha256")
+    seal.write_text(f"{_digest(index)}  {prefix.name}.idx\n")
+    return seal
+
+
+def verify_index(prefix: Path) -> None:
+    """Compares the index of the data set `prefix` with its checksum, if it has one: not those that others built.
+
+    Raises:
+        ValueError: they differ; names the file.
+    """
+    index, seal = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".idx.sha256"))
+    if seal.is_file() and _digest(index) != seal.read_text().split()[0]:
+        raise ValueError(f"{index} is not the index that was built: {seal} holds another checksum; build it again")
+
+
+@contextmanager
+def sealed_caches(directories: Iterable[Path], *, verifies: bool, seals: bool) -> Iterator[None]:
+    """Around Megatron's building of data sets: the sample indices that it caches get checksums, and are compared.
+
+    Indices without a checksum, which other programs built, are taken as they are.
+
+    Args:
+        directories: where the indices are cached.
+        verifies: whether this process compares them first; one a host should.
+        seals: whether this process writes the checksums of those that come in; one of all should.
+
+    Raises:
+        ValueError: an index is another than was built; names the file.
+    """
+    there = {path for directory in directories for path in directory.glob("*.npy")}
+    for path in sorted(there) if verifies else ():
+        seal = path.with_name(f"{path.name}.sha256")
+        if seal.is_file() and _digest(path) != seal.read_text().split()[0]:
+            raise ValueError(
+                f"{path} is not the index that was built: remove it and {seal.name}, to have it built again"
+            )
+    yield
+    if seals:
+        for path in {path for directory in directories for path in directory.glob("*.npy")} - there:
+            scratch = path.with_name(f".{path.name}.sha256-new")
+            scratch.write_text(f"{_digest(path)}  {path.name}\n")
+            os.replace(scratch, path.with_name(f"{path.name}.sha256"))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build(files: Iterable[Path], prefix: Path) -> Path:
+    """Writes the bytes of `files` as the data set `prefix`.bin and `prefix`.idx, a document a file.
+
+    The pair appears whole or not at all, also where several processes build it at once: it is written under
+    temporary names and renamed, the index last.
+
+    Returns:
+        `prefix`, what Megatron's `--data-path` takes.
+
+    Raises:
+        ValueError: no file, or none with any text.
+    """
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}-") as scratch:
+        bin_path, idx_path = Path(scratch, "data.bin"), Path(scratch, "data.idx")
+        builder = indexed_dataset().IndexedDatasetBuilder(str(bin_path), dtype=np.uint16)
+        documents = 0
+        for file in files:
+            if text := file.read_bytes():
+                document = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+                document = np.append(document, np.uint16(END_OF_DOCUMENT))
+                builder.add_document(document, [document.size])
+                documents += 1
+        if not documents:
+            raise ValueError(f"no text to build the data set {prefix} from: give at least one file that is not empty")
+        builder.finalize(str(idx_path))
+        seal = seal_index(idx_path, prefix)
+        os.replace(bin_path, prefix.with_name(prefix.name + ".bin"))
+        os.replace(seal, prefix.with_name(prefix.name + ".idx.sha256"))
+        os.replace(idx_path, prefix.with_name(prefix.name + ".idx"))
+    return prefix
+
+
+def build_default(directory: Path | str) -> Path:
+    """The embedded data set, the sources of the standard library, in `directory`; built if it isn't there yet.
+
+    Returns:
+        Its prefix, what Megatron's `--data-path` takes.
+    """
+    prefix = Path(directory) / "python-standard-library"
+    return prefix if is_complete(prefix) else build(standard_library_sources(), prefix)

@@ -1,0 +1,198 @@
+"""Raw documents out of text, JSONL and Parquet files, each with its place, so that a bad one can be named.
+
+Reading is cheap and stays in one process; what costs (JSON, UTF-8, tokenizing) happens where `Raw.text` is called.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from megatron_attn2d.errors import UsageError
+
+Kind = Literal["text", "jsonl", "parquet"]
+KINDS: dict[str, Kind] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+"""What a file's suffix says; `.gz` and `.zst` may follow that of text and JSONL."""
+COMPRESSIONS = (".gz", ".zst")
+_BOM = b"\xef\xbb\xbf"
+_PARQUET_ROWS = 256
+
+
+class BadDocument(ValueError):
+    """A document, or the rest of a file, that can't be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A document as it stands in its file, or what stopped its file from being read further."""
+
+    path: Path
+    place: str
+    """'' for a whole file, else 'line 7' or 'row 7'."""
+    kind: Kind
+    content: Any
+    """Bytes of a text file or of a line; a Parquet cell; a BadDocument."""
+    position: int
+    """Bytes of the file, as it lies on disk, that were read so far: how far reading is."""
+
+    @property
+    def where(self) -> str:
+        """File and line, as a user reads it."""
+        return f"{self.path}, {self.place}" if self.place else str(self.path)
+
+    def text(self, key: str) -> str:
+        """The document's text; of a JSON object the value of `key`.
+
+        Raises:
+            BadDocument: there is none.
+        """
+        value = self.content
+        if isinstance(value, BadDocument):
+            raise value
+        if isinstance(value, bytes):
+            try:
+                value = value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BadDocument(f"not UTF-8 (byte {error.start + 1}: 0x{value[error.start]:02x})") from None
+        if self.kind == "jsonl":
+            value = _member(value, key)
+        if not isinstance(value, str):
+            what = "null" if value is None else type(value).__name__
+            raise BadDocument(f"{key!r} is no text but {what}")
+        if not value or value.isspace():
+            raise BadDocument("empty document")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise BadDocument("a surrogate without its other half, which is no text")
+        return value
+
+
+def _member(line: str, key: str) -> Any:
+    if not line.strip():
+        raise BadDocument("blank line")
+    try:
+        document = json.loads(line.rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        raise BadDocument(f"broken JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadDocument(f"broken JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise BadDocument(f"not a JSON object but {type(document).__name__}")
+    if key not in document:
+        raise BadDocument(f"no key {key!r}; it has {', '.join(map(repr, sorted(document)[:8])) or 'none'}")
+    return document[key]
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """The files of `paths`, in that order; a folder stands for the files of a known kind below it, sorted.
+
+    Raises:
+        UsageError: a path isn't there, its kind isn't known, or a folder holds nothing.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            below = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) is not None)
+            if not below:
+                raise UsageError(f"{path}: no file of a known kind in it; known: {_known()}")
+            files += below
+        elif not path.is_file():
+            raise UsageError(f"{path}: no such file")
+        elif _kind(path) is None:
+            raise UsageError(f"{path}: what is in it is not known from its name; known: {_known()}")
+        else:
+            files.append(path)
+    if not files:
+        raise UsageError("no file to build a data set from")
+    for file in files:  # a missing library is known before hours of work
+        if file.suffix == ".zst":
+            library("zstandard", str(file))
+        if file.suffix == ".parquet":
+            library("pyarrow.parquet", str(file))
+    return files
+
+
+def _known() -> str:
+    return ", ".join(KINDS) + " (text and JSONL also with " + ", ".join(COMPRESSIONS) + ")"
+
+
+def _kind(path: Path) -> Kind | None:
+    compressed = path.suffix in COMPRESSIONS
+    kind = KINDS.get(Path(path.stem).suffix if compressed else path.suffix)
+    return None if compressed and kind == "parquet" else kind
+
+
+def library(name: str, needed_for: str) -> Any:
+    """The module `name`, which only some data needs.
+
+    Raises:
+        UsageError: it isn't installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise UsageError(
+            f"{needed_for}: needs the library {package}, which is not installed; pip install 'megatron-attn2d[data]'"
+        ) from error
+
+
+def read(path: Path, key: str) -> Iterator[Raw]:
+    """The documents of one file; a file that breaks off yields what came before and then the reason."""
+    kind = _kind(path)
+    assert kind is not None
+    place, position = "", 0
+    breaks: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *_library_errors(path))
+    try:
+        with path.open("rb") as file:
+            documents = _parquet(file, path, key) if kind == "parquet" else _text(_decompressed(file, path), kind)
+            for place, content in documents:
+                position = position if kind == "parquet" else file.tell()  # a Parquet file is read here and there
+                yield Raw(path, place, kind, content, position)
+    except breaks as error:
+        after = f"after {place}" if place else ""
+        bad = BadDocument(f"can't be read further ({' '.join(str(error).split())})")
+        yield Raw(path, after, kind, bad, position)
+
+
+def _library_errors(path: Path) -> tuple[type[Exception], ...]:
+    if path.suffix == ".zst":
+        return (import_module("zstandard").ZstdError,)
+    return (import_module("pyarrow").ArrowException,) if path.suffix == ".parquet" else ()
+
+
+def _decompressed(file: IO[bytes], path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    if path.suffix == ".zst":
+        reader = import_module("zstandard").ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        return io.BufferedReader(reader)
+    return file
+
+
+def _text(file: IO[bytes], kind: Kind) -> Iterator[tuple[str, bytes]]:
+    """The whole of a text file, each line of a JSONL file."""
+    if kind == "text":
+        yield "", file.read().removeprefix(_BOM)
+    else:
+        for number, line in enumerate(file, 1):
+            yield f"line {number}", line.removeprefix(_BOM) if number == 1 else line
+
+
+def _parquet(file: IO[bytes], path: Path, key: str) -> Iterator[tuple[str, Any]]:
+    table = import_module("pyarrow.parquet").ParquetFile(file)
+    names = table.schema_arrow.names
+    if key not in names:
+        yield "", BadDocument(f"no column {key!r}; it has {', '.join(map(repr, names[:8]))}")
+        return
+    rows = itertools.count(1)
+    for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[key]):
+        for value in batch.column(0).to_pylist():
+            yield f"row {next(rows)}", value

@@ -1,0 +1,193 @@
+"""Text to token ids and back: bytes, or Megatron's own tokenizers, so that a data set fits the run that reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+
+from megatron_attn2d.config.schema import Data
+from megatron_attn2d.data.indexed import END_OF_DOCUMENT
+from megatron_attn2d.data.readers import library
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.megatron.upstream.quiet_imports import hushed, quiet_import
+
+Kind = Literal["bytes", "huggingface", "sentencepiece", "tiktoken"]
+_LIBRARY = {"huggingface": "transformers", "sentencepiece": "sentencepiece", "tiktoken": "tiktoken"}
+_TYPE = {
+    "huggingface": "HuggingFaceTokenizer",
+    "sentencepiece": "SentencePieceTokenizer",
+    "tiktoken": "TikTokenizer",
+}
+TIKTOKEN_SIZE = 1 << 17
+"""Megatron's default."""
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Which tokenizer; kept beside a data set, so that it can be decoded."""
+
+    kind: Kind = "bytes"
+    model: str | None = None
+    """File or folder of the tokenizer, on local disk; None for bytes."""
+    vocab_size: int | None = None
+    """For tiktoken: how many ids to use, its 1000 special ones included. None: TIKTOKEN_SIZE."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    eod: int
+    """The token that ends a document."""
+    vocab_size: int
+    """Ids are smaller than this."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text` and the one that ends the document."""
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of `ids`; bytes that are no UTF-8 show as U+FFFD."""
+
+
+class _Bytes:
+    eod = END_OF_DOCUMENT
+    vocab_size = END_OF_DOCUMENT + 1
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.append(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16), np.uint16(self.eod))
+
+    def decode(self, ids: np.ndarray) -> str:
+        parts = np.split(ids, np.flatnonzero(ids >= self.eod))
+        return "<end of document>".join(bytes(p[p < self.eod].astype(np.uint8)).decode(errors="replace") for p in parts)
+
+
+class _Megatron:
+    """One of Megatron's tokenizers; it ends a document once, also where the tokenizer itself adds that token."""
+
+    def __init__(self, tokenizer: Any, where: str) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = int(tokenizer.vocab_size)
+        eod = tokenizer.eod
+        if eod is None or not 0 <= eod < self.vocab_size:
+            raise UsageError(f"{where}: the tokenizer has no token that ends a text (eos), which parts documents")
+        self.eod = int(eod)
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = list(self._tokenizer.tokenize(text))
+        while ids and ids[-1] == self.eod:
+            ids.pop()
+        return np.array([*ids, self.eod], dtype=np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return str(self._tokenizer.detokenize(ids.tolist()))
+
+
+def load(choice: TokenizerChoice) -> Tokenizer:
+    """The tokenizer that `choice` names, from local files alone.
+
+    Raises:
+        UsageError: its file or its library isn't there, or it can't end a document.
+    """
+    if choice.vocab_size is not None and choice.kind != "tiktoken":
+        raise UsageError(
+            f"vocabulary of {choice.vocab_size} ids: {choice.kind} has its own size; leave it out, or choose tiktoken"
+        )
+    if choice.vocab_size is not None and choice.vocab_size <= 1000:
+        raise UsageError(f"vocabulary of {choice.vocab_size} ids: 1000 of tiktoken's are special ones; choose more")
+    if choice.kind == "bytes":
+        if choice.model:
+            raise UsageError(
+                f"tokenizer model {choice.model}: bytes need none; leave it out, or choose another tokenizer"
+            )
+        return _Bytes()
+    if not choice.model:
+        raise UsageError(f"tokenizer {choice.kind}: is read from local files; name its file or folder")
+    if not Path(choice.model).exists():
+        raise UsageError(f"tokenizer model {choice.model}: no such file or folder")
+    if choice.kind == "tiktoken" and Path(choice.model).suffix != ".json":
+        raise UsageError(
+            f"tokenizer model {choice.model}: Megatron reads tiktoken's vocabulary from a .json file, "
+            "a list of {rank, token_bytes, token_str}"
+        )
+    return _Megatron(_of_megatron(choice), choice.model)
+
+
+def vocabulary(data: Data) -> int | None:
+    """Ids of a run's tokenizer, by its `data:` section; None where its files aren't on this machine.
+
+    Raises:
+        UsageError: its files can't be read, or its library isn't installed.
+    """
+    if data.tokenizer_type == "NullTokenizer":
+        return data.vocab_size
+    if data.tokenizer_model is None or not Path(data.tokenizer_model).exists():
+        return None
+    return int(_of_megatron(from_yaml_section(data)).vocab_size)
+
+
+def digest(choice: TokenizerChoice) -> str | None:
+    """A checksum of the files that decide about ids, the same wherever they lie; None for bytes, or without them."""
+    if choice.model is None:
+        return None
+    path = Path(choice.model)
+    names = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+    files = [path] if path.is_file() else sorted(file for name in (*names, "*.model") for file in path.glob(name))
+    contents = hashlib.sha256()
+    for file in files:
+        contents.update(hashlib.sha256(file.read_bytes()).digest())
+    return contents.hexdigest() if files else None
+
+
+@cache
+def _of_megatron(choice: TokenizerChoice) -> Any:
+    """Megatron's own tokenizer; its library takes seconds to import."""
+    assert choice.model is not None
+    library(_LIBRARY[choice.kind], f"tokenizer {choice.kind}")
+    # Files come from local disk alone, and several processes tokenize: threads below them would only be in the way.
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    with hushed():
+        upstream = quiet_import("megatron.core.tokenizers")
+        options: dict[str, Any] = {"vocab_size": choice.vocab_size} if choice.vocab_size else {}
+        try:
+            return upstream.MegatronTokenizer.from_pretrained(
+                tokenizer_path=choice.model, metadata_path={"library": choice.kind}, **options
+            )
+        except Exception as error:  # each library raises its own kinds
+            reason = str(error) or "its contents are not as Megatron wants them"
+            raise UsageError(f"tokenizer model {choice.model}: can't be read as {choice.kind} ({reason})") from error
+
+
+def yaml_section(choice: TokenizerChoice) -> dict[str, Any]:
+    """The keys of a run's `data:` section that make it read what `choice` wrote."""
+    if choice.kind == "bytes":
+        return {"tokenizer_type": "NullTokenizer", "vocab_size": 512, "null_tokenizer_eod_id": END_OF_DOCUMENT}
+    section: dict[str, Any] = {"tokenizer_type": _TYPE[choice.kind], "tokenizer_model": choice.model}
+    return section | ({"vocab_size": choice.vocab_size} if choice.vocab_size else {})
+
+
+def from_yaml_section(data: Data) -> TokenizerChoice:
+    """The tokenizer of a run, by its `data:` section.
+
+    Raises:
+        UsageError: it only knows ids: a NullTokenizer that isn't over bytes.
+    """
+    if data.tokenizer_type != "NullTokenizer":
+        kind = next(kind for kind, type_ in _TYPE.items() if type_ == data.tokenizer_type)
+        # Whose vocabulary has a size of its own may still extend a model that gives one for other data.
+        return TokenizerChoice(cast(Kind, kind), data.tokenizer_model, data.vocab_size if kind == "tiktoken" else None)
+    if (data.vocab_size, data.null_tokenizer_eod_id) != (512, END_OF_DOCUMENT):
+        raise UsageError(
+            f"data.tokenizer_type = NullTokenizer of {data.vocab_size} ids: not bytes, so text can't be tokenized; "
+            "give a data set of ids"
+        )
+    return TokenizerChoice()
+
+
+def to_json(choice: TokenizerChoice) -> dict[str, Any]:
+    """`choice` as it is kept in PREFIX.json."""
+    return {name: value for name, value in asdict(choice).items() if value is not None}

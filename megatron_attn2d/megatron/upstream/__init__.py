@@ -1,0 +1,1 @@
+"""Narrow seams into Megatron-Core: patches with their reasons, the seam for CPU ranks, quiet imports."""

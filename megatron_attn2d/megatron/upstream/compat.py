@@ -1,0 +1,222 @@
+"""What Megatron-Core from the wheel, without Apex and Transformer Engine, needs on any device, GPUs included.
+
+`applied_fixes()` holds for as long as it is entered. What only CPU ranks need is in `cpu.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_attn2d.megatron.upstream.patching import Patch, applied
+
+
+def _unless_compiled(compile_helpers: Any) -> Any:
+    """`compile_helpers`, unless the index helpers came compiled, without the Makefile that would build them."""
+
+    @functools.wraps(compile_helpers)
+    def compile_if_possible() -> None:
+        datasets = importlib.import_module("megatron.core.datasets")
+        if not (Path(datasets.__path__[0]) / "Makefile").exists():
+            importlib.import_module("megatron.core.datasets.helpers_cpp")  # an ImportError here is the honest answer
+        else:
+            compile_helpers()
+
+    return compile_if_possible
+
+
+def _refusing_no_tokens(get_num_epochs: Any) -> Any:
+    """`GPTDataset._get_num_epochs` that refuses to make up the samples asked for from a set without tokens."""
+
+    @functools.wraps(get_num_epochs)
+    def count(self: Any, num_tokens_per_epoch: int) -> int:
+        if num_tokens_per_epoch == 0:
+            raise ValueError(
+                f"the {self.index_split.name} split of {self.dataset_path} holds no document but has a weight in "
+                f"--split {self.config.split}: give it 0, or more of the documents"
+            )
+        return get_num_epochs(self, num_tokens_per_epoch)
+
+    return count
+
+
+def _uses_torch_adam(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _with_initialized_states(sharded_state_dict: Any) -> Any:
+    """`DistributedOptimizer.sharded_state_dict` after giving torch's Adam the states that it is about to describe."""
+
+    @functools.wraps(sharded_state_dict)
+    def describe(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _uses_torch_adam(self.optimizer):
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if not self.optimizer.state[parameter]:
+                        self.optimizer.state[parameter] = {
+                            "step": torch.tensor(0.0),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }
+        return sharded_state_dict(self, *args, **kwargs)
+
+    return describe
+
+
+def _with_own_steps(load_state_dict: Any) -> Any:
+    """`DistributedOptimizer.load_state_dict`, after which each parameter of torch's Adam counts its own steps."""
+
+    @functools.wraps(load_state_dict)
+    def load(self: Any, state_dict: Any) -> None:
+        load_state_dict(self, state_dict)
+        if _uses_torch_adam(self.optimizer):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    return load
+
+
+def _without_step(set_states: Any) -> Any:
+    """`_set_main_param_and_optimizer_states` that keeps the step, restored before from the groups."""
+
+    @functools.wraps(set_states)
+    def set_all_but_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, model_param, {"step": None, **tensors})
+
+    return set_all_but_step
+
+
+def _attending_in_context(init: Any) -> Any:
+    """`MultiTokenPredictionBlock.__init__` with our attention in its layers where the model's own layers have it."""
+    layer_spec = importlib.import_module("megatron_attn2d.megatron.layer_spec")
+
+    @functools.wraps(init)
+    def build(self: Any, config: Any, spec: Any, *args: Any, **kwargs: Any) -> None:
+        described = layer_spec.with_context_parallelism(spec) if layer_spec.is_spread(config) else spec
+        init(self, config, described, *args, **kwargs)
+
+    return build
+
+
+def _within_padded_sequences(roll_packed: Any) -> Any:
+    """`_roll_tensor_packed_seq` that finds each sequence where it lies: by the totals that count its padding."""
+    from megatron_attn2d.megatron.core_attention import ROLLS_WITHIN_PADDING
+
+    @functools.wraps(roll_packed)
+    def roll(tensor: Any, shifts: int, dims: int, packed_seq_params: Any, cp_group: Any = None) -> Any:
+        padded = packed_seq_params.cu_seqlens_q_padded
+        if padded is not None:
+            packed_seq_params = copy.copy(packed_seq_params)
+            packed_seq_params.cu_seqlens_q = padded
+        return roll_packed(tensor, shifts, dims, packed_seq_params, cp_group)
+
+    setattr(roll, ROLLS_WITHIN_PADDING, True)
+    return roll
+
+
+def _divisible_by_ranks(set_cache: Any) -> Any:
+    """`YarnRotaryEmbedding._set_cos_sin_cache` of as many positions more as the chunks of all context ranks take."""
+
+    @functools.wraps(set_cache)
+    def fill(self: Any, seq_len: int, *args: Any, **kwargs: Any) -> None:
+        chunks = 1 if self.cp_group is None else 2 * self.cp_group.size()
+        set_cache(self, -(-seq_len // chunks) * chunks, *args, **kwargs)
+
+    return fill
+
+
+def _norm_of_torch(norm: Any) -> Any:
+    """Torch's norm where Transformer Engine's is not there to be built."""
+    layer_spec = importlib.import_module("megatron_attn2d.megatron.layer_spec")
+    return norm if layer_spec.HAVE_TE else layer_spec.SequenceParallelTorchNorm
+
+
+def _of_any_module(get_layer_static_inputs: Any) -> Any:
+    """The inputs of a graph without the dense mask that a layer adds to them."""
+    return importlib.import_module("megatron.core.transformer.module").GraphableMegatronModule.get_layer_static_inputs
+
+
+def _without_making_masks(get_replay_args: Any) -> Any:
+    """`_get_te_cuda_graph_replay_args` that makes no mask where there is none."""
+
+    @functools.wraps(get_replay_args)
+    def arguments(self: Any, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return get_replay_args(self, *args, **given, **kwargs)
+
+    return arguments
+
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
+REFUSING_NO_TOKENS = Patch(
+    "megatron.core.datasets.gpt_dataset:GPTDataset._get_num_epochs",
+    _refusing_no_tokens,
+    "a split with a weight but without documents would be counted through for ever",
+)
+ATTENDING_IN_CONTEXT = Patch(
+    "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock.__init__",
+    _attending_in_context,
+    "builders describe the layers of multi-token prediction anew, whatever the spec of the other layers says",
+)
+"""Installed by the layer spec for a model with such layers, so that every launcher gets it."""
+FIXES = (
+    Patch(
+        "megatron.core.datasets.utils:compile_helpers",
+        _unless_compiled,
+        "the wheel ships the compiled helpers without the Makefile, and upstream exits when `make` fails",
+    ),
+    REFUSING_NO_TOKENS,
+    Patch(
+        f"{_OPTIMIZER}.sharded_state_dict",
+        _with_initialized_states,
+        "loading reads the step of every parameter from Adam's state, which torch's Adam fills in at its first step",
+    ),
+    Patch(
+        f"{_OPTIMIZER}.load_state_dict",
+        _with_own_steps,
+        "it gives all parameters one shared step tensor, which torch's Adam then increments once per parameter: the "
+        "bias correction would silently be wrong",
+    ),
+    Patch(
+        f"{_OPTIMIZER}._set_main_param_and_optimizer_states",
+        _without_step,
+        "it looks up the step of torch's Adam among the loaded tensors, where it is not kept: KeyError 'step'",
+    ),
+    Patch(
+        "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq",
+        _within_padded_sequences,
+        "it looks for packed sequences at the totals without their padding, and so mixes neighbours",
+    ),
+    Patch(
+        "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache",
+        _divisible_by_ranks,
+        "its first table has the positions of the original model, 4096 of them, which 3 context ranks can't share",
+    ),
+    Patch(
+        f"{_LAYER}.get_layer_static_inputs",
+        _of_any_module,
+        "each graph of Transformer Engine would hold a dense mask of tokens per rank x tokens, which nobody reads",
+    ),
+    Patch(
+        f"{_LAYER}._get_te_cuda_graph_replay_args",
+        _without_making_masks,
+        "each replay of such a graph would write that mask anew",
+    ),
+    Patch(
+        "megatron.core.models.hybrid.hybrid_block:TENorm",
+        _norm_of_torch,
+        "the last norm of a hybrid model is Transformer Engine's, whatever its spec says",
+    ),
+)
+
+
+def applied_fixes() -> AbstractContextManager[None]:
+    """Applies `FIXES` while entered."""
+    return applied(FIXES)

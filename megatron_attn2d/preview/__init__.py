@@ -1,0 +1,1 @@
+"""What a run will take, told before it starts: memory, the process grid, time and bytes of attention."""

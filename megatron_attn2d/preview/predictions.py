@@ -1,0 +1,120 @@
+"""What the planner predicts for a run, for people: a table, a verdict in words, and speed-ups as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_attn2d.config.auto import chosen_grid, cluster, described, missing_rates, predictions, workload
+from megatron_attn2d.planner.cost import CLOSE, Candidate, Cluster, Prediction, predict
+from megatron_attn2d.planner.traffic import Workload
+
+if TYPE_CHECKING:
+    from megatron_attn2d.config.schema import RunConfig
+
+_SHOWN = 12
+
+
+def report(run: RunConfig) -> str:
+    """The table and the verdict.
+
+    Raises:
+        ConfigError: the YAML does not describe the cluster, or there is nothing to plan.
+    """
+    from megatron_attn2d.errors import ConfigError
+
+    described(run)
+    if run.context_parallel.size == 1:
+        raise ConfigError("context_parallel.size", 1, "one rank needs no plan", "choose 2 or more")
+    work, machines = workload(run), cluster(run)
+    found = predictions(run.context_parallel.size, work, machines)
+    shown = _selection(found)
+    ring = next(p for p in found if p.candidate.mode == "ring")
+    unit = work.shard_bytes(run.context_parallel.size)
+    lines = [
+        f"{run.context_parallel.size} context ranks, {machines.ranks_per_node} per node; a layer on one tensor rank: "
+        f"{work.seq} tokens, {work.heads}/{work.kv_heads} heads of {work.head_dim}; u = {unit / 2**20:.2f} MiB",
+        f"{'mode':32s}{'groups':>7s}{'forward':>11s}{'backward':>11s}{'speed':>8s}{'NVLink':>10s}{'NIC':>10s}{'memory':>10s}",
+    ]
+    for p in shown:
+        lines.append(
+            f"{p.candidate.label:32s}{p.head_groups:7d}{p.forward_s * 1e3:8.3f} ms{p.backward_s * 1e3:8.3f} ms"
+            f"{ring.total_s / p.total_s:7.2f}x{p.intra_bytes / unit:8.1f} u{p.nic_bytes / unit:8.1f} u"
+            f"{p.transient_bytes / 2**20:6.0f} MiB"
+        )
+    if run.megatron_args.get("window_size"):
+        lines += ["", "megatron_args.window_size is not counted: these are predictions for full causal attention"]
+    return "\n".join([*lines, "", verdict(found), *waiting_for_the_cpu(run)])
+
+
+def verdict(found: Sequence[Prediction]) -> str:
+    """Which mode to take, and why, in words; `found` is sorted, the fastest first."""
+    by_mode = {mode: next(p for p in found if p.candidate.mode == mode) for mode in ("ring", "all_gather")}
+    best = found[0]
+    ring = by_mode["ring"]
+    hides = ring.messages_s < ring.kernels_s
+    bound = f"its messages take {ring.messages_s * 1e3:.3f} ms where kernels take {ring.kernels_s * 1e3:.3f}"
+    if best.total_s * CLOSE > ring.total_s:
+        return f"Take the ring: {bound}{', so it hides them,' if hides else ''} and nothing is faster by more than 3%."
+    plain = by_mode["all_gather"]
+    if best.total_s * CLOSE > plain.total_s:
+        return f"Take all_gather: with so few key/value heads nothing beats gathering them ({bound} in a ring)."
+    return f"Take {best.candidate.label}: {ring.total_s / best.total_s:.2f}x as fast as a ring; there, {bound}."
+
+
+def waiting_for_the_cpu(run: RunConfig) -> list[str]:
+    """A sentence where the CPU takes longer to start the attention of a layer than the GPU to run it.
+
+    It is on the run's own mode and grid. Nothing is said where the YAML does not describe the cluster, or where CUDA
+    graphs start everything at once.
+    """
+    size, mode = run.context_parallel.size, run.context_parallel.mode
+    if size == 1 or missing_rates(run):
+        return []
+    shape = chosen_grid(run) if mode == "attention2d" else None
+    axes = shape.axes if shape else {"all_gather": (1, size, 1), "ulysses": (size, 1, 1)}.get(mode)
+    tile = shape.tile if shape and shape.tile != (shape.axes[1], 1) else None
+    groups = [shape.head_groups] if shape else [1]
+    found = predict(Candidate(mode, axes, tile), size, workload(run), cluster(run), groups)
+    if found.total_s <= CLOSE * found.device_s:
+        return []
+    return [
+        f"The CPU decides: it takes {found.total_s * 1e3:.2f} ms to start the attention of a layer "
+        f"({found.candidate.label}), whose kernels and messages take {found.device_s * 1e3:.2f} ms. With CUDA graphs "
+        f"(training.cuda_graphs=layer) attention is up to {found.total_s / found.device_s:.1f}x as fast."
+    ]
+
+
+def draw(run: RunConfig, path: Path) -> None:
+    """Predicted speed-up over the ring against the sequence length, a line a number of ranks, as a PNG."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    work, machines, size = workload(run), cluster(run), run.context_parallel.size
+    lengths = [work.seq // 4 * 2**k for k in range(6)]
+    figure = Figure(figsize=(7.5, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for ranks in sorted({max(2, size // 4), size, size * 2}):
+        axes.plot(lengths, [_speed(ranks, work, machines, seq) for seq in lengths], marker="o", label=f"{ranks} ranks")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("sequence length, tokens")
+    axes.set_ylabel("predicted speed-up over a ring")
+    axes.set_title(f"{run.run.name}: attention of a layer, forward + backward, best mode", fontsize=11)
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def _speed(ranks: int, work: Workload, machines: Cluster, seq: int) -> float:
+    found = predictions(ranks, replace(work, seq=seq), machines)
+    return next(p for p in found if p.candidate.mode == "ring").total_s / found[0].total_s
+
+
+def _selection(found: Sequence[Prediction]) -> list[Prediction]:
+    """The fastest, and of the rest the named modes."""
+    return [p for i, p in enumerate(found) if i < _SHOWN or p.candidate.mode != "attention2d"]

@@ -1,0 +1,144 @@
+"""Runs compared: loss and throughput as one PNG, and a table with a row per run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megatron_attn2d.run.curves import COLOURS, STYLES
+from megatron_attn2d.run.metrics import Steps, read_steps, read_validation
+
+_SETTLED = 5
+"""Steps of a start that are slower than the rest: compilation, first allocations; left out of medians."""
+_WINDOW = 15
+"""Steps of the running median that the throughput is drawn as."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's name, what was recorded of its steps, and its loss on the validation set by step."""
+
+    name: str
+    steps: Steps
+    validation: dict[int, float] = field(default_factory=dict)
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """The steps that have `key`, and its values."""
+        present = {number: step[key] for number, step in self.steps.items() if key in step}
+        return list(present), list(present.values())
+
+    def typical(self, key: str) -> float | None:
+        """The median of `key` once the run has settled; None where it was never recorded."""
+        values = self.series(key)[1]
+        return median(values[_SETTLED:] or values) if values else None
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """The runs in `directories`, each by the shortest end of its path that tells it from the others.
+
+    Raises:
+        UsageError: one of them holds no run.
+    """
+    paths = [directory.resolve() for directory in directories]
+    parts = next(n for n in range(1, 100) if len({path.parts[-n:] for path in paths}) == len(set(paths)))
+    return [
+        Run("/".join(path.parts[-parts:]), read_steps(path), read_validation(path)) for path in dict.fromkeys(paths)
+    ]
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A row a run: its last loss, and medians of what says how fast it was. A dash: not recorded."""
+    rows = [
+        (
+            "run",
+            "steps",
+            "loss",
+            "validation",
+            "tokens/s",
+            "TFLOP/s per rank",
+            "MFU",
+            "memory GiB",
+            "attention waits",
+            "time",
+        )
+    ]
+    for run in runs:
+        last = run.steps[max(run.steps)]
+        tflops, mfu, waits = (run.typical(key) for key in ("tflops", "mfu", "attention_wait"))
+        memory, tokens = run.series("memory_gib")[1], run.typical("tokens_per_s")
+        rows.append(
+            (
+                run.name,
+                f"{max(run.steps):,}",
+                f"{last['loss']:.4f}",
+                f"{run.validation[max(run.validation)]:.4f}" if run.validation else "-",
+                "-" if tokens is None else f"{tokens:,.0f}",
+                "-" if tflops is None else f"{tflops:.3g}",
+                "-" if mfu is None else f"{mfu:.1%}",
+                f"{max(memory):.2f}" if memory else "-",
+                "-" if waits is None else f"{waits:.1%}",
+                str(timedelta(seconds=round(last["elapsed_s"]))) if "elapsed_s" in last else "-",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def draw(runs: Sequence[Run], output: Path) -> None:
+    """Draws loss and throughput of the runs into the PNG `output`."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    figure = Figure(figsize=(11, 4.4), dpi=160, layout="constrained")
+    loss, speed = figure.subplots(1, 2)
+    for order, (run, colour, style) in enumerate(zip(runs, cycle(COLOURS), cycle(STYLES), strict=False)):
+        line: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 2.0, "zorder": 3 + order}
+        line |= {"marker": "o"} if len(run.steps) == 1 else {}
+        steps, losses = run.series("loss")
+        loss.plot(steps, losses, label=f"{run.name}: {losses[-1]:.3f}", **line)
+        if run.validation:
+            label = f"{run.name}, validation: {run.validation[max(run.validation)]:.3f}"
+            loss.plot(
+                *zip(*run.validation.items(), strict=True),
+                "D",
+                color=colour,
+                markersize=5,
+                label=label,
+                zorder=3 + order,
+            )
+        steps, rates = run.series("tokens_per_s")
+        if rates:
+            speed.plot(steps, rates, color=colour, linewidth=0.7, alpha=0.25, zorder=2)
+            label = f"{run.name}: {run.typical('tokens_per_s'):,.0f}"
+            speed.plot(steps, _running_median(rates), label=label, **line)
+    loss.set_title("Loss", loc="left", fontweight="bold")
+    loss.set_ylabel("nats per token")
+    speed.set_title("Throughput", loc="left", fontweight="bold")
+    speed.set_ylabel("tokens per second, running median")
+    speed.set_ylim(bottom=0)
+    speed.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    for axes in (loss, speed):
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.02)
+        axes.legend(frameon=False, fontsize="small", loc="best" if axes is loss else "lower right")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png")
+
+
+def _running_median(values: Sequence[float]) -> list[float]:
+    half = _WINDOW // 2
+    return [median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]

@@ -1,0 +1,79 @@
+"""Loss curves of runs: a PNG, and a table to read side by side."""
+
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+from megatron_attn2d.run.metrics import read_steps
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
+STYLES = (
+    "-",
+    (0, (5, 2)),
+    (0, (1, 1.2)),
+    (0, (6, 2, 1, 2)),
+)  # equal curves cover each other: gaps show the lower
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of one run, in nats per token, by step."""
+
+    name: str
+    losses: dict[int, float]
+
+
+def read_curve(run_dir: Path) -> Curve:
+    """The curve in RUN_DIR/metrics.jsonl; a step recorded twice counts as it was last.
+
+    Raises:
+        UsageError: there is none, or none that can be read.
+    """
+    steps = read_steps(run_dir)
+    return Curve(run_dir.resolve().name, {number: step["loss"] for number, step in steps.items()})
+
+
+def table(curves: list[Curve], first: int = 10) -> str:
+    """The losses of the first steps and the last, a column a run; for two runs also their difference."""
+    steps = sorted(set.union(*(set(curve.losses) for curve in curves)))
+    shown = steps[:first] + steps[first:][-1:]
+    names = [curve.name for curve in curves] + (["difference"] if len(curves) == 2 else [])
+    width = max(10, *map(len, names))
+    lines = ["  step  " + "  ".join(name.rjust(width) for name in names)]
+    for step in shown:
+        losses = [curve.losses.get(step) for curve in curves]
+        cells = ["-" if loss is None else f"{loss:.6f}" for loss in losses]
+        if len(curves) == 2:
+            both = losses[0] is not None and losses[1] is not None
+            cells.append(f"{losses[0] - losses[1]:+.1e}" if both else "-")  # type: ignore[operator]
+        lines.append(f"{step:6d}  " + "  ".join(cell.rjust(width) for cell in cells))
+    return "\n".join(lines)
+
+
+def draw(curves: list[Curve], output: Path, title: str = "Training loss") -> None:
+    """Draw the curves into the PNG `output`."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    for order, (curve, colour, style) in enumerate(zip(curves, cycle(COLOURS), cycle(STYLES), strict=False)):
+        steps = sorted(curve.losses)
+        axes.plot(
+            steps,
+            [curve.losses[step] for step in steps],
+            label=f"{curve.name}  ({curve.losses[steps[-1]]:.3f} at step {steps[-1]})",
+            color=colour,
+            linestyle=style,
+            linewidth=2.2,
+            marker="o" if len(steps) == 1 else None,
+            zorder=3 + order,
+        )
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+    axes.legend(frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png")

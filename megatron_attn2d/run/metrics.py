@@ -1,0 +1,62 @@
+"""Reading RUN_DIR/metrics.jsonl and validation.jsonl, which `megatron.progress` writes: a JSON object per step."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_attn2d.errors import UsageError
+
+Steps = dict[int, dict[str, float]]
+"""What is recorded of each step, by its number; see `megatron.progress.Step` for names and units."""
+
+
+def read_steps(run_dir: Path) -> Steps:
+    """The steps of a run, ascending; a step recorded twice counts as it was last.
+
+    A loss that is null is NaN here; anything else that is null is left out.
+
+    Raises:
+        UsageError: there is no such file, or none that can be read.
+    """
+    path = run_dir / "metrics.jsonl"
+
+    def step(recorded: dict[str, Any]) -> tuple[int, dict[str, float]]:
+        values = {name: float(value) for name, value in recorded.items() if value is not None}
+        return int(recorded["step"]), values if recorded["loss"] is not None else {"loss": math.nan, **values}
+
+    steps = dict(_records(path, step, "a step"))
+    if not steps:
+        raise UsageError(f"{path}: no step in it yet")
+    return dict(sorted(steps.items()))
+
+
+def read_validation(run_dir: Path) -> dict[int, float]:
+    """The loss on the validation set after each step that was followed by a validation; empty where none was.
+
+    Raises:
+        UsageError: the file can't be read.
+    """
+    path = run_dir / "validation.jsonl"
+    if not path.exists():
+        return {}
+
+    def validation(recorded: dict[str, Any]) -> tuple[str, int, float]:
+        return recorded["set"], int(recorded["step"]), float(recorded["loss"])
+
+    return {step: loss for which, step, loss in _records(path, validation, "a validation") if which == "validation"}
+
+
+def _records[T](path: Path, parse: Callable[[Any], T], what: str) -> Iterator[T]:
+    """What `parse` makes of each line, but of one that a run was killed while writing."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give the directory of a run that has made a step") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            yield parse(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number < len(lines):
+                raise UsageError(f"{path}, line {number}: not {what} ({error})") from error

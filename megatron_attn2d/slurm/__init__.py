@@ -1,1 +1,0 @@
-"""Jobs of Slurm: `submit.py` renders `job.sbatch` for a run and hands it in."""

@@ -1,0 +1,54 @@
+"""How long a rank waits for attention's messages, measured where it waits for them: `Pending.wait`.
+
+What overlaps with kernels costs nothing there, so this is the communication that shows, not all that there is.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+
+from megatron_attn2d.megatron.upstream.patching import Patch
+
+
+class AttentionWait:
+    """Adds up the waiting of this rank; on GPUs that of its compute stream, by events."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def patch(self) -> Patch:
+        """What makes it follow the messages while applied."""
+        return Patch("megatron_attn2d.attention.messages:Pending.wait", self._timed, "waiting for messages is measured")
+
+    def take(self) -> float:
+        """Seconds waited since the last call; on GPUs waits for the last of the messages."""
+        seconds = self._seconds
+        for begin, end in self._spans:
+            end.synchronize()
+            seconds += begin.elapsed_time(end) / 1000
+        self._seconds = 0.0
+        self._spans.clear()
+        return seconds
+
+    def _timed(self, wait: Any) -> Any:
+        @functools.wraps(wait)
+        def timed(pending: Any) -> None:
+            if not pending.works:
+                wait(pending)
+            elif torch.cuda.is_available():
+                span = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                span[0].record()
+                wait(pending)
+                span[1].record()
+                self._spans.append(span)
+            else:
+                begin = time.perf_counter()
+                wait(pending)
+                self._seconds += time.perf_counter() - begin
+
+        return timed

@@ -1,0 +1,116 @@
+"""A checkpoint of another model, or of another course of the learning rate, is refused in words.
+
+Upstream finds out while it reads tensors, and says so in the shapes of its own names; what adds no tensor, RMSNorm in
+place of LayerNorm for one, it does not find.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_attn2d.config.schema import Data, Model, Section
+from megatron_attn2d.errors import UsageError, show
+from megatron_attn2d.megatron.upstream.patching import Patch, applied
+from megatron_attn2d.training.guards.integrity import checkpoint_to_load
+
+_SHAPES = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels"),
+    *("position_embedding_type", "normalization", "qk_layernorm", "swiglu", "add_bias_linear", "num_experts"),
+    *("untie_embeddings_and_output_weights", "multi_latent_attention"),
+)
+_SECTIONS: dict[str, type[Section]] = {"model": Model, "data": Data}
+_SCHEDULE = re.compile(r"OptimizerParamScheduler: class input value (.+) and checkpoint ?value (.+) for (.+) do not")
+_LIMITS = re.compile(r"--override-ckpt-iteration|DistributedOptimizer|[Ff]ully parallel load|model-space")
+"""Of upstream's RuntimeErrors those that are about a checkpoint."""
+
+
+def fitting() -> AbstractContextManager[None]:
+    """While entered, a checkpoint that does not fit is refused with the keys in which it differs."""
+
+    def compare_first(load_checkpoint: Any) -> Any:
+        @functools.wraps(load_checkpoint)
+        def load(
+            ddp_model: Any, optimizer: Any, scheduler: Any, load_arg: str = "load", *rest: Any, **kwargs: Any
+        ) -> Any:
+            from megatron.core.dist_checkpointing.core import CheckpointingException
+            from megatron.training import get_args
+
+            args = get_args()
+            checkpoint = checkpoint_to_load(args, load_arg)
+            if checkpoint is not None and (checkpoint / "metadata.json").is_file():
+                _check(checkpoint, args)
+            try:
+                return load_checkpoint(ddp_model, optimizer, scheduler, load_arg, *rest, **kwargs)
+            except (AssertionError, CheckpointingException, CheckpointException) as error:  # torch's is no Exception
+                if not (said := _in_words(error)):
+                    raise
+                raise UsageError(f"{checkpoint}: {said}") from error
+            except (KeyError, RuntimeError, SystemExit) as error:
+                if checkpoint is None or not (said := _in_words(error)):
+                    raise
+                raise UsageError(f"{checkpoint}: {said}") from error
+
+        return load
+
+    reason = "what upstream says of a checkpoint that does not fit is a traceback, or nothing"
+    return applied([Patch("megatron.training.training:load_checkpoint", compare_first, reason)])
+
+
+def _check(checkpoint: Path, args: Namespace) -> None:
+    """Raises UsageError, a line for each key, if the arguments in a checkpoint describe other weights."""
+    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
+    theirs = load_common_state_dict(checkpoint).get("args")
+    if theirs is None or getattr(theirs, "hybrid_layer_pattern", None) != args.hybrid_layer_pattern:
+        return  # upstream loads a GPT into a hybrid model
+    if lines := [f"{checkpoint}: {line}" for line in differences(theirs, args)]:
+        raise UsageError("\n".join(lines))
+
+
+def differences(theirs: Namespace, ours: Namespace) -> Iterator[str]:
+    """A sentence for each of Megatron's arguments in which the weights of a checkpoint and of a run differ."""
+    names = [*_SHAPES]
+    names += ["max_position_embeddings"] * (ours.position_embedding_type == "learned_absolute")
+    # Other tokenizers say theirs, and padding to tensor ranks is upstream's to undo.
+    names += ["vocab_size"] * (getattr(theirs, "tokenizer_type", None) == ours.tokenizer_type == "NullTokenizer")
+    for name in names:
+        if hasattr(theirs, name) and _shape(theirs, name) != _shape(ours, name):
+            section = next((title for title, one in _SECTIONS.items() if name in one.model_fields), "megatron_args")
+            there, here = show(_shape(theirs, name)), show(_shape(ours, name))
+            where = f"{there} in this checkpoint and {here} here"
+            yield f"{section}.{name} is {where}; choose {there}, or another checkpoint"
+
+
+def _shape(args: Namespace, name: str) -> Any:
+    """An argument; of key/value heads what it means, as upstream writes it down when it first counts operations."""
+    if name == "num_query_groups" and not args.group_query_attention:
+        return args.num_attention_heads
+    return getattr(args, name)
+
+
+def _in_words(error: BaseException) -> str:
+    """What `error` says of a checkpoint; empty for errors of other things, of messages between ranks for one."""
+    if isinstance(error, SystemExit):
+        return "Megatron gave it up, and its log, logs/rank-0.log, says why"
+    if isinstance(error, KeyError):
+        return f"it holds no {error.args[0]!r}, as with no_save_optim; take the weights alone by checkpoint.start_from"
+    if isinstance(error, RuntimeError) and not _LIMITS.search(str(error)):
+        return ""
+    if not (lines := str(error).strip().splitlines()):  # an assertion that says nothing: the traceback says more
+        return ""
+    said = lines[-1]
+    if found := _SCHEDULE.search(said):
+        here, there, what = found.groups()
+        return (
+            f"another course of the learning rate: {what} is {there} in this checkpoint and {here} here; choose the "
+            "former, name the key in checkpoint.may_change, or take the weights alone by checkpoint.start_from"
+        )
+    return f"it does not fit this run: {said}"
