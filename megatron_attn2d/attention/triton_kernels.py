@@ -10,7 +10,8 @@ at one *position*, so that a launch has as many arguments, and a kernel as many 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -300,7 +301,7 @@ def row_orders(offsets: Tensor, chunks: Tensor, tokens: int, slots: int) -> tupl
     rows = slots * tokens
     slot_rows, sequence_rows = offsets.new_empty((2, rows)).unbind()
     sequences = len(offsets)
-    _row_orders[(triton.cdiv(rows, _BLOCK_ROWS),)](
+    _row_orders[(-(-rows // _BLOCK_ROWS),)](
         offsets,
         chunks,
         slot_rows,
@@ -347,41 +348,61 @@ class _Stacks(NamedTuple):
     def of(cls, chunks: Sequence[Sequence[tuple[Tensor, ...]]], dims: tuple[int, ...]) -> _Stacks:
         """From the partial results of each chunk, a tensor of so many dims of each kind or a stack of such.
 
-        Its time counts: a call makes it twice or three times, and a comparison of tensors costs a microsecond.
+        Its time counts, as a call makes it twice or three times: what strides alone decide is worked out once.
         """
-        at: dict[object, int] = {}  # position of a chunk's first partial result of these strides, of its second, ...
-        samples: list[tuple[Tensor, ...]] = []
-        layouts: list[list[tuple[int, ...]]] = []
-        by_position: list[dict[int, tuple[Tensor, ...]]] = []
-        for chunk in chunks:
-            found: dict[int, tuple[Tensor, ...]] = {}
-            for partial in chunk:
-                layout = [x.stride() for x in partial]
-                assert all(stride[-1] == 1 for stride in layout), "the last dim is contiguous"
-                key: tuple[object, ...] = (*layout, 0)
-                while (position := at.setdefault(key, len(samples))) in found:
-                    key = (*layout, position + 1)
-                if position == len(samples):
-                    samples.append(partial)
-                    layouts.append(layout)
-                found[position] = partial
-            by_position.append(found)
-        # Where a chunk has nothing another's partial result stands, and counts for none.
-        whole = [[found.get(i, sample) for i, sample in enumerate(samples)] for found in by_position]
-        stacked = [len(layout[0]) > dims[0] for layout in layouts]
-        counts = [
-            tuple((found[i][0].size(0) if deep else 1) if i in found else 0 for i, deep in enumerate(stacked))
-            for found in by_position
-        ]
-        strides = (
-            tuple(
-                (*layout[k][-dim:-1], layout[k][0] if deep else 0)
-                for layout, deep in zip(layouts, stacked, strict=True)
-            )
-            for k, dim in enumerate(dims)
+        layouts = tuple(
+            tuple((partial[0].size(0), *[x.stride() for x in partial]) for partial in chunk) for chunk in chunks
         )
-        by_kind = zip(*(zip(*chunk, strict=True) for chunk in whole), strict=True)
-        return cls(tuple(by_kind), tuple(strides), tuple(counts))
+        places, strides, counts = _placed(layouts, dims)
+        tensors = (
+            tuple(tuple(chunks[i][j][kind] for i, j in of_chunk) for of_chunk in places) for kind in range(len(dims))
+        )
+        return cls(tuple(tensors), strides, counts)
+
+
+type _Layout = tuple[Any, ...]
+"""Of a partial result its first dim and the strides of each kind."""
+type _Places = tuple[tuple[tuple[int, int], ...], ...]
+"""[chunk][position] the partial result that stands there: of which chunk, and which of them."""
+
+
+@lru_cache(maxsize=256)
+def _placed(
+    chunks: tuple[tuple[_Layout, ...], ...], dims: tuple[int, ...]
+) -> tuple[_Places, tuple[tuple[tuple[int, ...], ...], ...], tuple[tuple[int, ...], ...]]:
+    """Places, strides and counts of `_Stacks`."""
+    at: dict[object, int] = {}  # position of a chunk's first partial result of these strides, of its second, ...
+    samples: list[tuple[int, int]] = []
+    by_position: list[dict[int, tuple[int, int]]] = []
+    for i, chunk in enumerate(chunks):
+        found: dict[int, tuple[int, int]] = {}
+        for j, (_, *layout) in enumerate(chunk):
+            assert all(stride[-1] == 1 for stride in layout), "the last dim is contiguous"
+            key: tuple[object, ...] = (*layout, 0)
+            while (position := at.setdefault(key, len(samples))) in found:
+                key = (*layout, position + 1)
+            if position == len(samples):
+                samples.append((i, j))
+            found[position] = i, j
+        by_position.append(found)
+    stacked = [len(chunks[i][j][1]) > dims[0] for i, j in samples]
+
+    def count(found: dict[int, tuple[int, int]], position: int) -> int:
+        if position not in found:
+            return 0
+        i, j = found[position]
+        return chunks[i][j][0] if stacked[position] else 1
+
+    strides = tuple(
+        tuple(
+            (*chunks[i][j][1 + kind][-dim:-1], chunks[i][j][1 + kind][0] if deep else 0)
+            for (i, j), deep in zip(samples, stacked, strict=True)
+        )
+        for kind, dim in enumerate(dims)
+    )
+    # Where a chunk has nothing another's partial result stands, and counts for none.
+    places = tuple(tuple(found.get(n, sample) for n, sample in enumerate(samples)) for found in by_position)
+    return places, strides, tuple(tuple(count(found, n) for n in range(len(samples))) for found in by_position)
 
 
 _MOST_CHUNKS = 6
@@ -393,8 +414,8 @@ def _batches(chunks: int) -> Iterator[slice]:
 
 
 def _programs(n: int, heads: int) -> tuple[int, int]:
-    return triton.cdiv(n, _BLOCK_N), heads
+    return -(-n // _BLOCK_N), heads  # Triton's `cdiv` takes ten microseconds, as may each of its functions
 
 
 def _blocks(d: int) -> dict[str, int]:
-    return {"BLOCK_N": _BLOCK_N, "BLOCK_D": triton.next_power_of_2(d)}
+    return {"BLOCK_N": _BLOCK_N, "BLOCK_D": 1 << (d - 1).bit_length()}

@@ -66,7 +66,7 @@ def drop_arguments(dropout: KeepMask | None) -> tuple[Any, ...] | None:
     rows, keys = (
         (x, x.stride(0)) for x in (x if x.stride(1) == 1 else x.contiguous() for x in (dropout.rows, dropout.keys))
     )
-    _words[triton.cdiv(max(sq, sk), _BLOCK), batch * (heads + 1)](
+    _words[-(-max(sq, sk) // _BLOCK), batch * (heads + 1)](
         seed, dropout.sequences, dropout.heads, rows, keys, multipliers, offsets, key_words, heads, sq, sk, _BLOCK
     )
     return multipliers, offsets, key_words, sq, sk, dropout.bound, 1 / (1 - dropout.dropout.p)

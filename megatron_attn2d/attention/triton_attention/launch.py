@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -29,7 +28,7 @@ type Table = dict[int, tuple[int, int, int, int]]
 
 def tuned(q: Tensor, v: Tensor, table: Table) -> tuple[tuple[int, ...], dict[str, Any]]:
     """M, N, D and DV for these inputs, and how to launch."""
-    columns = [max(16, triton.next_power_of_2(x.size(3))) for x in (q, v)]
+    columns = [max(16, 1 << (x.size(3) - 1).bit_length()) for x in (q, v)]
     rows, keys, warps, stages = table[max(64, *columns)]
     if q.dtype == torch.float32:  # twice the bytes, and no tensor cores
         rows, keys, stages = max(16, rows // 4), max(16, keys // 2), 1
@@ -92,14 +91,14 @@ def with_strides(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def blocks_of_rows(table: Segments | None, rows: int, step: int) -> tuple[int, tuple[Any, ...] | None]:
     """See `_blocks_of`: blocks of query rows."""
     if table is None:
-        return triton.cdiv(rows, step), None
+        return -(-rows // step), None
     return _blocks_of(table, table.q_lengths, table.most_q, rows, step)
 
 
 def blocks_of_keys(table: Segments | None, keys: int, step: int) -> tuple[int, tuple[Any, ...] | None]:
     """See `_blocks_of`: blocks of keys."""
     if table is None:
-        return triton.cdiv(keys, step), None
+        return -(-keys // step), None
     return _blocks_of(table, table.k_lengths, table.most_k, keys, step)
 
 
@@ -110,5 +109,5 @@ def _blocks_of(table: Segments, lengths: Tensor, most: int, rows: int, step: int
     """
     count = lengths.size(0)
     ends = ((lengths + (step - 1)) // step).cumsum(0, dtype=torch.int32)
-    programs = min(rows // step + count, count * triton.cdiv(most, step))
+    programs = min(rows // step + count, count * -(-most // step))
     return programs, (ends, count, table.q_starts, table.q_lengths, table.k_starts, table.k_lengths)
