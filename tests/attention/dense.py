@@ -103,13 +103,18 @@ def packed_gradients(
     places: Sequence[int],
     causal: bool,
     window: tuple[int, int] = (-1, -1),
+    factors: Tensor | None = None,
 ) -> list[Tensor]:
-    """`dense_gradients` of each packed sequence alone, tokens [t, heads, d] of q, k, v, dout; 0 where padding is."""
+    """`dense_gradients` of each packed sequence alone, tokens [t, heads, d] of q, k, v, dout; 0 where padding is.
+
+    `factors` [1, h, t, t] multiply the probabilities of the whole pack.
+    """
     results = [torch.zeros_like(whole[i]) for i in (3, 0, 1, 2)]
     for start, length in zip(accumulate(places, initial=0), lengths, strict=False):
         if length:
             alone = slice(start, start + length)
-            found = dense_gradients(*(x[alone].unsqueeze(1) for x in whole), causal, window)
+            of_these = None if factors is None else factors[:, :, alone, alone]
+            found = dense_gradients(*(x[alone].unsqueeze(1) for x in whole), causal, window, factors=of_these)
             for result, part in zip(results, found, strict=True):
                 result[alone] = part.squeeze(1)
     return results

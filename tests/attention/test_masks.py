@@ -59,6 +59,14 @@ def worst(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     return max((a.double() - b).abs().max().item() for a, b in zip(found, expected, strict=True))
 
 
+def dropped(case: dict[str, Any], batch: int, tokens: int) -> tuple[Dropout | None, Tensor | None]:
+    """Dropout of a case, and what it multiplies probabilities by, [b, h, s, s]."""
+    if "dropout" not in case:
+        return None, None
+    dropout, positions = Dropout(case["dropout"], seed=11), torch.arange(tokens).expand(batch, -1)
+    return dropout, dropout.at(torch.arange(batch), 4, positions, positions).factors(torch.float64)
+
+
 def masked(rank: int, layout: Layout, cases: list[dict[str, Any]], chunk: int = 3) -> list[float]:
     """Largest error of output and gradients for each case, windows in tokens of chunks of three."""
     size = dist.get_world_size()
@@ -67,12 +75,7 @@ def masked(rank: int, layout: Layout, cases: list[dict[str, Any]], chunk: int = 
         causal, window = case.get("causal", True), case.get("window", (-1, -1))
         whole = inputs(2 * size * chunk, 2, (4, 2), dims=(8, 6))
         sink = torch.linspace(-2, 2, 4, dtype=torch.float64) if case.get("sink") else None
-        p = case.get("dropout", 0.0)
-        dropout = Dropout(p, seed=11) if p else None
-        factors = None
-        if dropout is not None:
-            positions = torch.arange(2 * size * chunk).expand(2, -1)
-            factors = dropout.at(torch.arange(2), 4, positions, positions).factors(torch.float64)
+        dropout, factors = dropped(case, batch=2, tokens=2 * size * chunk)
         mine = zigzag(2 * size * chunk, size, rank)
         shards = [x[mine].requires_grad_() for x in whole[:3]]
         leaves = [*shards, *(() if sink is None else (sink.clone().requires_grad_(),))]
@@ -140,17 +143,19 @@ def packs(rank: int, layout: Layout, cases: list[dict[str, Any]]) -> list[float]
         on_gpu = case.get("on_gpu", False)
         if on_gpu:
             totals = [None if x is None else torch.tensor(x) for x in totals]
+        dropout, factors = dropped(case, batch=1, tokens=q.size(0))
         with kept_back(case), mock.patch.object(Packing, "on_gpu", return_value=on_gpu):
             out, _ = run(
                 layout,
                 shards,
                 causal=causal,
                 window=window,
+                dropout=dropout,
                 cu_seqlens=totals[0],
                 cu_seqlens_padded=totals[1],
             )
             found = (out, *torch.autograd.grad(out, shards, dout[mine]))
-        expected = packed_gradients((q, k, v, dout), lengths, places, causal, window)
+        expected = packed_gradients((q, k, v, dout), lengths, places, causal, window, factors)
         errors.append(worst(found, tuple(x[mine] for x in expected)))
     return errors
 
@@ -183,6 +188,8 @@ PACKS: list[dict[str, Any]] = [
     {"lengths": [of(3, 1), of(0), of(1, 1), of(2, 5)], "causal": False, "rest": 1, "on_gpu": True},
     {"lengths": [of(3, 1), of(2, 100)], "window": (4, 0), "on_gpu": True},
     {"lengths": [of(3, 1), of(0), of(2)], "window": (2, 1), "causal": False, "on_gpu": True},
+    {"lengths": [of(2), of(1), of(3)], "dropout": 0.3},
+    {"lengths": [of(3, 2), of(2)], "window": (3, 0), "dropout": 0.3, "rest": 1},
     # What Megatron passes while it warms up a CUDA graph: buffers of zeros.
     {"lengths": [of(0), of(0)], "rest": 3, "on_gpu": True},
     {"lengths": [of(0)], "window": (2, 1), "causal": False, "rest": 2, "on_gpu": True},
