@@ -5,7 +5,7 @@
     python benchmarks/tune_triton.py --head-dim 64 --tables   # packed: many short documents and a few long ones
 
 Kernels compile in processes of their own, as many at once as there are cores. What comes first in each list is what
-`triton_attention.launch` should hold.
+`kernels.triton.launch` should hold.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from attention_kinds import Kind, Pack
 from attention_timing import alone
 
 from megatron_attn2d.attention.dropout import Dropout
-from megatron_attn2d.attention.kernels.triton import TritonKernel
+from megatron_attn2d.attention.kernels.triton import launch
+from megatron_attn2d.attention.kernels.triton.kernel import TritonKernel
 from megatron_attn2d.attention.layout import CAUSAL, FULL
 from megatron_attn2d.attention.segments import Segments
-from megatron_attn2d.attention.triton_attention import launch
 
 # Rows, keys, warps and stages to try.
 FORWARD = (

@@ -40,9 +40,9 @@ def merge_partials(
         lse: receives the merged log-sum-exp [b, h, n]; -inf for such a row.
     """
     if on_gpu(out[0]):
-        from megatron_attn2d.attention import triton_kernels
+        from megatron_attn2d.attention.kernels.triton import merges
 
-        return triton_kernels.merge_partials(outs, lses, out, lse)
+        return merges.merge_partials(outs, lses, out, lse)
     for chunk in zip(outs, lses, out, lse, strict=True):
         _merge_chunk(*chunk)
 
@@ -72,9 +72,9 @@ def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor])
     Partial gradients are like the total or stacks of such, [ranks, n, b, h, d]. All totals have one shape and stride.
     """
     if on_gpu(totals[0]):
-        from megatron_attn2d.attention import triton_kernels
+        from megatron_attn2d.attention.kernels.triton import merges
 
-        return triton_kernels.sum_partials(partials, totals)
+        return merges.sum_partials(partials, totals)
     for chunk, total in zip(partials, totals, strict=True):
         first, *others = _each(chunk, total.dim())
         accumulator = first.to(accumulation_dtype(first.dtype), copy=True)
@@ -99,9 +99,9 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         [2, 2, b, h, n]: by half, log-sum-exp then delta.
     """
     if on_gpu(out):
-        from megatron_attn2d.attention import triton_kernels
+        from megatron_attn2d.attention.kernels.triton import merges
 
-        return triton_kernels.row_statistics(dout, out, lse)
+        return merges.row_statistics(dout, out, lse)
     delta = (dout.to(lse.dtype) * out).sum(-1).permute(0, 2, 3, 1)
     return torch.stack((lse, delta), 1)
 
@@ -142,9 +142,9 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
         delta: [slots, b, h, n].
     """
     if on_gpu(dout):
-        from megatron_attn2d.attention import triton_kernels
+        from megatron_attn2d.attention.kernels.triton import merges
 
-        return triton_kernels.stand_in(dout, delta)
+        return merges.stand_in(dout, delta)
     wide = dout.to(delta.dtype)
     norm = wide.square().sum(-1)
     ratio = torch.where(norm == 0, torch.zeros_like(norm), delta.permute(0, 3, 1, 2) / norm)

@@ -255,9 +255,9 @@ class Packing:
         def rows() -> tuple[Tensor, Tensor]:
             offsets, chunks = self._on_device
             if on_gpu(offsets):
-                from megatron_attn2d.attention import triton_kernels
+                from megatron_attn2d.attention.kernels.triton.orders import row_orders
 
-                return triton_kernels.row_orders(offsets, chunks, self.tokens, slots)
+                return row_orders(offsets, chunks, self.tokens, slots)
             offset, chunk = self._of_each_row()
             first = torch.arange(self.tokens, device=self.device) + (slots - 1) * offset
             there = (first + torch.arange(slots, device=self.device)[:, None] * chunk).flatten().int()

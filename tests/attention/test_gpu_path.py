@@ -39,7 +39,7 @@ class AsksForTheOutput(ReferenceKernel):
 
 
 def kernel_of(name: str) -> Any:
-    from megatron_attn2d.attention.kernels.triton import TritonKernel
+    from megatron_attn2d.attention.kernels.triton.kernel import TritonKernel
 
     return {"output": AsksForTheOutput, "triton": TritonKernel}[name]()
 

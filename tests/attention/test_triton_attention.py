@@ -19,7 +19,7 @@ import torch
 
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
-from megatron_attn2d.attention.kernels.triton import TritonKernel
+from megatron_attn2d.attention.kernels.triton.kernel import TritonKernel
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.segments import Segments
 
@@ -78,7 +78,7 @@ def compare_table(case: str) -> None:
     """A table against the reference's loop, among rows of no segment, which keep what they hold."""
     import triton.language as tl
 
-    from megatron_attn2d.attention.triton_attention import blocks
+    from megatron_attn2d.attention.kernels.triton import blocks
 
     blocks._SEARCHED = tl.constexpr(4)  # several steps find the segments of these short tables
     heads, key_heads, d, dv, band, p, lengths = TABLES[case]
@@ -164,10 +164,10 @@ def compile_for(capability: int) -> None:
             return 0
 
     triton.runtime.driver.set_active(NoDevice())
-    from megatron_attn2d.attention.triton_attention import launch
-    from megatron_attn2d.attention.triton_attention.backward import _backward_keys, _backward_rows
-    from megatron_attn2d.attention.triton_attention.forward import _forward
-    from megatron_attn2d.attention.triton_attention.keep import _words
+    from megatron_attn2d.attention.kernels.triton import launch
+    from megatron_attn2d.attention.kernels.triton.backward import _backward_keys, _backward_rows
+    from megatron_attn2d.attention.kernels.triton.forward import _forward
+    from megatron_attn2d.attention.kernels.triton.keep import _words
 
     q, rows, numbers = torch.empty(512, 1, 2, 128, dtype=torch.bfloat16), torch.empty(2, 512), torch.arange(512)
     words = numbers.int()
@@ -224,7 +224,7 @@ class Fits:
 def test_stages_that_do_not_fit_give_way_to_fewer(most: int, started: list[int]) -> None:
     from triton.runtime.errors import OutOfResources
 
-    from megatron_attn2d.attention.triton_attention import launch
+    from megatron_attn2d.attention.kernels.triton import launch
 
     kernel, how = Fits(most), {"num_warps": 8, "num_stages": 3}
     with nullcontext() if most else pytest.raises(OutOfResources):

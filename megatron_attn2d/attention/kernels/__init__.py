@@ -24,7 +24,7 @@ from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
 from megatron_attn2d.attention.kernels.transformer_engine import TransformerEngineKernel
-from megatron_attn2d.attention.kernels.triton import TritonKernel
+from megatron_attn2d.attention.kernels.triton.kernel import TritonKernel
 from megatron_attn2d.attention.layout import Band
 from megatron_attn2d.attention.segments import Segments
 

@@ -8,9 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
-from megatron_attn2d.attention.layout import Band
-from megatron_attn2d.attention.segments import Segments
-from megatron_attn2d.attention.triton_attention.blocks import (
+from megatron_attn2d.attention.kernels.triton.blocks import (
     LN2,
     LOG2E,
     blocks_seen,
@@ -21,14 +19,16 @@ from megatron_attn2d.attention.triton_attention.blocks import (
     segment_of,
     store,
 )
-from megatron_attn2d.attention.triton_attention.keep import drop_arguments, kept
-from megatron_attn2d.attention.triton_attention.launch import (
+from megatron_attn2d.attention.kernels.triton.keep import drop_arguments, kept
+from megatron_attn2d.attention.kernels.triton.launch import (
     blocks_of_rows,
     forward_table,
     run,
     tuned,
     with_strides,
 )
+from megatron_attn2d.attention.layout import Band
+from megatron_attn2d.attention.segments import Segments
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _forward(
     tl.store(lse + at, (highest * scale2 + tl.log2(total)) * LN2, rows < sq)
 
 
-def forward(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -8,9 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
-from megatron_attn2d.attention.layout import Band
-from megatron_attn2d.attention.segments import Segments
-from megatron_attn2d.attention.triton_attention.blocks import (
+from megatron_attn2d.attention.kernels.triton.blocks import (
     LOG2E,
     blocks_seen,
     head_of,
@@ -20,8 +18,8 @@ from megatron_attn2d.attention.triton_attention.blocks import (
     segment_of,
     store,
 )
-from megatron_attn2d.attention.triton_attention.keep import drop_arguments, kept
-from megatron_attn2d.attention.triton_attention.launch import (
+from megatron_attn2d.attention.kernels.triton.keep import drop_arguments, kept
+from megatron_attn2d.attention.kernels.triton.launch import (
     BACKWARD_KEYS,
     BACKWARD_ROWS,
     BACKWARD_ROWS_DROPPED,
@@ -31,6 +29,8 @@ from megatron_attn2d.attention.triton_attention.launch import (
     tuned,
     with_strides,
 )
+from megatron_attn2d.attention.layout import Band
+from megatron_attn2d.attention.segments import Segments
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def _backward_keys(
     store(head_of(dv_, batch, key_head, k_start), dv_[1][0], first, sk, dv, dv_acc, N, DV)
 
 
-def backward(
+def differentiate(
     dout: Tensor,
     q: Tensor,
     k: Tensor,

@@ -15,7 +15,7 @@ from megatron_attn2d.attention import merge
 
 def compare_row_orders() -> None:
     """Of documents of a token, of many and of none at the end."""
-    from megatron_attn2d.attention import triton_kernels
+    from megatron_attn2d.attention.kernels.triton.orders import row_orders
     from megatron_attn2d.attention.packing import Packing
 
     for chunks in ([5], [300, 1, 1, 44], [1] * 7 + [0, 0]):
@@ -23,7 +23,7 @@ def compare_row_orders() -> None:
         packing = Packing(numbers, 8 * numbers, 4, sum(chunks), max(chunks), True, numbers.device)
         offsets = numbers.cumsum(0) - numbers
         for slots in (1, 2, 7):
-            found = triton_kernels.row_orders(offsets.int(), numbers.int(), packing.tokens, slots)
+            found = row_orders(offsets.int(), numbers.int(), packing.tokens, slots)
             for expected, order in zip((packing.slot_rows(slots), packing.sequence_rows(slots)), found, strict=True):
                 assert order.dtype == torch.int32
                 assert torch.equal(order, expected), (chunks, slots)
@@ -31,7 +31,7 @@ def compare_row_orders() -> None:
 
 def compare(d: int) -> None:
     """All four functions on tensors with strides of their own, empty rows and a row without gradient."""
-    from megatron_attn2d.attention import triton_kernels
+    from megatron_attn2d.attention.kernels.triton import merges
 
     torch.manual_seed(0)
     n, b, h = 37, 2, 3
@@ -45,7 +45,7 @@ def compare(d: int) -> None:
     results = []
     dout, whole, whole_lse = torch.randn(2, n, b, h, d), torch.randn(2, n, b, h, d), torch.randn(2, b, h, n)
     dout[0, 4] = 0
-    for module in (merge, triton_kernels):
+    for module in (merge, merges):
         out, lse = torch.empty(2, n, 2, b, h, d)[:, :, 1], torch.empty(2, b, 2 * h, n)[:, :, h:]
         module.merge_partials([outs, outs[1:]], [lses, lses[1:]], out.unbind(), lse.unbind())
         both = torch.empty(2, n, b, h, d), torch.empty(2, b, h, n)
@@ -72,7 +72,7 @@ def compare(d: int) -> None:
 @pytest.mark.parametrize("call", ["compare(8)", "compare(80)", "compare_row_orders()"])
 def test_interpreted_kernels_agree_with_torch(call: str) -> None:
     # The interpreter is chosen when Triton is imported, hence a process of its own.
-    code = f"from tests.attention import test_triton_kernels as test; test.{call}"
+    code = f"from tests.attention import test_triton_merges as test; test.{call}"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,7 @@
-"""Tiled attention in Triton for what vendors' kernels lack: any band, dropout by position, any head dims, fp32.
+"""Triton: attention for what vendors' kernels lack, and merges and sums of partial results (`merges`) on any GPU.
+
+Attention takes any band, drops probabilities by position, and serves any head dims up to 256 and fp32. `kernel` offers
+it to `choose_kernel`. Nothing is imported here: CPU ranks may have no Triton.
 
 Forward and backward follow FlashAttention-2 (Dao, arXiv 2307.08691, algorithms 1 and 2): a program has a block of query
 rows and walks over the keys that they see. The backward pass is two walks, over keys for dQ and over queries for dK and
@@ -13,8 +16,3 @@ as `keep.drop_arguments` makes it or None, `table` as `launch` makes it or None.
 its strides (n, b, heads), one head of it as a pointer and the stride of rows. Blocks have M rows, N keys, D columns of
 queries and keys, of which d count, and DV of values, of which dv do.
 """
-
-from megatron_attn2d.attention.triton_attention.backward import backward
-from megatron_attn2d.attention.triton_attention.forward import forward
-
-__all__ = ["backward", "forward"]

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK_N = 32
-_BLOCK_ROWS = 256
 
 
 @triton.jit
@@ -200,22 +199,6 @@ def _stand_in(
     tl.store(_tile(out, out_stride, batch, head, slot * n + rows, columns), result.to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["sequences", "steps", "tokens", "slots"])  # other numbers in every step
-def _row_orders(offsets, chunks, slot_rows, sequence_rows, sequences, steps, tokens, slots, BLOCK: tl.constexpr):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # by sequence
-    inside = row < slots * tokens
-    sequence = tl.zeros((BLOCK,), tl.int32)
-    for i in range(steps):  # the last sequence that does not start behind the row: empty ones come before it
-        later = sequence + (1 << (steps - 1 - i))
-        start = tl.load(offsets + later, later < sequences, other=tokens)
-        sequence = tl.where(slots * start <= row, later, sequence)
-    offset, chunk = tl.load(offsets + sequence), tl.load(chunks + sequence)
-    within = row - slots * offset
-    there = (within // chunk) * tokens + offset + within % chunk
-    tl.store(sequence_rows + row, there, inside)
-    tl.store(slot_rows + there, row, inside & (there >= 0) & (there < slots * tokens))
-
-
 def merge_partials(
     outs: Sequence[Sequence[Tensor]], lses: Sequence[Sequence[Tensor]], out: Sequence[Tensor], lse: Sequence[Tensor]
 ) -> None:
@@ -294,25 +277,6 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
         dout, _row_stride(dout), delta, delta.stride(0), out, _row_stride(out), b, h, n, d, **_blocks(d)
     )
     return out
-
-
-def row_orders(offsets: Tensor, chunks: Tensor, tokens: int, slots: int) -> tuple[Tensor, Tensor]:
-    """`Packing.slot_rows` and `Packing.sequence_rows` of `slots` chunks, from `offsets` and `chunks` [J] int32."""
-    rows = slots * tokens
-    slot_rows, sequence_rows = offsets.new_empty((2, rows)).unbind()
-    sequences = len(offsets)
-    _row_orders[(-(-rows // _BLOCK_ROWS),)](
-        offsets,
-        chunks,
-        slot_rows,
-        sequence_rows,
-        sequences,
-        sequences.bit_length(),
-        tokens,
-        slots,
-        BLOCK=_BLOCK_ROWS,
-    )
-    return slot_rows, sequence_rows
 
 
 def _row_stride(chunks: Tensor) -> tuple[int, ...]:

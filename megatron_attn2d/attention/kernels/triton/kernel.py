@@ -1,4 +1,4 @@
-"""Our own Triton kernel: slower than vendors' kernels, but it takes any band, drops probabilities and has fp32."""
+"""The package's attention as a kernel of the seam: slower than vendors', but with any band, dropout and fp32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_attn2d.attention.segments import Segments
 
 
 class TritonKernel:
-    """Attention in linear memory for any band; see `triton_attention`."""
+    """Attention in linear memory for any band; see the package's docstring."""
 
     name = "triton"
     needs_out = False
@@ -31,7 +31,7 @@ class TritonKernel:
         if not _installed():
             return "needs the package triton"
         if torch.cuda.is_available():
-            from megatron_attn2d.attention.triton_attention.launch import AMPERE_SHARED_BYTES, shared_bytes
+            from megatron_attn2d.attention.kernels.triton.launch import AMPERE_SHARED_BYTES, shared_bytes
 
             if shared_bytes(torch.device("cuda", torch.cuda.current_device())) < AMPERE_SHARED_BYTES:
                 return "needs a GPU with the shared memory of an A100"
@@ -41,13 +41,13 @@ class TritonKernel:
         self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
-        from megatron_attn2d.attention import triton_attention
+        from megatron_attn2d.attention.kernels.triton.forward import attend
 
         sq, batch, heads, _ = q.shape
         out = q.new_empty((sq, batch, heads, v.size(3)))
         lse = q.new_empty((batch, heads, sq), dtype=torch.float32)
         q, k, v = map(_rows_contiguous, (q, k, v))
-        triton_attention.forward(q, k, v, band, scale, dropout, out, lse.flatten(0, 1))
+        attend(q, k, v, band, scale, dropout, out, lse.flatten(0, 1))
         return out, lse
 
     def backward(
@@ -65,13 +65,13 @@ class TritonKernel:
         dropout: KeepMask | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
-        from megatron_attn2d.attention import triton_attention
+        from megatron_attn2d.attention.kernels.triton.backward import differentiate
 
         assert delta is not None
         lse, delta = (x.contiguous().flatten(0, 1) for x in (lse, delta))
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
-        triton_attention.backward(dout, q, k, v, lse, delta, band, scale, dropout, dq, dk, dv)
+        differentiate(dout, q, k, v, lse, delta, band, scale, dropout, dq, dk, dv)
         return dq, dk, dv
 
     def forward_segments(
@@ -87,10 +87,10 @@ class TritonKernel:
         lse: Tensor,
     ) -> None:
         """See `Kernel.forward_segments`."""
-        from megatron_attn2d.attention import triton_attention
+        from megatron_attn2d.attention.kernels.triton.forward import attend
 
         q, k, v = (_rows_contiguous(x).unsqueeze(1) for x in (q, k, v))
-        triton_attention.forward(q, k, v, table.band, scale, dropout, out.unsqueeze(1), lse, table)
+        attend(q, k, v, table.band, scale, dropout, out.unsqueeze(1), lse, table)
 
     def backward_segments(
         self,
@@ -110,12 +110,12 @@ class TritonKernel:
         dv: Tensor,
     ) -> None:
         """See `Kernel.backward_segments`."""
-        from megatron_attn2d.attention import triton_attention
+        from megatron_attn2d.attention.kernels.triton.backward import differentiate
 
         assert delta is not None
         dout, q, k, v = (_rows_contiguous(x).unsqueeze(1) for x in (dout, q, k, v))
         dq, dk, dv = (x.unsqueeze(1) for x in (dq, dk, dv))
-        triton_attention.backward(dout, q, k, v, lse, delta, table.band, scale, dropout, dq, dk, dv, table)
+        differentiate(dout, q, k, v, lse, delta, table.band, scale, dropout, dq, dk, dv, table)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
