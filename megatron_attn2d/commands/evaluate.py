@@ -177,7 +177,7 @@ def check_overrides(
         ours, theirs = attrgetter(key)(decided), attrgetter(key)(asked)
         if theirs != ours and not (key == "run.dir" and Path(theirs).resolve() == Path(ours).resolve()):
             errors.append(ConfigError(key, theirs, reasons.get(key, f"{command} decides about it"), "leave it out"))
-    for key in changed(trained, asked):
+    for key in changed(decided, asked):
         if key.startswith(_WEIGHTS) and key not in reasons:
             before, now = value(trained, key), value(asked, key)
             if "pattern" in key and str(before).replace("|", "") == str(now).replace("|", ""):  # only other stages

@@ -1,0 +1,191 @@
+"""Generated text and its logits, against the whole sequence recomputed on one rank without a cache."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_attn2d.config import load_run, megatron_arguments, resolved_yaml
+from megatron_attn2d.inference import configuration
+from megatron_attn2d.inference.sampling import Sampling
+from tests.pool import RankPool
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml"
+BASE = (
+    *("model.num_layers=2", "model.hidden_size=64", "model.num_query_groups=2", "model.ffn_hidden_size=128"),
+    *("parallelism.pipeline=1", "context_parallel.size=1", "training.seq_length=64", "training.train_iters=1"),
+    *("optimizer.lr=1e-9", "optimizer.min_lr=0", "optimizer.lr_warmup_iters=0", "optimizer.lr_decay_iters=1"),
+    "model.init_method_std=0.1",  # a model that says something else each time
+)
+TOKENS = 8
+"""Generated after each prompt."""
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    draw = random.Random(sum(lengths))
+    return [[draw.randrange(256) for _ in range(length)] for length in lengths]
+
+
+def described(directory: Path, *overrides: str) -> Path:
+    """A run's directory that holds its configuration alone."""
+    directory.mkdir(exist_ok=True)
+    run = load_run(QUICKSTART, [*BASE, f"run.dir={directory}", *overrides])
+    (directory / "config.yaml").write_text(resolved_yaml(run))
+    return directory
+
+
+@dataclass
+class Found:
+    """What a rank found: of each prompt the tokens, and where it has the logits, those of each token."""
+
+    tokens: list[list[int]]
+    logits: list[torch.Tensor]
+
+
+def generated(rank: int, run: Any, arguments: list[str], prompts: list[list[int]], chunk: int, batch: int) -> Found:
+    """Greedy completions of `prompts`."""
+    from megatron_attn2d.inference.generator import Generator
+
+    class Recording(Generator):
+        def _chosen(self, logits: Any, *rest: Any) -> Any:
+            seen.append(logits)
+            return super()._chosen(logits, *rest)
+
+    seen: list[Any] = []
+    with Recording.started(run, arguments, chunk=chunk, batch=batch) as generator:
+        completions = generator.generate(prompts, Sampling(TOKENS, ignore_end=True))
+        replica, replicas = generator._model.replica
+    logits = [torch.empty(0)] * len(prompts)
+    if seen[0] is not None:
+        batches = [torch.stack(seen[i : i + TOKENS], 1) for i in range(0, len(seen), TOKENS)]
+        logits[replica::replicas] = list(torch.cat(batches))
+    return Found([completion.tokens for completion in completions], logits)
+
+
+def recomputed(rank: int, arguments: list[str], texts: list[list[int]]) -> list[torch.Tensor]:
+    """The logits of the last `TOKENS` tokens of each text, by the model as it trains."""
+    from megatron_attn2d import pretrain_gpt
+
+    found = []
+    with pretrain_gpt.in_megatron(arguments):
+        from megatron.core.enums import ModelType
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.training import training
+
+        _, config = pretrain_gpt.parsed()
+        training.initialize_megatron()
+        (model,), _, _ = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            checkpointing_context={},
+            cfg_container=config,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        model.eval()
+        with torch.no_grad():
+            for text in texts:
+                tokens = torch.tensor([text + [0] * (len(text) % 2)])  # whose end no earlier token sees
+                logits = model(tokens, torch.arange(tokens.numel())[None], None)
+                found.append(logits[0, len(text) - TOKENS - 1 : len(text) - 1].float())
+    return found
+
+
+def check(
+    pool: RankPool,
+    run_dir: Path,
+    prompts: list[list[int]],
+    layouts: list[tuple[str, ...]],
+    *,
+    step: int | None = None,
+    chunk: int = 16,
+    tolerance: float = 1e-5,
+    one_rank: tuple[str, ...] = (),
+) -> None:
+    """Generates on each of `layouts`, and compares with one rank."""
+    base = configuration.configuration(run_dir, ["context_parallel.size=1", *one_rank])
+    texts: list[list[int]] = []
+    expected: list[torch.Tensor] = []
+    for layout in layouts:
+        run = configuration.configuration(run_dir, list(layout))
+        arguments = configuration.arguments(run, step)
+        ranks = pool.run(generated, run.world_size, run, arguments, prompts, chunk, 4, init_group=False)
+        assert all(found.tokens == ranks[0].tokens for found in ranks), layout
+        found = [prompt + tokens for prompt, tokens in zip(prompts, ranks[0].tokens, strict=True)]
+        if found != texts:
+            assert not texts, f"{layout}: another text than on {layouts[0]}"
+            texts = found
+            (expected,) = pool.run(recomputed, 1, configuration.arguments(base, step), texts, init_group=False)
+        for wanted, tokens in zip(expected, ranks[0].tokens, strict=True):
+            assert wanted[:, :257].argmax(-1).tolist() == tokens, layout
+        given = [(a, b) for a, b in zip(ranks[-1].logits, expected, strict=True) if a.numel()]
+        worst = max(float((a - b).abs().max()) for a, b in given)
+        print(layout, "largest difference of logits", worst)
+        assert worst < tolerance, layout
+
+
+def test_prompts_of_1_to_1000_tokens_on_1_to_8_ranks(pool: RankPool, tmp_path: Path) -> None:
+    layouts = [(), ("context_parallel.size=3",), ("context_parallel.size=8",)]
+    check(pool, described(tmp_path / "run"), prompts_of(1, 1000, 2, 37, 129, 16), layouts, chunk=32)
+
+
+NO_GROUPS = "model.num_query_groups=null"
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "GPT-3": ("model.position_embedding_type=learned_absolute", "model.max_position_embeddings=64", NO_GROUPS),
+    "windows on a layer, sinks": (
+        "megatron_args.window_size=[5, 0]",
+        "megatron_args.window_attn_skip_freq=2",
+        "megatron_args.softmax_type=learnable",
+    ),
+    "MLA": (
+        NO_GROUPS,
+        "megatron_args.multi_latent_attention=true",
+        *(f"megatron_args.{name}=16" for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "v_head_dim")),
+        "megatron_args.qk_pos_emb_head_dim=8",
+        "megatron_args.rope_type=rope",
+    ),
+    "MLA, YaRN": (
+        NO_GROUPS,
+        "megatron_args.multi_latent_attention=true",
+        *(f"megatron_args.{name}=16" for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "v_head_dim")),
+        "megatron_args.qk_pos_emb_head_dim=8",
+        "megatron_args.rotary_scaling_factor=4.0",
+    ),
+    "MoE": (
+        "megatron_args.num_experts=4",
+        "megatron_args.moe_router_topk=2",
+        "megatron_args.moe_ffn_hidden_size=64",
+    ),
+    "hybrid": ("model.num_layers=4", "megatron_args.hybrid_layer_pattern='*-*-'"),
+    "multi-token prediction": ("megatron_args.mtp_num_layers=1", "model.untie_embeddings_and_output_weights=true"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, pool: RankPool, tmp_path: Path) -> None:
+    layouts = [("context_parallel.size=2",)]
+    check(pool, described(tmp_path / "run", *FAMILIES[family]), prompts_of(1, 40, 17), layouts)
+
+
+def test_a_checkpoint_says_the_same_on_every_layout(pool: RankPool, text: Path, tmp_path: Path) -> None:
+    from megatron_attn2d import pretrain_gpt
+
+    run_dir = described(
+        tmp_path / "run", f"data.paths=[{text}]", "checkpoint.save=true", "parallelism.tensor=2",
+        "optimizer.use_distributed_optimizer=true", "model.init_method_std=0.1",
+    )  # fmt: skip
+    trained = load_run(run_dir / "config.yaml")
+    pool.run(call, 2, pretrain_gpt.main, megatron_arguments(trained), init_group=False)
+    layouts = [
+        ("parallelism.tensor=1", "parallelism.pipeline=2"),
+        ("parallelism.tensor=2", "parallelism.pipeline=2", "context_parallel.size=2"),
+        ("parallelism.tensor=1", "context_parallel.size=4", "context_parallel.grid=[2, 1, 2]", "parallelism.data=2"),
+    ]
+    check(pool, run_dir, prompts_of(1, 40, 17, 5, 8), layouts, step=1, one_rank=("parallelism.tensor=1",))
+
+
+def call(rank: int, target: Any, args: list[str]) -> None:
+    target(args)
