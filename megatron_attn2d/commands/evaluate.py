@@ -8,51 +8,17 @@ import os
 import tempfile
 from contextlib import ExitStack
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from megatron_attn2d.config import ConfigError, RunConfig, load_run, megatron_arguments
-from megatron_attn2d.config.checks import UNEVEN
-from megatron_attn2d.config.keys import changed, value
+from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, stages_of_training
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.read import build_run
 from megatron_attn2d.data.indexed import prefix_fault
-from megatron_attn2d.errors import ConfigErrors, UsageError, show
+from megatron_attn2d.errors import ConfigErrors, UsageError
 from megatron_attn2d.launch import environment
-from megatron_attn2d.megatron.upstream.quiet_imports import quiet_import
 from megatron_attn2d.run import checkpoints
-
-FORWARD_ONLY = (
-    "training.micro_batch_size=1",
-    "training.global_batch_size=1",
-    "training.eval_iters=0",
-    "training.recompute_granularity=null",
-    "training.recompute_method=null",
-    "training.recompute_num_layers=null",
-    "training.cuda_graphs=none",
-    "parallelism.data=1",
-    "parallelism.virtual_pipeline=null",
-    "environment.nodes=null",
-    "environment.gpus_per_node=null",
-    "optimizer.use_distributed_optimizer=false",
-    "optimizer.overlap_grad_reduce=false",
-    "optimizer.overlap_param_gather=false",
-    "checkpoint.save=false",
-    "checkpoint.save_interval=null",
-    "checkpoint.keep_last=null",
-    "checkpoint.async_save=false",
-    "logging.tensorboard=false",
-    "logging.wandb_project=null",
-    "logging.attention_communication=false",
-    "data.mock=false",
-    "data.split=1,0,0",
-)
-"""What of a run's configuration is about training, replaced."""
-_STAGES = ("num_layers_per_virtual_pipeline_stage", "microbatch_group_size_per_vp_stage")
-"""Arguments of Megatron about the interleaved schedule, which needs more than one batch."""
-_WEIGHTS = ("model.", "megatron_args.", "data.vocab_size", "data.tokenizer_type")
-"""How the keys begin on which the weights depend, or what they mean."""
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
@@ -75,7 +41,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     """Evaluate a run's checkpoint forward only, by position; context_parallel.* of the run may be overridden."""
     world_size = environment.launched_world_size()
     run = configuration(Path(args.run), args.context, args.overrides, world_size)
-    step = checkpoint_step(Path(args.run), args.step)
+    step = checkpoints.chosen(Path(args.run) / "checkpoints", args.step)
     output = args.output or str(Path(args.run) / f"eval-{args.context}.json")
     _check_output(Path(output))
     environment.apply_variables(run.environment.device, run.environment.variables)
@@ -150,81 +116,6 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
         return load_run(path, [*decided, *overrides, *left_out], world_size=world_size)
     except ConfigError as error:  # of keys that the user spelled otherwise
         raise UsageError(str(error).replace(f"training.seq_length = {context}", f"--context {context}")) from error
-
-
-def check_overrides(
-    trained: RunConfig,
-    decided: RunConfig,
-    asked: RunConfig,
-    reasons: dict[str, str],
-    command: str,
-    free: tuple[str, ...] = (),
-) -> None:
-    """Raise ConfigError where `asked` differs from what `command` decided, or in what the weights of `trained` rest on.
-
-    Args:
-        trained: the run as it was trained.
-        decided: the run as `command` leaves it without overrides.
-        asked: the same with the user's overrides.
-        reasons: keys that `command` decides besides those of `FORWARD_ONLY`, and why.
-        command: its name.
-        free: keys of `FORWARD_ONLY` that it leaves to the user.
-    """
-    keys = [override.partition("=")[0] for override in FORWARD_ONLY if not override.startswith("environment.")]
-    keys = [key for key in keys if key not in free]
-    errors = []
-    for key in [*reasons, *keys]:
-        ours, theirs = attrgetter(key)(decided), attrgetter(key)(asked)
-        if theirs != ours and not (key == "run.dir" and Path(theirs).resolve() == Path(ours).resolve()):
-            errors.append(ConfigError(key, theirs, reasons.get(key, f"{command} decides about it"), "leave it out"))
-    for key in changed(decided, asked):
-        if key.startswith(_WEIGHTS) and key not in reasons:
-            before, now = value(trained, key), value(asked, key)
-            if "pattern" in key and str(before).replace("|", "") == str(now).replace("|", ""):  # only other stages
-                continue
-            errors.append(ConfigError(key, now, f"the run was trained with {show(before)}", "leave it out"))
-    if errors:
-        raise ConfigErrors(errors)
-
-
-def stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
-    """Arguments of Megatron about the stages of `trained` that don't hold for the evaluation `asked`.
-
-    Raises:
-        ConfigError: an override says what holds for no evaluation.
-    """
-    pipeline, left_out = asked.parallelism.pipeline, []
-    for name in (*_STAGES, *UNEVEN):
-        given = asked.megatron_args.get(name)
-        if given is None:
-            continue
-        reason = "one window is evaluated at a time, which an interleaved schedule can't"
-        fits = name in UNEVEN and pipeline == trained.parallelism.pipeline
-        if name == "pipeline_model_parallel_layout":
-            upstream = quiet_import("megatron.core.transformer.pipeline_parallel_layer_layout")
-            stages = upstream.PipelineParallelLayerLayout.get_num_stages_from_str(str(given))
-            fits = stages == pipeline
-            reason = f"{stages} stages, but parallelism.pipeline is {pipeline}, and {reason}"
-        if given == trained.megatron_args.get(name):
-            left_out += [] if fits else [name]
-        elif not fits and (name in _STAGES or name == "pipeline_model_parallel_layout"):
-            raise ConfigError(f"megatron_args.{name}", given, reason, "leave it out")
-    return left_out
-
-
-def checkpoint_step(run_dir: Path, step: int | None) -> int:
-    """`step`, or that of the last complete checkpoint.
-
-    Raises:
-        UsageError: there is no complete checkpoint of it.
-    """
-    directory = run_dir / "checkpoints"
-    there = checkpoints.complete(directory)
-    chosen = checkpoints.last_complete(directory) if step is None else step
-    if chosen is None or chosen not in there:
-        what = "no complete checkpoint" if step is None else f"no complete checkpoint of step {step}"
-        raise UsageError(f"{directory}: {what}; there are {', '.join(map(str, there)) or 'none'}")
-    return chosen
 
 
 def _check_output(output: Path) -> None:

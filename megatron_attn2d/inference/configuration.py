@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_attn2d.commands.evaluate import FORWARD_ONLY, check_overrides, stages_of_training
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments
+from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, stages_of_training
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.read import build_run
 from megatron_attn2d.errors import UsageError

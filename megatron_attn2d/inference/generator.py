@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Literal, Self, TextIO, cast
 import torch
 from torch import Tensor
 
-from megatron_attn2d.commands.evaluate import checkpoint_step
 from megatron_attn2d.config import RunConfig
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.inference import configuration, shards
 from megatron_attn2d.inference.sampling import Sampling, choose, generators_of
 from megatron_attn2d.inference.text import TextStream, Tokenizer
 from megatron_attn2d.launch import environment, ranks
+from megatron_attn2d.run import checkpoints
 from megatron_attn2d.training import pretrain_gpt
 
 if TYPE_CHECKING:  # they import Megatron, whose greeting is for the log
@@ -101,7 +101,7 @@ class Generator:
                 f"{run_dir} takes {run.world_size} ranks, and this process is alone: start it with torchrun, or "
                 "override parallelism.* and context_parallel.* so that one is left"
             )
-        step = checkpoint_step(Path(run_dir), step)
+        step = checkpoints.chosen(Path(run_dir) / "checkpoints", step)
         environment.apply_variables(run.environment.device, run.environment.variables)
         if world_size:
             environment.adopt_launcher()

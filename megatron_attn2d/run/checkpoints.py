@@ -12,6 +12,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+from megatron_attn2d.errors import UsageError
+
 TRACKER = "latest_checkpointed_iteration.txt"
 _LAST_WRITTEN = "metadata.json"
 CHECKSUMS = "integrity.json"
@@ -47,6 +49,20 @@ def last_complete(directory: Path) -> int | None:
     steps = complete(directory)
     named = tracked(directory)
     return named if named in steps else max(steps, default=None)
+
+
+def chosen(directory: Path, step: int | None) -> int:
+    """`step`, or that of the last complete checkpoint.
+
+    Raises:
+        UsageError: there is no complete checkpoint of it.
+    """
+    there = complete(directory)
+    found = last_complete(directory) if step is None else step
+    if found is None or found not in there:
+        what = "no complete checkpoint" if step is None else f"no complete checkpoint of step {step}"
+        raise UsageError(f"{directory}: {what}; there are {', '.join(map(str, there)) or 'none'}")
+    return found
 
 
 def tracked(directory: Path) -> int | None:

@@ -69,7 +69,7 @@ def generated(rank: int, run: Any, arguments: list[str], prompts: list[list[int]
 
 def recomputed(rank: int, arguments: list[str], texts: list[list[int]]) -> list[torch.Tensor]:
     """The logits of the last `TOKENS` tokens of each text, by the model as it trains."""
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     found = []
     with pretrain_gpt.in_megatron(arguments):
@@ -171,7 +171,7 @@ def test_families(family: str, pool: RankPool, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_says_the_same_on_every_layout(pool: RankPool, text: Path, tmp_path: Path) -> None:
-    from megatron_attn2d import pretrain_gpt
+    from megatron_attn2d.training import pretrain_gpt
 
     run_dir = described(
         tmp_path / "run", f"data.paths=[{text}]", "checkpoint.save=true", "parallelism.tensor=2",

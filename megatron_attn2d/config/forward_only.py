@@ -1,0 +1,101 @@
+"""A trained run as it is only evaluated, or continued as text: without training, and with the same weights."""
+
+from operator import attrgetter
+from pathlib import Path
+
+from megatron_attn2d.config.checks import UNEVEN
+from megatron_attn2d.config.keys import changed, value
+from megatron_attn2d.config.schema import RunConfig
+from megatron_attn2d.errors import ConfigError, ConfigErrors, show
+from megatron_attn2d.megatron.upstream.quiet_imports import quiet_import
+
+FORWARD_ONLY = (
+    "training.micro_batch_size=1",
+    "training.global_batch_size=1",
+    "training.eval_iters=0",
+    "training.recompute_granularity=null",
+    "training.recompute_method=null",
+    "training.recompute_num_layers=null",
+    "training.cuda_graphs=none",
+    "parallelism.data=1",
+    "parallelism.virtual_pipeline=null",
+    "environment.nodes=null",
+    "environment.gpus_per_node=null",
+    "optimizer.use_distributed_optimizer=false",
+    "optimizer.overlap_grad_reduce=false",
+    "optimizer.overlap_param_gather=false",
+    "checkpoint.save=false",
+    "checkpoint.save_interval=null",
+    "checkpoint.keep_last=null",
+    "checkpoint.async_save=false",
+    "logging.tensorboard=false",
+    "logging.wandb_project=null",
+    "logging.attention_communication=false",
+    "data.mock=false",
+    "data.split=1,0,0",
+)
+"""What of a run's configuration is about training, replaced."""
+_STAGES = ("num_layers_per_virtual_pipeline_stage", "microbatch_group_size_per_vp_stage")
+"""Arguments of Megatron about the interleaved schedule, which needs more than one batch."""
+_WEIGHTS = ("model.", "megatron_args.", "data.vocab_size", "data.tokenizer_type")
+"""How the keys begin on which the weights depend, or what they mean."""
+
+
+def check_overrides(
+    trained: RunConfig,
+    decided: RunConfig,
+    asked: RunConfig,
+    reasons: dict[str, str],
+    command: str,
+    free: tuple[str, ...] = (),
+) -> None:
+    """Raise ConfigError where `asked` differs from what `command` decided, or in what the weights of `trained` rest on.
+
+    Args:
+        trained: the run as it was trained.
+        decided: the run as `command` leaves it without overrides.
+        asked: the same with the user's overrides.
+        reasons: keys that `command` decides besides those of `FORWARD_ONLY`, and why.
+        command: its name.
+        free: keys of `FORWARD_ONLY` that it leaves to the user.
+    """
+    keys = [override.partition("=")[0] for override in FORWARD_ONLY if not override.startswith("environment.")]
+    keys = [key for key in keys if key not in free]
+    errors = []
+    for key in [*reasons, *keys]:
+        ours, theirs = attrgetter(key)(decided), attrgetter(key)(asked)
+        if theirs != ours and not (key == "run.dir" and Path(theirs).resolve() == Path(ours).resolve()):
+            errors.append(ConfigError(key, theirs, reasons.get(key, f"{command} decides about it"), "leave it out"))
+    for key in changed(decided, asked):
+        if key.startswith(_WEIGHTS) and key not in reasons:
+            before, now = value(trained, key), value(asked, key)
+            if "pattern" in key and str(before).replace("|", "") == str(now).replace("|", ""):  # only other stages
+                continue
+            errors.append(ConfigError(key, now, f"the run was trained with {show(before)}", "leave it out"))
+    if errors:
+        raise ConfigErrors(errors)
+
+
+def stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
+    """Arguments of Megatron about the stages of `trained` that don't hold for the evaluation `asked`.
+
+    Raises:
+        ConfigError: an override says what holds for no evaluation.
+    """
+    pipeline, left_out = asked.parallelism.pipeline, []
+    for name in (*_STAGES, *UNEVEN):
+        given = asked.megatron_args.get(name)
+        if given is None:
+            continue
+        reason = "one window is evaluated at a time, which an interleaved schedule can't"
+        fits = name in UNEVEN and pipeline == trained.parallelism.pipeline
+        if name == "pipeline_model_parallel_layout":
+            upstream = quiet_import("megatron.core.transformer.pipeline_parallel_layer_layout")
+            stages = upstream.PipelineParallelLayerLayout.get_num_stages_from_str(str(given))
+            fits = stages == pipeline
+            reason = f"{stages} stages, but parallelism.pipeline is {pipeline}, and {reason}"
+        if given == trained.megatron_args.get(name):
+            left_out += [] if fits else [name]
+        elif not fits and (name in _STAGES or name == "pipeline_model_parallel_layout"):
+            raise ConfigError(f"megatron_args.{name}", given, reason, "leave it out")
+    return left_out
