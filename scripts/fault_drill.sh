@@ -19,4 +19,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup_venv
 cd "$repo_root"
-exec "$venv/bin/python" -m tests.faults.drill "$@"
+exec "$venv/bin/python" -m tests.guarantees.drill "$@"

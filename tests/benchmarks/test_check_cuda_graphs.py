@@ -13,7 +13,7 @@ from megatron_attn2d.config.arguments import megatron_arguments
 from megatron_attn2d.config.read import load_run
 from megatron_attn2d.training.derive import derived_arguments
 from tests.benchmarks.test_benchmark_multi_gpu import script
-from tests.megatron.test_derive import FULL
+from tests.training.test_derive import FULL
 
 
 class AtOnce:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.megatron.test_core_attention import built
-from tests.megatron.upstream import moved, uses
+from tests.megatron.upstream.sources import moved, uses
 from tests.pool import RankPool
 
 

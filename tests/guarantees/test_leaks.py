@@ -1,6 +1,6 @@
 """What a grid makes is gone when its groups are destroyed; the drill builds a thousand, `gpu/test_leaks.py` on GPUs."""
 
-from tests.faults.drill import build_grids
+from tests.guarantees.drill import build_grids
 from tests.pool import RankPool
 
 

@@ -20,9 +20,9 @@ import pytest
 
 from megatron_attn2d import cli
 from megatron_attn2d.commands import data as data_command
-from tests.faults.drill import DRILLS
+from tests.guarantees.drill import DRILLS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {".md", ".yaml", ".sh", ".py", ".sbatch", ""}
 PROGRAM = r"(?:python3?|bash|torchrun|megatron-attn2d|pytest|docker) "
 LINE = re.compile(rf"^(?:usage: )?(?:sudo )?(?:\w+=\w+ )?(?:\S*bin/)?(?={PROGRAM})")

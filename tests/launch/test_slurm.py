@@ -12,7 +12,7 @@ import pytest
 from megatron_attn2d import cli
 from megatron_attn2d.config import load_run
 from megatron_attn2d.launch.slurm import _seconds, render
-from tests.slurm.cluster import Cluster, wait_until
+from tests.launch.cluster import Cluster, wait_until
 
 ROOT = Path(__file__).parents[2]
 NASTY = """it's "$(touch pwned)" `touch pwned`; touch pwned & %j \\ #x*"""

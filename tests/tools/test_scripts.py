@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOOLS = ("bash", "cat", "cksum", "cp", "dirname", "mkdir", "rm", "sed", "tr", "env", "chmod")
 
 # Stands for an interpreter that fits: makes environments that hold a copy of itself, and logs what else it is asked.

@@ -1,9 +1,9 @@
-"""Ranks of which one stops: `python -m tests.faults.targets SECONDS MODE ROWS COLS HEADS WHERE...`.
+"""Ranks of which one stops: `python -m tests.guarantees.targets SECONDS MODE ROWS COLS HEADS WHERE...`.
 
 There is a launch for each WHERE, the number of the exchange, from 0, in which rank 1 stops. After it a line with its
 exit code and the seconds it took goes to stdout; what the launcher says goes to stderr.
 
-`python -m tests.faults.targets training SECONDS RANKS WHERE ...` is one launch that trains with Megatron's arguments.
+`python -m tests.guarantees.targets training SECONDS RANKS WHERE ...` is one launch that trains.
 """
 
 from __future__ import annotations

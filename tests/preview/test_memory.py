@@ -7,7 +7,7 @@ import pytest
 from megatron_attn2d.config import load_run
 from megatron_attn2d.preview.memory import GIB, estimate, parameters, report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
 MODELS = sorted((ROOT / "configs" / "models").glob("*_*[0-9][bm].yaml"))
 ON_GPUS = [path for path in RUNS if path.stem != "quickstart"]

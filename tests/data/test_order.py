@@ -10,7 +10,7 @@ import pytest
 from megatron_attn2d.config import RunConfig, load_run
 from megatron_attn2d.data import order
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "runs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml"
 
 
 @pytest.fixture(scope="module")

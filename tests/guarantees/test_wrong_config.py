@@ -21,7 +21,7 @@ from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.config.yaml_io import dump
 from megatron_attn2d.preview import memory
 from megatron_attn2d.preview.topology import picture
-from tests.test_config import BASE, FILES_REFUSED, REFUSED, split_overrides
+from tests.config.test_config import BASE, FILES_REFUSED, REFUSED, split_overrides
 
 ABSENT = {
     "data.paths=[nowhere]": "data.paths = 'nowhere': nowhere.bin and nowhere.idx are not both there; build it: ...",

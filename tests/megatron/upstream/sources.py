@@ -139,5 +139,5 @@ def moved(package: Path = PACKAGE) -> list[str]:
     return sorted(set(lines))
 
 
-if __name__ == "__main__":  # PYTHONPATH=another/version python -m tests.megatron.upstream
+if __name__ == "__main__":  # PYTHONPATH=another/version python -m tests.megatron.upstream.sources
     print(*moved() or ["nothing moved"], sep="\n")

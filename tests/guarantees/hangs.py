@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.jobs import Failed, job
-from tests.faults.targets import stop_in_training
+from tests.guarantees.jobs import Failed, job
+from tests.guarantees.targets import stop_in_training
 from tests.megatron.runs import arguments, context_parallel
 
 ROW, COLUMN = "queries in the row of ranks", "keys and values in the column of ranks"

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.faults.test_determinism import assert_deterministic
+from tests.guarantees.test_determinism import assert_deterministic
 from tests.megatron.runs import context_parallel
-from tests.megatron.test_resume import assert_resumes
 from tests.pool import RankPool
+from tests.training.test_resume import assert_resumes
 
 
 def _sized(ranks: int, *sizes: int) -> dict[str, Any]:

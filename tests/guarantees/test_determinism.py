@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tests.megatron.runs import context_parallel, metrics, train_states
-from tests.megatron.test_resume import assert_equal_states
 from tests.pool import RankPool
+from tests.training.test_resume import assert_equal_states
 
 
 def assert_deterministic(pool: RankPool, nranks: int, directory: Path, **options: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from megatron_attn2d.config import load_run
 from megatron_attn2d.preview.memory import estimate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
 
 # Upstream's validation needs CUDA and a world of the right size: both are pretended, in a process of its own.

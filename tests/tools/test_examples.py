@@ -9,7 +9,7 @@ import pytest
 
 from tests.pool import RankPool
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def device_mesh(rank: int, rows: int, cols: int, steps: int) -> list[float]:

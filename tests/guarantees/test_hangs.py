@@ -41,7 +41,7 @@ def launched() -> dict[tuple[str, int, int, int], subprocess.Popen[str]]:
     """All launches at once, as they do little but wait."""
     return {
         case: subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.targets", str(TIMEOUT), *map(str, case), *map(str, range(len(told)))],
+            [sys.executable, "-m", "tests.guarantees.targets", *map(str, (TIMEOUT, *case, *range(len(told))))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -66,7 +66,7 @@ def test_a_stopped_rank_ends_the_job_within_the_timeout_and_a_minute_and_is_loca
 def test_a_rank_that_stops_in_training_is_located_though_other_stages_wait_for_it_too(tmp_path: Path) -> None:
     options = {"mock_data": True, "num_layers": 2, "train_iters": 5, "pipeline_model_parallel_size": 2}
     args = arguments(run_dir=tmp_path, **options, **context_parallel("attention2d", 1, 2))
-    command = [sys.executable, "-m", "tests.faults.targets", "training", str(3 * TIMEOUT), "4", "1", *args]
+    command = [sys.executable, "-m", "tests.guarantees.targets", "training", str(3 * TIMEOUT), "4", "1", *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     said = (process.stdout.readline() for _ in range(2))  # the line that says what trains, then the first step

@@ -19,7 +19,7 @@ from megatron_attn2d.preview.topology import context_group, picture
 from megatron_attn2d.run import lock
 from megatron_attn2d.run.curves import Curve, draw, read_curve, table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "runs" / "quickstart.yaml")
 
 

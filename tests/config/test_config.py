@@ -23,7 +23,7 @@ from megatron_attn2d.config.yaml_io import dump, parse
 from megatron_attn2d.run.checkpoints import begin_save, keep_configuration
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
 
 # 8 CPU ranks: 2 pipeline stages x 4 context ranks.

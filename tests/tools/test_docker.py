@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 BIN = Path(sys.executable).parent
 TOOLS = ("bash", "cat", "dirname", "grep", "mktemp", "rm", "sed")

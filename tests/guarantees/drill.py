@@ -1,4 +1,4 @@
-"""The long drills, a line of a table each: `python -m tests.faults.drill [NAME[=COUNT] ...]`.
+"""The long drills, a line of a table each: `python -m tests.guarantees.drill [NAME[=COUNT] ...]`.
 
 scripts/fault_drill.sh says what they are.
 """
@@ -21,10 +21,10 @@ import psutil
 from megatron_attn2d.launch import ranks
 from megatron_attn2d.run import checkpoints
 from tests import pool as rank_pool
-from tests.faults.hangs import hangs
-from tests.faults.jobs import Failed, assert_unbroken, job, reported
-from tests.faults.repeats import GRIDS_OF_4, TP2, determinism, resume
-from tests.faults.targets import process_groups, train_counting_groups
+from tests.guarantees.hangs import hangs
+from tests.guarantees.jobs import Failed, assert_unbroken, job, reported
+from tests.guarantees.repeats import GRIDS_OF_4, TP2, determinism, resume
+from tests.guarantees.targets import process_groups, train_counting_groups
 from tests.megatron.runs import arguments, context_parallel
 from tests.pool import RankPool
 
