@@ -207,7 +207,7 @@ def empty_kernels() -> Iterator[None]:
             for name in ("merge_partials", "sum_partials"):
                 stack.enter_context(mock.patch.object(module, name, nothing))
         stack.enter_context(mock.patch.object(algorithm, "row_statistics", empty_statistics))
-        stack.enter_context(mock.patch.object(tile, "stand_in", lambda dout, delta: torch.empty_like(dout)))
+        stack.enter_context(mock.patch.object(tile, "surrogate_out", lambda dout, delta: torch.empty_like(dout)))
         yield
 
 

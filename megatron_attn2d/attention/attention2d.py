@@ -44,18 +44,18 @@ from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.grid import Grid
 from megatron_attn2d.attention.layout import LOWER
 from megatron_attn2d.attention.merge import accumulation_dtype, row_statistics
-from megatron_attn2d.attention.overlap import Heads, own_heads
+from megatron_attn2d.attention.overlap import Heads, diagonal_heads
 from megatron_attn2d.attention.packing import Totals
 from megatron_attn2d.attention.partials import PartialGradients, Partials, merge_halves, sum_halves
 from megatron_attn2d.attention.single_rank import SingleRank
 from megatron_attn2d.attention.tile import (
-    Queries,
-    Scores,
+    AttentionOp,
+    BackwardRows,
     Tile,
     attend,
-    attend_own,
+    attend_diagonal,
     differentiate,
-    differentiate_own,
+    differentiate_diagonal,
 )
 from megatron_attn2d.attention.ulysses import collect_heads, spread_heads
 
@@ -152,20 +152,20 @@ def attention2d(
 
 
 def _forward_group(
-    call: GridSchedule, scores: Scores, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    call: GridSchedule, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Iterator[None]:
     """The forward pass of a group of heads, from halves [2, n, b, heads, ...] into `out` and `lse` [2, b, h, n]."""
     # 1 gather Q in the row, K and V in the column
     gathered_q, gathered_kv = call.row.gather(q), call.column.gather(k, v)
     yield  # the group before computes meanwhile
     now, *later = call.diagonal_heads(q, k, returns=call.row.travels)
-    diagonal = [_attend_diagonal(call, scores, now, q, k, v)]
+    diagonal = [_attend_diagonal(call, op, now, q, k, v)]
     # 2 attend the tile
-    partial = attend(call.tile, scores, *gathered_q.wait(), *gathered_kv.wait())
+    partial = attend(call.tile, op, *gathered_q.wait(), *gathered_kv.wait())
     # 3 return partial O, LSE in the row
     returned = call.row.return_partials([partial.outs, partial.lses], [out[LOWER], lse[LOWER]], MERGED)
     del partial
-    diagonal += [_attend_diagonal(call, scores, heads, q, k, v) for heads in later]
+    diagonal += [_attend_diagonal(call, op, heads, q, k, v) for heads in later]
     yield  # the group after computes meanwhile
     # 4 merge by log-sum-exp
     returned.wait()
@@ -178,7 +178,7 @@ def _backward_group(
     call: GridSchedule,
     gradients: _Gradients,
     i: int,
-    scores: Scores,
+    op: AttentionOp,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -193,16 +193,16 @@ def _backward_group(
     gathered_kv = call.column.gather(k, v)
     yield
     now, *later = call.diagonal_heads(q, k, returns=True)
-    diagonal = [_differentiate_diagonal(call, scores, now, q, k, v, dout, out, statistics)]
+    diagonal = [_differentiate_diagonal(call, op, now, q, k, v, dout, out, statistics)]
     # 2 differentiate the tile
-    rows = Queries.of(scores.kernel, *gathered_q.wait())
-    partial = differentiate(call.tile, scores, rows, gathered_kv.wait())
+    rows = BackwardRows.of(op.kernel, *gathered_q.wait())
+    partial = differentiate(call.tile, op, rows, gathered_kv.wait())
     del rows
     # 3 return partial dQ in the row, dK and dV in the column
     returned_q = call.row.return_partials([partial.dq], [q[LOWER]], SUMMED)
     returned_kv = call.column.return_partials([partial.dk, partial.dv], [k[LOWER], v[LOWER]], SUMMED)
     del partial
-    diagonal += [_differentiate_diagonal(call, scores, heads, q, k, v, dout, out, statistics) for heads in later]
+    diagonal += [_differentiate_diagonal(call, op, heads, q, k, v, dout, out, statistics) for heads in later]
     yield
     # 4 sum
     returned_q.wait()
@@ -266,7 +266,7 @@ class GridSchedule:
         """See `Schedule.backward`."""
         dout = dout.contiguous()
         statistics = lse.unsqueeze(1)
-        if want_delta or self.row.travels or not self.call.scores.kernel.needs_out:
+        if want_delta or self.row.travels or not self.call.op.kernel.needs_out:
             statistics = row_statistics(_halves(dout), _halves(out), lse)
         gradients = _Gradients(self, q, k, v)
         groups = self._groups(*map(_halves, (q, k, v, dout, out)), statistics)
@@ -276,17 +276,17 @@ class GridSchedule:
 
     def diagonal_heads(self, q: Tensor, k: Tensor, returns: bool) -> list[Heads]:
         """Which heads of q and k [2, n, b, heads, d] attend the diagonal before the tile, and which after it."""
-        return own_heads(q, k, self.tile.own_squares, apart=returns and self.head_groups == 1)
+        return diagonal_heads(q, k, self.tile.diagonal_squares, apart=returns and self.head_groups == 1)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """The head groups of [..., heads, head dim] or [..., heads, n], views."""
         return (x,) if self.head_groups == 1 else x.chunk(self.head_groups, -2)
 
     def _groups(self, q: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-        """By head group, its scores and its part of each tensor."""
+        """By head group, its `AttentionOp` and its part of each tensor."""
         heads = q.size(3) // self.head_groups
         for i, parts in enumerate(zip(*map(self.split, (q, *others)), strict=True)):
-            yield self.call.scores.starting(i * heads), *parts
+            yield self.call.op.starting(i * heads), *parts
 
     def _row_statistic(self, q: Tensor) -> Tensor:
         """Room for a number per row, [2, b, h, n], by chunk in memory if rows travel, else by head."""
@@ -320,16 +320,16 @@ class _Gradients:
 
 
 def _attend_diagonal(
-    call: GridSchedule, scores: Scores, heads: Heads, q: Tensor, k: Tensor, v: Tensor
+    call: GridSchedule, op: AttentionOp, heads: Heads, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Heads, Partials]:
     """What the own chunks have of themselves, of some heads."""
     own = heads.of(q), heads.of_keys(k), heads.of_keys(v)
-    return heads, attend_own(call.tile, scores.starting(heads.first), *own)
+    return heads, attend_diagonal(call.tile, op.starting(heads.first), *own)
 
 
 def _differentiate_diagonal(
     call: GridSchedule,
-    scores: Scores,
+    op: AttentionOp,
     heads: Heads,
     q: Tensor,
     k: Tensor,
@@ -338,8 +338,8 @@ def _differentiate_diagonal(
     out: Tensor,
     statistics: Tensor,
 ) -> tuple[Heads, PartialGradients]:
-    rows = Queries.of(scores.kernel, *map(heads.of, (statistics, q, dout, out)))
-    return heads, differentiate_own(call.tile, scores.starting(heads.first), rows, heads.of_keys(k), heads.of_keys(v))
+    rows = BackwardRows.of(op.kernel, *map(heads.of, (statistics, q, dout, out)))
+    return heads, differentiate_diagonal(call.tile, op.starting(heads.first), rows, heads.of_keys(k), heads.of_keys(v))
 
 
 def _halves(shard: Tensor) -> Tensor:

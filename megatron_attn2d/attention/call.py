@@ -30,7 +30,7 @@ from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.layout import Band
 from megatron_attn2d.attention.merge import apply_sink, sink_gradient
 from megatron_attn2d.attention.packing import Packing, Totals
-from megatron_attn2d.attention.tile import Scores
+from megatron_attn2d.attention.tile import AttentionOp
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Call:
         packing: the packed sequences, over all ranks of the call; None for one sequence.
         sequences: the sequences, over the ranks between which tokens stay spread while heads are attended.
         band: who sees whom within each sequence.
-        scores: the kernel, and how scores become probabilities.
+        op: the kernel, and how scores become probabilities.
         label: names the call in errors.
     """
 
     packing: Packing | None
     sequences: Packing
     band: Band
-    scores: Scores
+    op: AttentionOp
     label: str
 
     def starting(self, head: int) -> Call:
         """The call for the heads from `head` on."""
-        return replace(self, scores=self.scores.starting(head))
+        return replace(self, op=self.op.starting(head))
 
 
 def prepare(
@@ -114,7 +114,7 @@ def prepare(
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
     facts = facts_of(q, k, v, sequences, band, scale, sink, dropout, head_groups)
     check_agreement(groups, facts, q.device, label)
-    return Call(packing, sequences, band, Scores(kernel, scale, dropout), label), q, k, v
+    return Call(packing, sequences, band, AttentionOp(kernel, scale, dropout), label), q, k, v
 
 
 _MOST_KINDS = 64

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from megatron_attn2d.attention.groups import meet, subgroup
+from megatron_attn2d.attention.groups import connect, subgroup
 from megatron_attn2d.attention.layout import place_ranks
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Grid:
         q_peers = tuple(members[rank * heads + head] for rank in ranks[row])
         head_peers = tuple(members[place * heads : (place + 1) * heads])
         kv_group, q_group, head_group = (subgroup(peers, group, reuse) for peers in (kv_peers, q_peers, head_peers))
-        meet(head_group, kv_group, q_group)
+        connect(head_group, kv_group, q_group)
         peers = kv_peers, q_peers, head_group, head_peers
         return cls(ranks, row, column, kv_group, q_group, *peers, node_rows, node_cols)
 
@@ -182,7 +182,7 @@ class Grid:
                     f"must share exactly the calling rank, {me}: they are different axes of the grid"
                 )
         rows, cols = len(kv_peers), len(q_peers)
-        meet(head_group, kv_group, q_group)
+        connect(head_group, kv_group, q_group)
         return cls(
             place_ranks(rows, cols, rows, 1),
             kv_group.rank(),
@@ -222,7 +222,7 @@ class Grid:
         ranks = tuple(tuple(c * width + r if kv_axis == 1 else r * width + c for c in range(cols)) for r in range(rows))
         row, column = coordinate[kv_axis], coordinate[q_axis]
         kv_group, q_group = (mesh.get_group(axis) for axis in (kv_axis, q_axis))
-        meet(kv_group, q_group)
+        connect(kv_group, q_group)
         return cls(
             ranks,
             row,

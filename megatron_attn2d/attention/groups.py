@@ -62,7 +62,7 @@ def new_name(ranks: tuple[int, ...]) -> Iterator[None]:
         distributed_c10d._world.group_count = counted
 
 
-def meet(*groups: dist.ProcessGroup | None) -> None:
+def connect(*groups: dist.ProcessGroup | None) -> None:
     """One collective of each group, by all of its ranks.
 
     NCCL connects a group in its first call, for which it waits for all of them; but where chunks see nothing of each

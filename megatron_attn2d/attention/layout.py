@@ -132,7 +132,7 @@ class TilePlan:
             on which nothing travels they are the rank's own two.
         rectangles: what is seen in full, under masks without a window.
         diagonal: the tile's own rank attends its own chunks besides, each to itself.
-        own_joined: its upper chunk attends its lower one as well there.
+        diagonal_joined: its upper chunk attends its lower one as well there.
         queries_travel, keys_travel: others' chunks are among them.
     """
 
@@ -140,19 +140,19 @@ class TilePlan:
     keys: tuple[Chunk, ...]
     rectangles: tuple[Rectangle, ...] = field(repr=False)
     diagonal: bool
-    own_joined: bool
+    diagonal_joined: bool
     queries_travel: bool
     keys_travel: bool
 
     @property
-    def own_squares(self) -> float:
+    def diagonal_squares(self) -> float:
         """Work of the own rank's own chunks besides the rectangles, in squares of chunk x chunk, without a window."""
-        return (1.0 + self.own_joined) if self.diagonal else 0.0
+        return (1.0 + self.diagonal_joined) if self.diagonal else 0.0
 
     @property
     def squares(self) -> float:
         """All work, in squares of chunk x chunk, under masks without a window."""
-        return self.own_squares + sum((r.stop - r.start) * (r.last - r.first) for r in self.rectangles)
+        return self.diagonal_squares + sum((r.stop - r.start) * (r.last - r.first) for r in self.rectangles)
 
 
 def visible_prefix(query: Chunk, key_ranks: tuple[int, ...], causal: bool) -> int:
@@ -188,10 +188,10 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Ma
             *travel,
         )
     causal = mask.band == CAUSAL
-    own_joined = causal and bool(shared) and not (keys_travel and queries_travel)
-    if own_joined and queries_travel:
+    diagonal_joined = causal and bool(shared) and not (keys_travel and queries_travel)
+    if diagonal_joined and queries_travel:
         query_ranks = tuple(rank for rank in query_ranks if rank not in shared)
-    elif own_joined:
+    elif diagonal_joined:
         key_ranks = tuple(rank for rank in key_ranks if rank not in shared)
     keys = _used(_chunks(key_ranks), mask) if keys_travel else _chunks(key_ranks)
     found = _used(_chunks(query_ranks), mask) if queries_travel else _chunks(query_ranks)
@@ -213,7 +213,7 @@ def tile_plan(query_ranks: tuple[int, ...], key_ranks: tuple[int, ...], mask: Ma
             for (start, _, seen), before in zip(staircase, seen_before, strict=False)
         ]
     seen_keys = keys[: max(prefix.values(), default=0)] if keys_travel else keys
-    return TilePlan(queries, seen_keys, tuple(rectangles), causal and bool(shared), own_joined, *travel)
+    return TilePlan(queries, seen_keys, tuple(rectangles), causal and bool(shared), diagonal_joined, *travel)
 
 
 def tile_slots(

@@ -131,7 +131,7 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.exp(part - torch.where(whole == -torch.inf, torch.zeros_like(whole), whole))
 
 
-def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
+def surrogate_out(dout: Tensor, delta: Tensor) -> Tensor:
     """An output for kernels that derive delta from it: O' = dO delta / |dO|^2, so that rowsum(dO * O') = delta.
 
     Delta is all that a backward kernel takes from the output, and gathering it moves 1/d of the bytes. |O'| is at most
@@ -144,7 +144,7 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     if on_gpu(dout):
         from megatron_attn2d.attention.kernels.triton import merges
 
-        return merges.stand_in(dout, delta)
+        return merges.surrogate_out(dout, delta)
     wide = dout.to(delta.dtype)
     norm = wide.square().sum(-1)
     ratio = torch.where(norm == 0, torch.zeros_like(norm), delta.permute(0, 3, 1, 2) / norm)

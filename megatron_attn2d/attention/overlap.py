@@ -42,7 +42,7 @@ SMALLEST_HALF = 2e11
 """FLOP forward, what an H100 does in the third of a millisecond that one more kernel call costs the CPU."""
 
 
-def own_heads(q: Tensor, k: Tensor, squares: float, apart: bool) -> list[Heads]:
+def diagonal_heads(q: Tensor, k: Tensor, squares: float, apart: bool) -> list[Heads]:
     """In which runs of heads a rank attends its own chunks: the first before its tile, the others after it.
 
     Args:

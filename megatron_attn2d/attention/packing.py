@@ -159,7 +159,7 @@ class Packing:
         """Which chunks have to do with each other; chunks that hold nothing but padding are left out where known."""
         return self.made(("mask", band), lambda: self._mask(band))
 
-    def own_share(self, band: Band) -> float:
+    def diagonal_share(self, band: Band) -> float:
         """Work of a chunk's attention to itself under a band, over that of one sequence of n tokens without a window.
 
         Where the host knows nothing, all tokens count as one sequence.

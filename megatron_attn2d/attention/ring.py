@@ -22,7 +22,14 @@ from megatron_attn2d.attention.layout import tile_plan
 from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, row_statistics
 from megatron_attn2d.attention.messages import Pending, send_receive
 from megatron_attn2d.attention.packing import Totals
-from megatron_attn2d.attention.tile import Queries, Tile, attend, attend_own, differentiate, differentiate_own
+from megatron_attn2d.attention.tile import (
+    BackwardRows,
+    Tile,
+    attend,
+    attend_diagonal,
+    differentiate,
+    differentiate_diagonal,
+)
 
 _KEYS, _GRADIENTS = 0, 1
 
@@ -87,12 +94,12 @@ class RingSchedule:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `Schedule.forward`; the log-sum-exp is that of the two halves of the rows, [2, b, h, n]."""
         q, k, v = (_halves(x) for x in (q, k, v))
-        wide, scores = accumulation_dtype(q.dtype), self.call.scores
+        wide, op = accumulation_dtype(q.dtype), self.call.op
         out = torch.zeros((*q.shape[:4], v.size(4)), dtype=wide, device=q.device)
         lse = torch.full((2, *q.shape[2:4], q.size(1)), -torch.inf, dtype=wide, device=q.device)
         for _, tile, keys in self._rounds(k, v, "forward"):
-            others = attend(tile, scores, *tile.in_order([q], False), *tile.in_order(keys, False))
-            own = attend_own(tile, scores, q, k, v)
+            others = attend(tile, op, *tile.in_order([q], False), *tile.in_order(keys, False))
+            own = attend_diagonal(tile, op, q, k, v)
             for half, total in enumerate(out):
                 outs, lses = others.outs[half] + own.outs[half], others.lses[half] + own.lses[half]
                 if outs:
@@ -104,16 +111,16 @@ class RingSchedule:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `Schedule.backward`."""
         q, k, v, dout, out = (_halves(x) for x in (q, k, v, dout, out))
-        scores = self.call.scores
+        op = self.call.op
         delta = row_statistics(dout, out, lse)[:, 1]
-        queries = Queries(q, dout, lse, delta, out)
+        queries = BackwardRows(q, dout, lse, delta, out)
         dq = torch.zeros_like(q, dtype=lse.dtype)
         home: list[Tensor] = []  # gradients of the own keys and values from the own queries: they stay
         gradients, pending = home, Pending()
         for step, tile, keys in self._rounds(k, v, "backward"):
             in_order = queries if tile.tables is None else queries.in_a_row()
-            others = differentiate(tile, scores, in_order, tile.in_order(keys, False))
-            own = differentiate_own(tile, scores, queries, k, v)
+            others = differentiate(tile, op, in_order, tile.in_order(keys, False))
+            own = differentiate_diagonal(tile, op, queries, k, v)
             partial = [torch.zeros_like(k), torch.zeros_like(v)]
             totals = ((dq, others.dq, own.dq), (partial[0], others.dk, own.dk), (partial[1], others.dv, own.dv))
             for total, *found in totals:

@@ -17,7 +17,7 @@ from megatron_attn2d.attention.merge import accumulation_dtype
 from megatron_attn2d.attention.tables import KeyGroup, TileTables
 
 if TYPE_CHECKING:
-    from megatron_attn2d.attention.tile import Queries, Scores
+    from megatron_attn2d.attention.tile import AttentionOp, BackwardRows
 
 FEW_CALLS = 4
 """The gradients of keys that at most so many calls share may be added up in 16 bits, as they come."""
@@ -29,7 +29,7 @@ type _Pick = Callable[[Tensor], Tensor]
 
 
 def attend_tables(
-    tables: TileTables, scores: Scores, positions: Positions, q: Tensor, k: Tensor, v: Tensor, zeros: bool = False
+    tables: TileTables, op: AttentionOp, positions: Positions, q: Tensor, k: Tensor, v: Tensor, zeros: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs [rows, b, h, dv] and log-sum-exps [b, h, rows] of each layer; -inf for rows that no call of it has.
 
@@ -46,13 +46,13 @@ def attend_tables(
         for covered in tables.covered
     ]
     for call in tables.calls:
-        for of_rows, of_numbers, keep in _sequences(scores, positions, q):
-            scores.kernel.forward_segments(
+        for of_rows, of_numbers, keep in _sequences(op, positions, q):
+            op.kernel.forward_segments(
                 of_rows(q),
                 of_rows(k),
                 of_rows(v),
                 call.segments,
-                scale=scores.scale,
+                scale=op.scale,
                 dropout=keep,
                 out=of_rows(outs[call.layer]),
                 lse=of_numbers(lses[call.layer]),
@@ -62,16 +62,16 @@ def attend_tables(
 
 def differentiate_tables(
     tables: TileTables,
-    scores: Scores,
+    op: AttentionOp,
     positions: Positions,
-    queries: Queries,
+    queries: BackwardRows,
     keys: list[Tensor],
     add: Callable[[KeyGroup, list[Tensor]], None],
 ) -> list[Tensor]:
     """Gradients of queries of each layer, [rows, b, h, d]; 0 for rows that no call of it has.
 
     Args:
-        tables, scores, positions: as in `attend_tables`.
+        tables, op, positions: as in `attend_tables`.
         queries: in one slot of all rows.
         keys: k and v, [keys, b, g, d]; emptied with the last call, as memory is short.
         add: takes the gradients of both, of one group of calls after the other, and empties its list likewise.
@@ -83,8 +83,8 @@ def differentiate_tables(
         k, v = keys
         gradients = [_room(x, group.covered) for x in keys]
         for call in group.calls:
-            for of_rows, of_numbers, keep in _sequences(scores, positions, q):
-                scores.kernel.backward_segments(
+            for of_rows, of_numbers, keep in _sequences(op, positions, q):
+                op.kernel.backward_segments(
                     of_rows(dout),
                     of_rows(q),
                     of_rows(k),
@@ -93,7 +93,7 @@ def differentiate_tables(
                     of_numbers(lse),
                     None if delta is None else of_numbers(delta),
                     call.segments,
-                    scale=scores.scale,
+                    scale=op.scale,
                     dropout=keep,
                     dq=of_rows(dqs[call.layer]),
                     dk=of_rows(gradients[0]),
@@ -111,13 +111,13 @@ def _room(like: Tensor, covered: bool) -> Tensor:
     return like.new_empty(like.shape) if covered else like.new_zeros(like.shape)
 
 
-def _sequences(scores: Scores, positions: Positions, q: Tensor) -> Iterator[tuple[_Pick, _Pick, KeepMask | None]]:
+def _sequences(op: AttentionOp, positions: Positions, q: Tensor) -> Iterator[tuple[_Pick, _Pick, KeepMask | None]]:
     """How to take a kernel's [rows, heads, d] and [heads, rows] out of a batch's tensors, and what it drops."""
     batch, heads = q.shape[1:3]
-    if scores.dropout is None or positions is None:
+    if op.dropout is None or positions is None:
         yield lambda x: x.flatten(1, 2), lambda x: x.flatten(0, 1), None
         return
     for i in range(batch):
         number = torch.arange(i, i + 1, device=q.device)
-        keep = scores.dropout.at(number, heads, *positions)
+        keep = op.dropout.at(number, heads, *positions)
         yield lambda x, i=i: x[:, i], lambda x, i=i: x[i], keep  # type: ignore[misc]

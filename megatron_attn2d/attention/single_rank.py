@@ -11,7 +11,7 @@ from megatron_attn2d.attention.call import Call
 from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.segmented import Positions, attend_tables, differentiate_tables
 from megatron_attn2d.attention.tables import whole_tables
-from megatron_attn2d.attention.tile import Queries
+from megatron_attn2d.attention.tile import BackwardRows
 
 
 @dataclass(frozen=True)
@@ -26,46 +26,46 @@ class SingleRank:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `Schedule.forward`: the output, contiguous as on every grid, and its log-sum-exp [b, h, s]."""
-        call, scores = self.call, self.call.scores
+        call, op = self.call, self.call.op
         if call.sequences.plain:
             dropped = self._dropped(q, k)
-            out, lse = scores.kernel.forward(q, k, v, band=call.band, scale=scores.scale, dropout=dropped)
+            out, lse = op.kernel.forward(q, k, v, band=call.band, scale=op.scale, dropout=dropped)
             return out.contiguous(), lse
         tables = whole_tables(call.sequences, call.band)
-        (out,), (lse,) = attend_tables(tables, scores, self._positions(q, k), q, k, v, zeros=True)
+        (out,), (lse,) = attend_tables(tables, op, self._positions(q, k), q, k, v, zeros=True)
         return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, want_delta: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `Schedule.backward`."""
-        call, scores = self.call, self.call.scores
+        call, op = self.call, self.call.op
         delta = None
-        if want_delta or not scores.kernel.needs_out:
+        if want_delta or not op.kernel.needs_out:
             delta = (dout.to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
         if call.sequences.plain:
             dropped = self._dropped(q, k)
-            gradients = scores.kernel.backward(
-                dout, q, k, v, out, lse, delta, band=call.band, scale=scores.scale, dropout=dropped
+            gradients = op.kernel.backward(
+                dout, q, k, v, out, lse, delta, band=call.band, scale=op.scale, dropout=dropped
             )
             return *gradients, delta
         tables = whole_tables(call.sequences, call.band)
-        queries = Queries(*(None if x is None else x.unsqueeze(0) for x in (q, dout, lse, delta, out)))  # type: ignore[arg-type]
+        queries = BackwardRows(*(None if x is None else x.unsqueeze(0) for x in (q, dout, lse, delta, out)))  # type: ignore[arg-type]
         found: list[Tensor] = []
         (dq,) = differentiate_tables(
-            tables, scores, self._positions(q, k), queries, [k, v], lambda _, gradients: found.extend(gradients)
+            tables, op, self._positions(q, k), queries, [k, v], lambda _, gradients: found.extend(gradients)
         )
         dk, dv = found or (torch.zeros_like(k), torch.zeros_like(v))  # all is padding
         return dq, dk, dv, delta
 
     def _positions(self, q: Tensor, k: Tensor) -> Positions:
-        if self.call.scores.dropout is None:  # which alone asks for them
+        if self.call.op.dropout is None:  # which alone asks for them
             return None
         rows, keys = (torch.arange(x.size(0), device=x.device).unsqueeze(0) for x in (q, k))
         return rows, keys
 
     def _dropped(self, q: Tensor, k: Tensor) -> KeepMask | None:
-        positions, dropout = self._positions(q, k), self.call.scores.dropout
+        positions, dropout = self._positions(q, k), self.call.op.dropout
         if dropout is None or positions is None:
             return None
         batch = q.size(1)

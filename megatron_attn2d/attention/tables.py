@@ -89,17 +89,17 @@ def tile_tables(plan: TilePlan, packing: Packing, band: Band, share_keys: bool) 
     return packing.made(key, lambda: _Rows(plan, packing).tables(band, share_keys))
 
 
-def own_tables(plan: TilePlan, packing: Packing, rank: int, band: Band) -> TileTables:
+def diagonal_tables(plan: TilePlan, packing: Packing, rank: int, band: Band) -> TileTables:
     """The call of a rank's two chunks, each to itself or as the plan joins them; none where the tile has them."""
     if not plan.diagonal:
         return TileTables((), ())
-    key = "own", plan.own_joined, rank, band
-    return packing.made(key, lambda: _Rows.own(rank, packing).squares(band, plan.own_joined))
+    key = "diagonal", plan.diagonal_joined, rank, band
+    return packing.made(key, lambda: _Rows.diagonal(rank, packing).squares(band, plan.diagonal_joined))
 
 
 def whole_tables(packing: Packing, band: Band) -> TileTables:
     """The call of whole sequences, on a single place."""
-    return packing.made(("whole", band), lambda: _Rows.own(0, packing).squares(band, True))
+    return packing.made(("whole", band), lambda: _Rows.diagonal(0, packing).squares(band, True))
 
 
 type _Column = Any
@@ -139,7 +139,7 @@ class _Rows:
         return self._of_window(band)
 
     @classmethod
-    def own(cls, rank: int, packing: Packing) -> _Rows:
+    def diagonal(cls, rank: int, packing: Packing) -> _Rows:
         """Of a rank's shard."""
         pair = Chunk(rank, LOWER), Chunk(rank, UPPER)
         return cls(TilePlan(pair, pair, (), True, False, False, False), packing)

@@ -21,11 +21,11 @@ from torch import Tensor
 from megatron_attn2d.attention.dropout import Dropout, KeepMask
 from megatron_attn2d.attention.kernels import Kernel
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, TilePlan
-from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, stand_in, sum_partials
+from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, sum_partials, surrogate_out
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.attention.partials import PartialGradients, Partials, Slots
 from megatron_attn2d.attention.segmented import FEW_CALLS, Positions, attend_tables, differentiate_tables
-from megatron_attn2d.attention.tables import KeyGroup, TileTables, own_tables, tile_tables
+from megatron_attn2d.attention.tables import KeyGroup, TileTables, diagonal_tables, tile_tables
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Tile:
         return tile_tables(self.plan, self.packing, self.band, share_keys=True)
 
     @cached_property
-    def own_tables(self) -> TileTables | None:
+    def diagonal_tables(self) -> TileTables | None:
         """The calls of the own chunks to themselves; None where squares of one sequence serve."""
         if self.packing.plain:
             return None
-        return own_tables(self.plan, self.packing, self.rank, self.band)
+        return diagonal_tables(self.plan, self.packing, self.rank, self.band)
 
     @property
-    def own_squares(self) -> float:
+    def diagonal_squares(self) -> float:
         """Work of the own chunks to themselves, in squares of chunk x chunk."""
-        return self.plan.own_squares * self.packing.own_share(self.band)
+        return self.plan.diagonal_squares * self.packing.diagonal_share(self.band)
 
     def chunks(self, rows: Tensor, slots: int, travel: bool, first: int | None = None) -> Tensor:
         """The first of `slots` chunks, all by default, from rows in order, [slots * n, ...]: [first, n, ...]."""
@@ -110,15 +110,15 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Query chunks, and in the backward pass what the gradient of their attention needs.
+class BackwardRows:
+    """Query chunks and what the gradient of their attention needs.
 
     Attributes:
         q: queries [slots, n, b, h, d].
         dout: gradient of their output, like q.
         lse: log-sum-exp over all keys, [slots, b, h, n].
         delta: rowsum(dout * out), like lse; None where the kernel derives it from `out`.
-        out: the output over all keys or `merge.stand_in`, like q; None where the kernel does not ask for it.
+        out: the output over all keys or `merge.surrogate_out`, like q; None where the kernel does not ask for it.
     """
 
     q: Tensor
@@ -128,7 +128,7 @@ class Queries:
     out: Tensor | None
 
     @classmethod
-    def of(cls, kernel: Kernel, statistics: Tensor, q: Tensor, dout: Tensor, out: Tensor | None = None) -> Queries:
+    def of(cls, kernel: Kernel, statistics: Tensor, q: Tensor, dout: Tensor, out: Tensor | None = None) -> BackwardRows:
         """With what the kernel asks for: delta, or an output, a stand-in where the true one is not at hand.
 
         Args:
@@ -139,11 +139,11 @@ class Queries:
         lse, *delta = statistics.unbind(1)
         if not kernel.needs_out:
             return cls(q, dout, lse, delta[0], None)
-        return cls(q, dout, lse, None, stand_in(dout, delta[0]) if out is None else out)
+        return cls(q, dout, lse, None, surrogate_out(dout, delta[0]) if out is None else out)
 
-    def in_a_row(self) -> Queries:
+    def in_a_row(self) -> BackwardRows:
         """All chunks as one slot."""
-        return Queries(
+        return BackwardRows(
             _as_one(self.q),
             _as_one(self.dout),
             _in_a_row(self.lse).unsqueeze(0),
@@ -153,12 +153,12 @@ class Queries:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """How scores become probabilities, the same for every tile of a call.
+class AttentionOp:
+    """The attention of rows to keys, the same for every tile of a call.
 
     Attributes:
-        kernel: what computes them.
-        scale: factor on them.
+        kernel: what computes it.
+        scale: factor on the scores.
         dropout: dropout of probabilities, if any.
     """
 
@@ -166,77 +166,77 @@ class Scores:
     scale: float
     dropout: Dropout | None = None
 
-    def starting(self, head: int) -> Scores:
-        """Those of the heads from `head` on."""
+    def starting(self, head: int) -> AttentionOp:
+        """That of the heads from `head` on."""
         return self if self.dropout is None else replace(self, dropout=self.dropout.starting(head))
 
 
-def attend(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
+def attend(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Partials:
     """The tile's calls: q [Q, n, b, h, d], k and v [K, n, b, g, d], in order; one result per slot that travels."""
     plan = tile.plan
     if tile.tables is None:
-        found = _attend_rectangles(tile, scores, q, k, v)
+        found = _attend_rectangles(tile, op, q, k, v)
         return found.reduced() if plan.queries_travel else found
-    positions = _positions(tile, scores, plan.queries, plan.keys)
-    return _partials(tile, *attend_tables(tile.tables, scores, positions, q[0], k[0], v[0]), len(plan.queries))
+    positions = _positions(tile, op, plan.queries, plan.keys)
+    return _partials(tile, *attend_tables(tile.tables, op, positions, q[0], k[0], v[0]), len(plan.queries))
 
 
-def attend_own(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
+def attend_diagonal(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Partials:
     """The own chunks to themselves: halves [2, n, b, heads, d] of the shards as they are; by chunk of their axis."""
     pair = _pair(tile)
-    if tile.own_tables is not None:
+    if tile.diagonal_tables is not None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return _partials(
-            tile, *attend_tables(tile.own_tables, scores, _positions(tile, scores, pair, pair), q, k, v), 2
-        )
+        return _partials(tile, *attend_tables(tile.diagonal_tables, op, _positions(tile, op, pair, pair), q, k, v), 2)
     if not tile.plan.diagonal:
         return Partials([[], []], [[], []])
-    if tile.plan.own_joined:
-        out, lse = scores.kernel.forward(
+    if tile.plan.diagonal_joined:
+        out, lse = op.kernel.forward(
             *(x.flatten(0, 1) for x in (q, k, v)),
             band=CAUSAL,
-            scale=scores.scale,
-            dropout=_dropped(tile, scores, pair, pair, q, k),
+            scale=op.scale,
+            dropout=_dropped(tile, op, pair, pair, q, k),
         )
         return Partials(_each(out.unflatten(0, (2, -1))), _each(lse.unflatten(2, (2, -1)).movedim(2, 0)))
-    out, lse = scores.kernel.forward(
+    out, lse = op.kernel.forward(
         *(_side_by_side(x) for x in (q, k, v)),
         band=_square(tile),
-        scale=scores.scale,
-        dropout=_dropped_squares(tile, scores, q),
+        scale=op.scale,
+        dropout=_dropped_squares(tile, op, q),
     )
     return Partials(_halves(out, 1), _halves(lse, 0))
 
 
-def differentiate(tile: Tile, scores: Scores, queries: Queries, keys: list[Tensor]) -> PartialGradients:
+def differentiate(tile: Tile, op: AttentionOp, queries: BackwardRows, keys: list[Tensor]) -> PartialGradients:
     """Gradients of the tile's calls, one per slot that travels.
 
     k and v, as in `attend`, are let go once the last of them is made.
     """
     plan = tile.plan
     if tile.tables is None:
-        found = _differentiate_rectangles(tile, scores, queries, *keys)
+        found = _differentiate_rectangles(tile, op, queries, *keys)
         keys.clear()
         return found.reduced(plan.queries_travel, plan.keys_travel)
     keys[:] = [x[0] for x in keys]
     # Calls that share queries or keys take another buffer for the gradients of these: for the fewer.
     share_keys = plan.queries_travel or sum(x.numel() for x in keys) <= queries.q.numel()
     tables = tile_tables(plan, tile.packing, tile.band, share_keys)
-    found = _differentiate_tables(tile, tables, plan.queries, plan.keys, scores, queries, keys)
+    found = _differentiate_tables(tile, tables, plan.queries, plan.keys, op, queries, keys)
     return found.reduced(plan.queries_travel, plan.keys_travel)
 
 
-def differentiate_own(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
-    """Gradients of `attend_own`, by chunk of their axis."""
+def differentiate_diagonal(
+    tile: Tile, op: AttentionOp, queries: BackwardRows, k: Tensor, v: Tensor
+) -> PartialGradients:
+    """Gradients of `attend_diagonal`, by chunk of their axis."""
     plan, pair = tile.plan, _pair(tile)
-    if tile.own_tables is not None:
+    if tile.diagonal_tables is not None:
         rows = [x.flatten(0, 1) for x in (k, v)]
-        return _differentiate_tables(tile, tile.own_tables, pair, pair, scores, queries.in_a_row(), rows)
+        return _differentiate_tables(tile, tile.diagonal_tables, pair, pair, op, queries.in_a_row(), rows)
     if not plan.diagonal:
         return PartialGradients([[], []], [[], []], [[], []])
-    if plan.own_joined:
+    if plan.diagonal_joined:
         one = queries.in_a_row()
-        gradients = scores.kernel.backward(
+        gradients = op.kernel.backward(
             one.dout[0],
             one.q[0],
             k.flatten(0, 1),
@@ -245,11 +245,11 @@ def differentiate_own(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v
             one.lse[0],
             None if one.delta is None else one.delta[0],
             band=CAUSAL,
-            scale=scores.scale,
-            dropout=_dropped(tile, scores, pair, pair, queries.q, k),
+            scale=op.scale,
+            dropout=_dropped(tile, op, pair, pair, queries.q, k),
         )
         return PartialGradients(*(_each(x.unflatten(0, (2, -1))) for x in gradients))
-    gradients = scores.kernel.backward(
+    gradients = op.kernel.backward(
         _side_by_side(queries.dout),
         _side_by_side(queries.q),
         _side_by_side(k),
@@ -258,37 +258,39 @@ def differentiate_own(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v
         queries.lse.flatten(0, 1),
         None if queries.delta is None else queries.delta.flatten(0, 1),
         band=_square(tile),
-        scale=scores.scale,
-        dropout=_dropped_squares(tile, scores, queries.q),
+        scale=op.scale,
+        dropout=_dropped_squares(tile, op, queries.q),
     )
     return PartialGradients(*(_halves(x, 1) for x in gradients))
 
 
 # Calls of one dense sequence.
-def _attend_rectangles(tile: Tile, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Partials:
+def _attend_rectangles(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Partials:
     plan, n = tile.plan, q.size(1)
     outs, lses = _no_results(len(plan.queries)), _no_results(len(plan.queries))
     for start, stop, first, last in plan.rectangles:
-        out, lse = scores.kernel.forward(
+        out, lse = op.kernel.forward(
             _cut(q, start, stop).flatten(0, 1),
             _cut(k, first, last).flatten(0, 1),
             _cut(v, first, last).flatten(0, 1),
             band=FULL,
-            scale=scores.scale,
-            dropout=_dropped(tile, scores, plan.queries[start:stop], plan.keys[first:last], q, k),
+            scale=op.scale,
+            dropout=_dropped(tile, op, plan.queries[start:stop], plan.keys[first:last], q, k),
         )
         _add(outs, start, out.unflatten(0, (-1, n)))
         _add(lses, start, lse.unflatten(2, (-1, n)).movedim(2, 0))
     return Partials(outs, lses)
 
 
-def _differentiate_rectangles(tile: Tile, scores: Scores, queries: Queries, k: Tensor, v: Tensor) -> PartialGradients:
+def _differentiate_rectangles(
+    tile: Tile, op: AttentionOp, queries: BackwardRows, k: Tensor, v: Tensor
+) -> PartialGradients:
     plan, n, key_n = tile.plan, queries.q.size(1), k.size(1)
     dq = _no_results(len(plan.queries))
     apart, few = not (plan.queries_travel and plan.keys_travel), len(plan.rectangles) <= FEW_CALLS
     dk, dv = (_KeyGradients(x.shape, x, apart, few) for x in (k, v))
     for start, stop, first, last in plan.rectangles:
-        gradients = scores.kernel.backward(
+        gradients = op.kernel.backward(
             _cut(queries.dout, start, stop).flatten(0, 1),
             _cut(queries.q, start, stop).flatten(0, 1),
             _cut(k, first, last).flatten(0, 1),
@@ -297,8 +299,8 @@ def _differentiate_rectangles(tile: Tile, scores: Scores, queries: Queries, k: T
             _in_a_row(_cut(queries.lse, start, stop)),
             None if queries.delta is None else _in_a_row(_cut(queries.delta, start, stop)),
             band=FULL,
-            scale=scores.scale,
-            dropout=_dropped(tile, scores, plan.queries[start:stop], plan.keys[first:last], queries.q, k),
+            scale=op.scale,
+            dropout=_dropped(tile, op, plan.queries[start:stop], plan.keys[first:last], queries.q, k),
         )
         _add(dq, start, gradients[0].unflatten(0, (-1, n)))
         dk.add(first, gradients[1].unflatten(0, (-1, key_n)))
@@ -326,8 +328,8 @@ def _differentiate_tables(
     tables: TileTables,
     rows: Sequence[Chunk],
     keys: Sequence[Chunk],
-    scores: Scores,
-    queries: Queries,
+    op: AttentionOp,
+    queries: BackwardRows,
     k_and_v: list[Tensor],
 ) -> PartialGradients:
     """Of tables between such chunks: queries in one slot, k and v [keys, b, g, d]."""
@@ -343,7 +345,7 @@ def _differentiate_tables(
         for total in (dk, dv):
             total.add(0, tile.chunks(gradients.pop(0), len(keys), plan.keys_travel, group.slots))
 
-    dqs = differentiate_tables(tables, scores, _positions(tile, scores, rows, keys), queries, k_and_v, add)
+    dqs = differentiate_tables(tables, op, _positions(tile, op, rows, keys), queries, k_and_v, add)
     if plan.queries_travel and len(dqs) > 1:
         total = torch.empty_like(dqs[0])
         sum_partials([dqs], [total])
@@ -398,8 +400,8 @@ class _KeyGradients:
         return torch.zeros(self._shape, dtype=dtype, device=self._device)
 
 
-def _positions(tile: Tile, scores: Scores, rows: Sequence[Chunk], keys: Sequence[Chunk]) -> Positions:
-    if scores.dropout is None or not (rows and keys):
+def _positions(tile: Tile, op: AttentionOp, rows: Sequence[Chunk], keys: Sequence[Chunk]) -> Positions:
+    if op.dropout is None or not (rows and keys):
         return None
     ranks = tile.packing.ranks
     first, second = (tile.packing.positions([c.position(ranks) for c in chunks]) for chunks in (rows, keys))
@@ -407,10 +409,10 @@ def _positions(tile: Tile, scores: Scores, rows: Sequence[Chunk], keys: Sequence
 
 
 def _dropped(
-    tile: Tile, scores: Scores, rows: Sequence[Chunk], keys: Sequence[Chunk], q: Tensor, k: Tensor
+    tile: Tile, op: AttentionOp, rows: Sequence[Chunk], keys: Sequence[Chunk], q: Tensor, k: Tensor
 ) -> KeepMask | None:
     """What a call of such chunks of one sequence drops, whose chunks are like q and k [slots, n, b, heads, d]."""
-    if scores.dropout is None:
+    if op.dropout is None:
         return None
     batch, heads = q.shape[2:4]
     first, second = (
@@ -419,17 +421,17 @@ def _dropped(
         .expand(batch, -1)
         for x, chunks in ((q, rows), (k, keys))
     )
-    return scores.dropout.at(torch.arange(batch, device=q.device), heads, first, second)
+    return op.dropout.at(torch.arange(batch, device=q.device), heads, first, second)
 
 
-def _dropped_squares(tile: Tile, scores: Scores, q: Tensor) -> KeepMask | None:
+def _dropped_squares(tile: Tile, op: AttentionOp, q: Tensor) -> KeepMask | None:
     """What the own chunks drop side by side."""
-    positions = _positions(tile, scores, _pair(tile), _pair(tile))
-    if positions is None or scores.dropout is None:
+    positions = _positions(tile, op, _pair(tile), _pair(tile))
+    if positions is None or op.dropout is None:
         return None
     batch, heads = q.shape[2:4]
     rows = positions[0].view(2, -1).repeat_interleave(batch, 0)
-    return scores.dropout.at(torch.arange(batch, device=q.device).repeat(2), heads, rows, rows)
+    return op.dropout.at(torch.arange(batch, device=q.device).repeat(2), heads, rows, rows)
 
 
 def _pair(tile: Tile) -> tuple[Chunk, Chunk]:

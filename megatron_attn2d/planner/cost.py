@@ -128,7 +128,7 @@ def predict(
         timed = [(1, *_ring_seconds(traffic, kernels, ranks, cluster))]
     else:
         kv_heads = max(1, work.kv_heads // candidate.axes[0])
-        own = own_share(candidate, work)
+        own = diagonal_share(candidate, work)
         cut = kv_heads > 1 and own * flops / 2 >= SMALLEST_HALF
         timed = [
             (g, *_grouped_seconds(traffic, kernels, g, cluster, own, cut)) for g in head_groups if kv_heads % g == 0
@@ -235,7 +235,7 @@ def _exchange_starts(members: int, node: int) -> float:
     return sum(1 + PEER_STARTS * count for count in others if count)
 
 
-def own_share(candidate: Candidate, work: Workload) -> float:
+def diagonal_share(candidate: Candidate, work: Workload) -> float:
     """Of a rank's kernels on a grid, what needs no other rank's chunks.
 
     Of the 2 R C squares of its tile that is 1, and 2 where only keys or only queries travel (see `layout`).

@@ -24,7 +24,7 @@ from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel, _without_gaps
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
-from megatron_attn2d.attention.merge import stand_in
+from megatron_attn2d.attention.merge import surrogate_out
 from megatron_attn2d.attention.segments import Segments
 from tests.attention.dense import dense_attention, inputs
 from tests.pool import RankPool
@@ -168,7 +168,7 @@ def test_stand_in_has_the_delta_of_the_output() -> None:
     dout, out = torch.randn(2, 5, 1, 3, 16), torch.randn(2, 5, 1, 3, 16)
     dout[0, 2] = 0
     delta = (dout * out).sum(-1).permute(0, 2, 3, 1)
-    instead = stand_in(dout, delta)
+    instead = surrogate_out(dout, delta)
     torch.testing.assert_close((dout * instead).sum(-1).permute(0, 2, 3, 1), delta, rtol=1e-5, atol=1e-5)
     assert (instead.norm(dim=-1) <= out.norm(dim=-1) * (1 + 1e-5)).all()
     assert (instead[0, 2] == 0).all()

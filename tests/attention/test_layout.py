@@ -52,7 +52,7 @@ def test_every_visible_pair_is_attended_exactly_once(shape: tuple[int, int], ord
                 seen.update((query.position(size), key.position(size)) for key in plan.keys[first:last])
         if plan.diagonal:
             seen.update((Chunk(own, half).position(size),) * 2 for half in (LOWER, UPPER))
-        if plan.own_joined:
+        if plan.diagonal_joined:
             seen[Chunk(own, UPPER).position(size), Chunk(own, LOWER).position(size)] += 1
     visible = {(i, j) for i in range(2 * size) for j in range(2 * size) if j <= i or not causal}
     assert set(seen) == visible
@@ -98,11 +98,11 @@ def test_what_travels_back_comes_from_one_call(shape: tuple[int, int], order: st
 @pytest.mark.parametrize("shape", [s for s in SHAPES if 1 in s], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_where_one_kind_travels_the_own_chunks_are_one_sequence(shape: tuple[int, int], order: str) -> None:
     for own, plan in tiles(grid(*shape, order), True):
-        assert plan.own_joined
+        assert plan.diagonal_joined
         assert len(plan.rectangles) <= 2
         others = plan.keys if shape[1] == 1 else plan.queries
         assert own not in {chunk.rank for chunk in others}
-    assert not any(plan.own_joined for _, plan in tiles(grid(*shape, order), False))
+    assert not any(plan.diagonal_joined for _, plan in tiles(grid(*shape, order), False))
 
 
 def test_the_picture_in_the_docstring() -> None:

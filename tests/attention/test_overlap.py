@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_attn2d.attention.overlap import ALL_HEADS, SMALLEST_HALF, Heads, own_heads
+from megatron_attn2d.attention.overlap import ALL_HEADS, SMALLEST_HALF, Heads, diagonal_heads
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from megatron_attn2d.attention.overlap import ALL_HEADS, SMALLEST_HALF, Heads, o
 )
 def test_heads_are_cut_where_key_heads_are(heads: tuple[int, int], expected: list[Heads]) -> None:
     q, k = (torch.empty(2, 16384, 1, n, 128, device="meta") for n in heads)
-    assert own_heads(q, k, 2.0, apart=True) == expected
+    assert diagonal_heads(q, k, 2.0, apart=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_heads_are_cut_where_key_heads_are(heads: tuple[int, int], expected: lis
 )
 def test_only_work_that_is_worth_a_call_is_kept_back(tokens: int, squares: float, apart: bool, runs: int) -> None:
     q = torch.empty(2, tokens, 1, 12, 128, device="meta")
-    assert len(own_heads(q, q, squares, apart)) == runs
+    assert len(diagonal_heads(q, q, squares, apart)) == runs
     # 4 FLOP for each of two products, head dim and pair; half of them is what is kept back
     assert (2 * squares * tokens**2 * 12 * 128 >= SMALLEST_HALF) == (runs == 2 or not apart)
 

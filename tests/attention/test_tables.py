@@ -14,7 +14,7 @@ import torch
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, tile_plan
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.attention.segments import Segments
-from megatron_attn2d.attention.tables import TileTables, own_tables, tile_tables, whole_tables
+from megatron_attn2d.attention.tables import TileTables, diagonal_tables, tile_tables, whole_tables
 from tests.attention.test_layout import grid
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def all_tiles(
             tables = tile_tables(plan, packing, band, share_keys)
             seen += pairs_of(packing, tables, *(tokens_of(packing, chunks) for chunks in (plan.queries, plan.keys)))
             mine = tokens_of(packing, pair(own))
-            seen += pairs_of(packing, own_tables(plan, packing, own, band), mine, mine)
+            seen += pairs_of(packing, diagonal_tables(plan, packing, own, band), mine, mine)
     return seen
 
 
@@ -189,7 +189,7 @@ def test_new_lengths_of_a_thousand_documents_are_planned_in_two_milliseconds() -
         packing = Packing.of(totals, padded, padded[-1], 4, CPU)
         plan = tile_plan((0, 2), (0, 1), packing.mask(CAUSAL))
         tile_tables(plan, packing, CAUSAL, True)
-        own_tables(plan, packing, 0, CAUSAL)
+        diagonal_tables(plan, packing, 0, CAUSAL)
         took.append(process_time() - start)
     print(f"plan of 1,024 documents: {min(took) * 1e3:.2f} ms at best, {sorted(took)[6] * 1e3:.2f} ms in the middle")
     assert min(took) <= 2e-3

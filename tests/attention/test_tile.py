@@ -14,13 +14,13 @@ from megatron_attn2d.attention.layout import CAUSAL, FULL, Band, place_ranks, ti
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.attention.partials import Slots
 from megatron_attn2d.attention.tile import (
-    Queries,
-    Scores,
+    AttentionOp,
+    BackwardRows,
     Tile,
     attend,
-    attend_own,
+    attend_diagonal,
     differentiate,
-    differentiate_own,
+    differentiate_diagonal,
 )
 
 SIZE, RANKS, CHUNK = 8, 64, 16
@@ -39,8 +39,8 @@ def gradients(tile: Tile, dtype: torch.dtype) -> list[Tensor]:
     q, dout, k, v = tile.in_order([chunks(queries), chunks(queries), chunks(keys), chunks(keys)], travel=True)
     delta = torch.randn(queries, 1, 1, CHUNK, generator=generator).to(torch.promote_types(dtype, torch.float32))
     delta = tile.statistics_in_order(delta)
-    queries_of = Queries(q, dout, torch.full_like(delta, 7), delta, None)
-    found = differentiate(tile, Scores(ReferenceKernel(), 0.25), queries_of, [k, v])
+    queries_of = BackwardRows(q, dout, torch.full_like(delta, 7), delta, None)
+    found = differentiate(tile, AttentionOp(ReferenceKernel(), 0.25), queries_of, [k, v])
 
     def stacked(slots: Slots) -> Tensor:
         return torch.stack([torch.stack(slot).sum(0) for slot in slots])
@@ -87,14 +87,14 @@ def calls_of(rows: int, cols: int, documents: int, band: Band, padded: bool) -> 
         for rank, column in zip(row, zip(*ranks, strict=True), strict=True):
             plan = tile_plan(tuple(row), tuple(column), packing.mask(band))
             tile, kernel = Tile(plan, packing, band, rank), Counts()
-            scores: Any = Scores(kernel, 1.0)  # type: ignore[arg-type]
+            op: Any = AttentionOp(kernel, 1.0)  # type: ignore[arg-type]
             x, *others = (torch.zeros(n, packing.tokens, 1, 1, 1) for n in (2, len(plan.queries), len(plan.keys)))
             q, k = (y.flatten(0, 1).unsqueeze(0) for y in others)
             own_statistic, statistic = (y[..., 0].permute(0, 2, 3, 1) for y in (x, q))
-            attend(tile, scores, q, k, k)
-            attend_own(tile, scores, x, x, x)
-            differentiate(tile, scores, Queries(q, q, statistic, statistic, None), [k, k])
-            differentiate_own(tile, scores, Queries(x, x, own_statistic, own_statistic, None), x, x)
+            attend(tile, op, q, k, k)
+            attend_diagonal(tile, op, x, x, x)
+            differentiate(tile, op, BackwardRows(q, q, statistic, statistic, None), [k, k])
+            differentiate_diagonal(tile, op, BackwardRows(x, x, own_statistic, own_statistic, None), x, x)
             found.append((kernel.forward_calls, kernel.backward_calls))
     return found
 

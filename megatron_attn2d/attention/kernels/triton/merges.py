@@ -171,7 +171,7 @@ def _statistics(
 
 
 @triton.jit
-def _stand_in(
+def _surrogate_out(
     dout,
     dout_stride,
     delta,
@@ -268,12 +268,12 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     return result
 
 
-def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
-    """See `merge.stand_in`."""
+def surrogate_out(dout: Tensor, delta: Tensor) -> Tensor:
+    """See `merge.surrogate_out`."""
     slots, n, b, h, d = dout.shape
     assert delta.stride()[1:] == (h * n, n, 1), "delta is contiguous but for its slots"
     out = torch.empty_like(dout)
-    _stand_in[_programs(n, slots * b * h)](
+    _surrogate_out[_programs(n, slots * b * h)](
         dout, _row_stride(dout), delta, delta.stride(0), out, _row_stride(out), b, h, n, d, **_blocks(d)
     )
     return out
