@@ -26,6 +26,8 @@ _DECIDED_BY = {
     "hierarchical-context-parallel-sizes": "context_parallel.grid",
     "data-path": "data.paths",
     "train-data-path": "data.paths",
+    "dataloader-inter-document-masking": "data.document_masking",
+    "document-multiple": "data.document_multiple",
     "fp16": "training.precision",
     "bf16": "training.precision",
     "fp8-recipe": "training.fp8",
@@ -55,8 +57,8 @@ _REFUSED = {
     "max-seqlen-per-dp-cp-rank": "changes the context-parallel group with every batch",
     "spec": "replaces the layers, and with them the attention that context_parallel.mode chooses",
     "yaml-cfg": "discards all other arguments",
-    "reset-attention-mask": "needs a mask that our attention does not have yet",
-    "dataloader-inter-document-masking": "needs a mask that our attention does not have yet",
+    "reset-attention-mask": "makes a mask of all tokens, which no attention over context ranks reads; "
+    "data.document_masking does what it is for",
     "sft": "packs conversations, whose mask our attention does not have yet",
     "qk-clip": "needs the largest score, which our attention does not report yet",
     "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
@@ -169,7 +171,8 @@ def _graphs(run: RunConfig) -> list[str]:
 
 
 def _data(run: RunConfig) -> list[str]:
-    return [] if run.data.mock else _flag("data-path", *data_blend(run))
+    arguments = _flag("document-multiple", run.document_multiple) if run.document_multiple else []
+    return arguments + ([] if run.data.mock else _flag("data-path", *data_blend(run)))
 
 
 def data_blend(run: RunConfig) -> list[str]:

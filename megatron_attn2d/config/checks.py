@@ -23,6 +23,8 @@ UNEVEN = (
 """Arguments of Megatron that share layers out over stages otherwise than evenly."""
 PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq", "linear_attention_freq")
 """Arguments of Megatron that take a number, or 0 or 1 for each layer."""
+_RECURRENT = {"M", "G"}
+"""Layers of a hybrid model that go through the tokens one after the other."""
 _LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 Refusal = tuple[str, str, str]
@@ -33,7 +35,7 @@ def check(run: RunConfig) -> None:
     """Raise ConfigError, naming each key with its value, the reason and a valid choice, if `run` cannot work."""
     parts = (
         *(_check_model, _check_layers, _check_parallelism, _check_world, _check_batch),
-        *(_check_fp8, _check_data, _check_rest),
+        *(_check_fp8, _check_data, _check_documents, _check_rest),
     )
     errors = _errors(run, *parts)
     if run.graph_implementation != "none":
@@ -397,6 +399,41 @@ def _check_data(run: RunConfig) -> Iterator[Refusal]:
     else:
         if data.tokenizer_model is None:
             yield "data.tokenizer_model", f"{data.tokenizer_type} is read from local files", "name its file or folder"
+
+
+def _check_documents(run: RunConfig) -> Iterator[Refusal]:
+    data, multiple, given = run.data, run.document_multiple, run.megatron_args
+    if not multiple:
+        if data.document_multiple:
+            yield "data.document_multiple", "data.document_masking is false", "choose null, or document_masking=true"
+        return
+    chunks = 2 * run.context_parallel.size if run.context_parallel.size > 1 else 1
+    if multiple % chunks:
+        yield (
+            "data.document_multiple",
+            f"not a multiple of 2 * context_parallel.size = {chunks}, the chunks of a document",
+            f"choose {-(-multiple // chunks) * chunks}, or null",
+        )
+    elif run.training.seq_length % multiple:
+        length = -(-run.training.seq_length // multiple) * multiple
+        reason = f"not a multiple of data.document_multiple = {multiple}, where documents begin"
+        yield "training.seq_length", reason, f"choose {length}"
+    if run.training.micro_batch_size > 1 and run.parallelism.pipeline > 1:
+        reason = "documents of several samples go through as one sequence, for which pipeline stages are not prepared"
+        yield "training.micro_batch_size", reason, "choose 1, and a longer training.seq_length"
+    if run.graph_implementation != "none":
+        reason = "a graph is for one set of lengths, and data.document_masking brings others with each batch"
+        yield "training.cuda_graphs", reason, "choose none"
+    if given.get("reset_position_ids"):
+        reason = "data.document_masking begins positions anew in each document already"
+        yield "megatron_args.reset_position_ids", reason, "leave it out"
+    for name in ("experimental_attention_variant", "linear_attention_freq"):
+        if given.get(name):
+            reason = "its layers would carry what they know from a document into the next, under data.document_masking"
+            yield f"megatron_args.{name}", reason, "leave it out, or data.document_masking=false"
+    if layers := sorted(set(str(given.get("hybrid_layer_pattern") or "")) & _RECURRENT):
+        reason = f"layers {', '.join(layers)} would carry what they know from a document into the next"
+        yield "megatron_args.hybrid_layer_pattern", reason, "choose * or +, or data.document_masking=false"
 
 
 def _check_rest(run: RunConfig) -> Iterator[Refusal]:

@@ -32,6 +32,8 @@ FORWARD_ONLY = (
     "logging.wandb_project=null",
     "logging.attention_communication=false",
     "data.mock=false",
+    "data.document_masking=false",
+    "data.document_multiple=null",
     "data.split=1,0,0",
 )
 """What of a run's configuration is about training, replaced."""

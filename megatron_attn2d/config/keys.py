@@ -25,6 +25,7 @@ SCHEDULE = (
 _SCHEDULE_GROUP = "learning rate and weight decay"
 ORDER = (
     *("data.paths", "data.mock", "data.split", "training.seq_length", "training.seed"),
+    *("data.document_masking", "data.document_multiple"),
     # The number of samples decides over how many epochs they are dealt, and with it the order of all of them.
     *("training.global_batch_size", "training.train_iters"),
     *("megatron_args.dataloader_type", "megatron_args.no_data_sharding", "megatron_args.mid_level_dataset_surplus"),
@@ -140,6 +141,8 @@ def value(run: RunConfig, key: str) -> object:
     if key == "model.max_position_embeddings":  # which has weights where positions are learned
         learned = run.model.position_embedding_type == "learned_absolute"
         return (run.model.max_position_embeddings or run.training.seq_length) if learned else None
+    if key == "data.document_multiple":  # of which samples consist
+        return run.document_multiple or None
     return given(run, key)
 
 

@@ -133,6 +133,11 @@ class Data(Section):
     """Prefixes of Megatron .bin/.idx files, or a blend as {prefix: weight}. Empty: the embedded byte-level data set."""
     dir: Annotated[Path, NO_FLAG] = "data"
     """Where the embedded data set is built."""
+    document_masking: Annotated[bool, NO_FLAG] = False
+    """Each document is a sequence of its own: its tokens see no other's, and its positions begin at 0."""
+    document_multiple: Annotated[Positive | None, NO_FLAG] = None
+    """Tokens of which the place of each document is a multiple, with padding after its end. None: 2 *
+    context_parallel.size, the chunks of a document. A larger one lets a run go on on other context ranks."""
     mock: Annotated[bool, Flag("mock-data")] = False
     """Made-up tokens, for measuring speed."""
     split: Annotated[str, StringConstraints(pattern=r"^[0-9.]+,[0-9.]+,[0-9.]+$")] = "1,0,0"
@@ -362,6 +367,14 @@ class RunConfig(Section):
     def head_groups(self) -> int:
         """In how many groups of heads attention2d overlaps messages and kernels."""
         return chosen_grid(self).head_groups
+
+    @property
+    def document_multiple(self) -> int:
+        """Tokens of which the place of each document is a multiple; 0 where all documents are one sequence."""
+        if not self.data.document_masking:
+            return 0
+        context = self.context_parallel.size
+        return self.data.document_multiple or (2 * context if context > 1 else 1)
 
     @property
     def graph_implementation(self) -> str:

@@ -115,13 +115,15 @@ def _training_set(run: RunConfig, samples: int) -> Any:
     """Megatron's data set for training, without a file written; its tokens are not read."""
     with hushed():
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.gpt_dataset import GPTDataset
         from megatron.core.datasets.utils import get_blend_from_list
 
+        from megatron_attn2d.data.documents import DocumentDataset, DocumentDatasetConfig
         from megatron_attn2d.megatron.upstream.compat import REFUSING_NO_TOKENS
         from megatron_attn2d.megatron.upstream.patching import applied
 
-        config = GPTDatasetConfig(
+        config = DocumentDatasetConfig(
+            document_multiple=run.document_multiple,
             random_seed=run.training.seed,
             sequence_length=run.training.seq_length,
             blend=get_blend_from_list(data_blend(run)),
@@ -135,7 +137,8 @@ def _training_set(run: RunConfig, samples: int) -> Any:
         )
         config.split_matrix = [config.split_matrix[0], None, None]
         with applied([REFUSING_NO_TOKENS]):
-            return BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config).build()[0]
+            kind = DocumentDataset if run.document_multiple else GPTDataset
+            return BlendedMegatronDatasetBuilder(kind, [samples, 0, 0], lambda: True, config).build()[0]
 
 
 def _intervals(dataset: Any, first: int, last: int, bases: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -153,13 +156,15 @@ def _intervals(dataset: Any, first: int, last: int, bases: dict[str, int]) -> tu
 
 
 def _single_intervals(dataset: Any, samples: np.ndarray, bases: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = dataset.dataset.sequence_lengths
+    # Padded documents take more of the stream than they have tokens.
+    taken = dataset.dataset.sequence_lengths
+    lengths = getattr(dataset.dataset, "indexed", dataset.dataset).sequence_lengths
     identity = hashlib.sha256(lengths.tobytes()).hexdigest()  # a data set that was moved is the same
     base = bases.setdefault(identity, max(bases.values(), default=-_STRIDE) + _STRIDE)
     places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     # Documents in the order in which they are dealt make a stream, of which a sample is a piece.
     documents = np.asarray(dataset.document_index)
-    stream = np.concatenate([[0], np.cumsum(lengths[documents], dtype=np.int64)])
+    stream = np.concatenate([[0], np.cumsum(taken[documents], dtype=np.int64)])
     index, order = np.asarray(dataset.sample_index), np.asarray(dataset.shuffle_index)[samples].astype(np.int64)
     begin = stream[index[order, 0]] + index[order, 1]
     end = stream[index[order + 1, 0]] + index[order + 1, 1]
@@ -169,10 +174,10 @@ def _single_intervals(dataset: Any, samples: np.ndarray, bases: dict[str, int]) 
     counts = np.maximum(tail - head + 1, 0)
     sample = np.repeat(np.arange(len(order)), counts)
     document = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + head[sample]
-    low = np.maximum(begin[sample], stream[document])
-    high = np.minimum(end[sample], stream[document + 1])
-    shift = base + places[documents[document]] - stream[document]
-    return low + shift, high + shift
+    shift, real = base + places[documents[document]], lengths[documents[document]]
+    low = np.maximum(begin[sample] - stream[document], 0)
+    high = np.minimum(end[sample] - stream[document], real)
+    return np.minimum(low, real) + shift, high + shift
 
 
 class _Coverage:

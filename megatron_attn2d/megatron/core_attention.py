@@ -13,6 +13,7 @@ It holds no parameters but learnable sinks, under upstream's name: checkpoints i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -276,7 +277,14 @@ def _totals(packing: PackedSeqParams, read: bool) -> dict[str, Any]:
     return totals
 
 
+def keep_totals(packing: PackedSeqParams, totals: Sequence[int], places: Sequence[int]) -> PackedSeqParams:
+    """`packing`, whose running totals, without and with padding, attention need not read from the GPU any more."""
+    vars(packing)["_attention2d_totals"] = {"cu_seqlens": totals, "cu_seqlens_padded": places}
+    return packing
+
+
 def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
+    launch = launched_with()
     refused = [
         (config.qk_clip or config.log_max_attention_logit, "qk_clip / log_max_attention_logit", "leave both off"),
         (
@@ -302,9 +310,21 @@ def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
             "context-parallel groups that stay the same for all batches, as a grid is laid once",
         ),
         (
-            getattr(launched_with(), "reset_attention_mask", False),  # the loader's mask, which is not read
+            getattr(launch, "reset_attention_mask", False),  # the loader's mask, which is not read
             "--reset-attention-mask, a mask for each sequence of the batch,",
             "packed sequences (cu_seqlens), or leave it out",
+        ),
+        (
+            # Upstream spreads the whole pack over the ranks, but rotates, and attention masks, as if each document were
+            # spread: what fails in its RoPE (split_with_sizes) is wrong where lengths happen to divide.
+            getattr(launch, "dataloader_inter_document_masking", False) and config.context_parallel_size > 1,
+            "--dataloader-inter-document-masking, whose documents don't divide over context ranks,",
+            "megatron-attn2d train with data.document_masking, which pads them, or --sft's packs",
+        ),
+        (
+            getattr(launch, "reset_position_ids", False) and launch.position_embedding_type != "learned_absolute",
+            "--reset-position-ids, which only learned positions read,",
+            "packed sequences (cu_seqlens), whose rotary positions begin anew, or leave it out",
         ),
         (
             config.attention_backend is AttnBackend.local,

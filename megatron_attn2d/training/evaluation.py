@@ -106,7 +106,7 @@ def _bucket_sums(request: Request, args: Any, model: list[torch.nn.Module]) -> t
 def _forward_step(collect: Any, iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     from megatron.core.utils import get_attr_wrapped_model
 
-    batch = pretrain_gpt.next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch, _ = pretrain_gpt.next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
     output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
     return output, collect
 

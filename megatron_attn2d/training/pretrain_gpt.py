@@ -146,6 +146,12 @@ def _add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
     own = parser.add_argument_group("megatron_attn2d")
     own.add_argument("--run-dir", help="directory for metrics.jsonl and the logs of the ranks")
     own.add_argument("--attention2d-head-groups", type=int, default=1, help="groups of heads that overlap")
+    own.add_argument(
+        "--document-multiple",
+        type=int,
+        default=0,
+        help="each document is a sequence of its own, padded to a multiple of so many tokens; 0: all are one",
+    )
     own.add_argument("--keep-last", type=int, help="checkpoints to keep; default: all")
     own.add_argument("--peak-tflops", type=float, help="of a GPU, in 10^12 FLOP/s, for the MFU")
     own.add_argument("--log-attention-communication", action="store_true", help="measure waiting for its messages")
@@ -166,14 +172,16 @@ def _refuse(message: str) -> NoReturn:
 def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """The training, validation and test sets, each with at least the given number of samples."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
     from megatron.core.parallel_state import get_tensor_model_parallel_rank
     from megatron.training import get_args, get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+    from megatron_attn2d.data.documents import DocumentDataset, DocumentDatasetConfig
     from megatron_attn2d.data.matching import largest_id
 
     args = get_args()
+    kind = DocumentDataset if args.document_multiple else MockGPTDataset if args.mock_data else GPTDataset
     # Upstream asks for the samples of all steps at today's batch, and ends early where earlier steps took more of them.
     rest = max(0, (args.train_iters or 0) - args.iteration) * args.global_batch_size
     num_samples = [max(num_samples[0], args.consumed_train_samples + rest), *num_samples[1:]]
@@ -182,11 +190,10 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
         indexed.verify_index(prefix)
         if args.rank == 0 and indexed.is_complete(prefix):
             _check_vocabulary(largest_id(prefix), str(prefix))
-    caches = (
-        [Path(args.data_cache_path)] if args.data_cache_path else [p / "cache/GPTDataset_indices" for p in prefixes]
-    )
+    indices = f"cache/{kind.__name__}_indices"  # beside the data
+    caches = [Path(args.data_cache_path)] if args.data_cache_path else [prefix / indices for prefix in prefixes]
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    config = DocumentDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -201,14 +208,16 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        document_multiple=args.document_multiple,
     )
+
+    def is_built_here() -> bool:
+        # Stages without tokens and losses attend documents too.
+        used = args.document_multiple or is_first_or_last_pipeline_stage(vp_stage)
+        return bool(used) and get_tensor_model_parallel_rank() == 0
+
     with indexed.sealed_caches(caches, verifies=os.environ.get("LOCAL_RANK", "0") == "0", seals=args.rank == 0):
-        return BlendedMegatronDatasetBuilder(
-            MockGPTDataset if args.mock_data else GPTDataset,
-            num_samples,
-            lambda: is_first_or_last_pipeline_stage(vp_stage) and get_tensor_model_parallel_rank() == 0,
-            config,
-        ).build()
+        return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, config).build()
 
 
 def _check_vocabulary(largest: int, where: str) -> None:
@@ -248,8 +257,12 @@ def _checked_buffers() -> AbstractContextManager[None]:
     return applied([Patch("megatron.core.full_cuda_graph:StaticBufferLoader.__call__", check_first, reason)])
 
 
-def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
-    """This rank's part of the next batch, [b, s/cp] each: its zigzag chunks, and only what its pipeline stage uses."""
+def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> tuple[Batch, Any]:
+    """This rank's part of the next batch: its zigzag chunks, and only what its pipeline stage uses.
+
+    Returns:
+        tensors [b, s/cp], and None; or, with each document a sequence of its own, [1, b * s/cp] and PackedSeqParams.
+    """
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
     from megatron.training import get_args
@@ -258,8 +271,15 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     keys = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+    mtp = last and bool(args.mtp_num_layers)
+    if args.document_multiple:
+        from megatron_attn2d.training.packed_batch import packed_on_this_rank
+
+        held = next(iterator) if iterator is not None else {}
+        _check_batch(held)
+        return packed_on_this_rank(held, args, first=first, last=last, mtp=mtp, counted=not vp_stage)
     if not (first or last):
-        return dict.fromkeys(keys)
+        return dict.fromkeys(keys), None
 
     batch: Batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -278,12 +298,12 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> Batch:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=last and bool(args.mtp_num_layers),
+        mtp_on_this_rank=mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()), None
 
 
 def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -293,7 +313,7 @@ def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> t
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    batch = next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch, packing = next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
     output = model(
         batch["tokens"],
@@ -301,6 +321,7 @@ def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> t
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=packing,
     )
     return output, partial(_loss, batch["loss_mask"])
 

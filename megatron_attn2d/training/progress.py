@@ -45,15 +45,18 @@ class Step:
     lr: float | None
     """Learning rate."""
     tokens_per_s: float
-    """Tokens of the global batch over the seconds that the step took, all ranks together."""
+    """Tokens of the global batch, without padding, over the seconds that the step took, all ranks together."""
     elapsed_s: float
     """Seconds since training began, without the time before a restart that was lost."""
     tflops: float
-    """10^12 floating-point operations per second and rank, counted by upstream's formula."""
+    """10^12 floating-point operations per second and rank, counted by upstream's formula: where documents are sequences
+    of their own, for the tokens that they have and the attention within each."""
     memory_gib: float
     """Of the reporting rank, in GiB: the most that tensors took on its GPU so far; on CPU its resident memory."""
     mfu: float | None = None
     """Model FLOP/s utilization: `tflops` over the card's peak; None where the peak isn't known."""
+    padding: float | None = None
+    """Share of the batch that is padding of documents; None where documents are not padded."""
     attention_wait: float | None = None
     """Share of the step in which the reporting rank waited for attention's messages; None where nobody asked."""
 
@@ -153,7 +156,8 @@ class Reporter:
             **kwargs: Any,
         ) -> Any:
             if self._reports:
-                self._report(iteration, float(loss_dict["lm loss"]), grad_norm, learning_rate)
+                documents = kwargs["total_real_tokens_in_batch"], kwargs["seqlen_squared_sum_in_batch"]
+                self._report(iteration, float(loss_dict["lm loss"]), grad_norm, learning_rate, *documents)
             return training_log(
                 loss_dict,
                 total_loss_dict,
@@ -222,24 +226,40 @@ class Reporter:
             _rewrite(self._validation, [*kept, _json({"step": step, "set": which, "loss": loss}) + "\n"])
         self._print(f"{which} after step {step}: loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.4g}")
 
-    def _report(self, iteration: int, loss: float, grad_norm: float | None, lr: float | None) -> None:
+    def _report(
+        self,
+        iteration: int,
+        loss: float,
+        grad_norm: float | None,
+        lr: float | None,
+        real_tokens: float | None = None,
+        squares: float | None = None,
+    ) -> None:
+        """Reports a step.
+
+        Where documents are sequences of their own, `real_tokens` counts those of the global batch that are no padding,
+        and `squares` sums the squares of the documents' lengths.
+        """
         from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
         from megatron.training.training import num_floating_point_operations
 
         if not self._started:
             self._start(iteration)
         args, seconds, samples = self._args, self._step_seconds, get_current_running_global_batch_size()
-        tflops = num_floating_point_operations(args, samples) / seconds / args.world_size / 1e12
+        operations = num_floating_point_operations(args, samples, squares, real_tokens)
+        tflops = operations / seconds / args.world_size / 1e12
+        tokens = samples * args.seq_length
         step = Step(
             step=iteration,
             loss=loss if self._counted else None,
             grad_norm=None if grad_norm is None else float(grad_norm),
             lr=None if lr is None else float(lr),
-            tokens_per_s=samples * args.seq_length / seconds,
+            tokens_per_s=(tokens if real_tokens is None else real_tokens) / seconds,
             elapsed_s=time.perf_counter() - self._began,
             tflops=tflops,
             memory_gib=_memory_bytes() / 2**30,
             mfu=tflops / args.peak_tflops if args.peak_tflops else None,
+            padding=None if real_tokens is None else 1 - real_tokens / tokens,
             attention_wait=self._wait.take() / seconds if self._wait else None,
         )
         if self._metrics is not None:
@@ -288,6 +308,7 @@ class Reporter:
             f"{step.tflops:.3g} TFLOP/s per {unit}",
             None if step.mfu is None else f"MFU {step.mfu:.1%}",
             f"{step.memory_gib:.2f} GiB",
+            None if step.padding is None else f"padding {step.padding:.1%}",
             None if step.attention_wait is None else f"attention waits {step.attention_wait:.1%}",
             f"ETA {left}",
         ]
@@ -323,6 +344,7 @@ def _to_trackers(step: Step, ranks: int) -> None:
         "tflops-per-gpu": step.tflops,
         "mfu": step.mfu,
         "memory-gib": step.memory_gib,
+        "padding": step.padding,
         "attention-wait": step.attention_wait,
     }
     values = {name: value for name, value in values.items() if value is not None}

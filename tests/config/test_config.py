@@ -264,6 +264,40 @@ REFUSED = {
     "data.paths=[corpus] data.tokenizer_type=HuggingFaceTokenizer": (
         "data.tokenizer_model = null: HuggingFaceTokenizer is read from local files; name its file or folder"
     ),
+    # documents
+    "data.document_multiple=8": (
+        "data.document_multiple = 8: data.document_masking is false; choose null, or document_masking=true"
+    ),
+    "data.document_masking=true data.document_multiple=12": (
+        "data.document_multiple = 12: not a multiple of 2 * context_parallel.size = 8, the chunks of a document; "
+        "choose 16, or null"
+    ),
+    "data.document_masking=true data.document_multiple=24": (
+        "training.seq_length = 256: not a multiple of data.document_multiple = 24, where documents begin; choose 264"
+    ),
+    "data.document_masking=true training.micro_batch_size=2": (
+        "training.micro_batch_size = 2: documents of several samples go through as one sequence, for which pipeline "
+        "stages are not prepared; choose 1, and a longer training.seq_length"
+    ),
+    "data.document_masking=true megatron_args.reset_position_ids=true": (
+        "megatron_args.reset_position_ids = true: data.document_masking begins positions anew in each document "
+        "already; leave it out"
+    ),
+    "data.document_masking=true megatron_args.hybrid_layer_pattern='*M'": (
+        "megatron_args.hybrid_layer_pattern = '*M': layers M would carry what they know from a document into the next; "
+        "choose * or +, or data.document_masking=false"
+    ),
+    "data.document_masking=true megatron_args.linear_attention_freq=2": (
+        "megatron_args.linear_attention_freq = 2: its layers would carry what they know from a document into the next, "
+        "under data.document_masking; leave it out, or data.document_masking=false"
+    ),
+    "megatron_args.dataloader_inter_document_masking=true": (
+        "megatron_args.dataloader_inter_document_masking = true: data.document_masking decides about ..."
+    ),
+    "megatron_args.reset_attention_mask=true": (
+        "megatron_args.reset_attention_mask = true: --reset-attention-mask makes a mask of all tokens, which no "
+        "attention over context ranks reads; data.document_masking does what it is for; leave it out"
+    ),
     # optimizer and checkpoint
     "optimizer.lr_decay_style=WSD": (
         "optimizer.lr_decay_style = 'WSD': WSD decays over its last steps; set megatron_args.lr_wsd_decay_iters too"
@@ -501,6 +535,10 @@ REFUSED = {
     "environment.device=cuda training.cuda_graphs=attention": (
         "training.precision = 'fp32': Megatron captures training.cuda_graphs = attention in bf16; choose bf16, or "
         "training.cuda_graphs=layer"
+    ),
+    "environment.device=cuda training.cuda_graphs=iteration data.document_masking=true": (
+        "training.cuda_graphs = 'iteration': a graph is for one set of lengths, and data.document_masking brings "
+        "others with each batch; choose none"
     ),
     "environment.device=cuda training.precision=bf16 training.cuda_graphs=attention training.check_finite=true": (
         "training.check_finite = true: it waits for the GPU in each layer, which training.cuda_graphs = attention ..."

@@ -19,20 +19,26 @@ MODES = {"attention2d 2x2": context_parallel("attention2d", 2, 2), "ring": conte
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_packed_sequences_train_as_each_alone(mode: str, pool: RankPool, tmp_path: Path) -> None:
+def test_packed_sequences_train_as_each_alone_and_know_nothing_of_each_other(
+    mode: str, pool: RankPool, tmp_path: Path
+) -> None:
     args = arguments(run_dir=tmp_path, mock_data=True, num_layers=2, **MODES[mode])
-    for losses, gradients in pool.run(_packed_against_alone, 4, args):
+    for losses, gradients, changed in pool.run(_packed_against_alone, 4, args):
         assert losses <= 1e-5
         assert gradients <= 1e-4
+        assert changed == [[False, True, False], [False] * 3], "with the second's first token, and with its padding"
 
 
-def _packed_against_alone(rank: int, args: list[str]) -> tuple[float, float]:
-    """Largest difference of a real token's loss, and of a gradient relative to the largest of its parameter."""
+def _packed_against_alone(rank: int, args: list[str]) -> tuple[float, float, list[list[bool]]]:
+    """Largest difference of a real token's loss, and of a gradient relative to the largest of its parameter.
+
+    And in which sequences losses change with a token of the second one.
+    """
     from megatron.training import training
 
     from megatron_attn2d.training import pretrain_gpt
 
-    found: list[tuple[float, float]] = []
+    found: list[tuple[float, float, list[list[bool]]]] = []
 
     def instead_of_training(step: Any, model: Any, *rest: Any, **kwargs: Any) -> tuple[int, int]:
         found.append(_compare(model[0]))
@@ -43,7 +49,7 @@ def _packed_against_alone(rank: int, args: list[str]) -> tuple[float, float]:
     return found[0]
 
 
-def _compare(model: Any) -> tuple[float, float]:
+def _compare(model: Any) -> tuple[float, float, list[list[bool]]]:
     import torch
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.parallel_state import get_context_parallel_group
@@ -89,7 +95,19 @@ def _compare(model: Any) -> tuple[float, float]:
         for total, gradient in zip(alone_gradients, gradients, strict=True):
             total += gradient
     worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(packed[1], alone_gradients, strict=True))
-    return (packed[0] - alone_losses).abs().max().item(), worst
+
+    changed = []
+    for place in (starts[1], starts[1] + LENGTHS[1]):
+        other = tokens.clone()
+        other[0, place] += 1
+        with torch.no_grad():
+            losses = model(
+                other[:, mine], position_ids[:, mine], None, labels=labels[:, mine], packed_seq_params=packing
+            )
+        by_token, _ = whole(losses, mine, [])
+        differs = (by_token != packed[0]).split(PLACES)
+        changed.append([bool(sequence.any()) for sequence in differs])
+    return (packed[0] - alone_losses).abs().max().item(), worst, changed
 
 
 DROPOUT: dict[str, dict[str, Any]] = {

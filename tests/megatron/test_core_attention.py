@@ -316,16 +316,41 @@ def started_by_a_stock_launch(rank: int, **arguments: Any) -> str:
 
     with mock.patch.object(global_vars, "_GLOBAL_ARGS", Namespace(**arguments)):
         try:
-            with built(1, None, None):
+            with built(torch.distributed.get_world_size(), "attention2d", None):
                 return ""
         except ValueError as error:
             return str(error)
 
 
-def test_a_mask_that_a_stock_launch_asks_for_is_refused(pool: RankPool) -> None:
-    assert pool.run(started_by_a_stock_launch, 1, reset_attention_mask=False) == [""]
-    (said,) = pool.run(started_by_a_stock_launch, 1, reset_attention_mask=True)
-    assert said.startswith("--reset-attention-mask, a mask for each sequence of the batch, is not supported")
+@pytest.mark.parametrize(
+    ("ranks", "given", "said"),
+    [
+        (1, {"reset_attention_mask": False, "reset_position_ids": False}, ""),
+        (1, {"reset_attention_mask": True}, "--reset-attention-mask, a mask for each sequence of the batch, is not"),
+        (1, {"dataloader_inter_document_masking": True}, ""),
+        (2, {"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking, whose documents don't"),
+        (1, {"reset_position_ids": True, "position_embedding_type": "learned_absolute"}, ""),
+        (1, {"reset_position_ids": True, "position_embedding_type": "rope"}, "--reset-position-ids, which only"),
+    ],
+)
+def test_what_a_stock_launch_asks_of_the_data_is_served_or_refused(
+    ranks: int, given: dict[str, Any], said: str, pool: RankPool
+) -> None:
+    for found in pool.run(started_by_a_stock_launch, ranks, **given):
+        assert found.startswith(said)
+        assert bool(found) == bool(said)
+
+
+def test_upstream_still_rotates_documents_as_if_each_were_spread_over_the_ranks() -> None:
+    """If not, --dataloader-inter-document-masking may be served in a stock launch."""
+    from types import SimpleNamespace
+
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+
+    half, group = torch.zeros(8, 1, 4), SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    documents = torch.tensor([0, 5, 16], dtype=torch.int32)  # of 16 tokens, of which a rank holds 8
+    with pytest.raises(RuntimeError, match="split_with_sizes"):
+        _apply_rotary_pos_emb_thd(half, documents, torch.zeros(11, 1, 1, 4), cp_group=group)
 
 
 def captured(rank: int, shell: dict[str, str], **changes: Any) -> str:

@@ -131,7 +131,9 @@ def _batch(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.training import training
 
     monkeypatch.setattr(num_microbatches_calculator, "get_current_running_global_batch_size", lambda: 8)
-    monkeypatch.setattr(training, "num_floating_point_operations", lambda args, batch: batch * 1e12)
+    monkeypatch.setattr(
+        training, "num_floating_point_operations", lambda args, batch, squares, tokens: (squares or batch) * 1e12
+    )
     monkeypatch.setattr(progress, "_memory_bytes", lambda: 3 * 2**29)
 
 
@@ -153,6 +155,12 @@ def test_utilization_and_waiting_are_shown_where_they_are_known(tmp_path: Path) 
     assert "  MFU 40.0%  1.50 GiB  attention waits 25.0%  ETA" in console.getvalue()
     recorded = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (recorded["tflops"], recorded["mfu"], recorded["attention_wait"]) == (2.0, 0.4, 0.25)
+
+
+def test_documents_are_counted_without_padding() -> None:
+    console = io.StringIO()
+    reporter(None, console)._report(8, 2.5, 1.25, 1e-3, real_tokens=600.0, squares=4.0)
+    assert "  300 tokens/s (150 per rank)  1 TFLOP/s per rank  1.50 GiB  padding 25.0%  ETA" in console.getvalue()
 
 
 def test_one_rank_needs_no_rate_a_rank() -> None:

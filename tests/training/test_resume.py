@@ -10,7 +10,10 @@ from tests.megatron.runs import context_parallel, metrics, train_states
 from tests.pool import RankPool
 
 EXACT: dict[str, tuple[int, dict[str, Any]]] = {
-    "attention2d 2x1, dropout": (2, {**context_parallel("attention2d", 2, 1), "hidden_dropout": 0.1}),
+    "attention2d 2x1, dropout, documents": (
+        2,
+        {**context_parallel("attention2d", 2, 1), "hidden_dropout": 0.1, "document_multiple": 4},
+    ),
     "DP2, distributed optimizer, dropout": (2, {"use_distributed_optimizer": True, "hidden_dropout": 0.1}),
     "TP2, bf16": (2, {"tensor_model_parallel_size": 2, "bf16": True, "use_distributed_optimizer": True}),
 }

@@ -1,0 +1,130 @@
+"""From samples of documents to this rank's part of a pack: its zigzag chunks of each document, and their lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from megatron.core import parallel_state as mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_batch_on_this_tp_rank
+from megatron.training import training
+
+from megatron_attn2d.attention.packing import Packing
+from megatron_attn2d.data.documents import PLACES, TOTALS
+from megatron_attn2d.megatron.core_attention import keep_totals
+
+KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+_ROTARY_LENGTHS = 8
+"""How many lengths the longest document is rounded up to: upstream keeps a table of rotary angles for each that comes
+by, as long as it."""
+
+Batch = dict[str, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The documents of a micro-batch, one after the other, as the host knows them."""
+
+    totals: list[int]
+    """Running totals of their tokens."""
+    places: list[int]
+    """The same with padding; the last is the tokens of the pack."""
+
+    @classmethod
+    def of(cls, totals: torch.Tensor, places: torch.Tensor) -> Pack:
+        """Of samples [b, n], which go one after the other."""
+        found: tuple[list[int], list[int]] = [0], [0]
+        for rows in zip(totals.tolist(), places.tolist(), strict=True):
+            first = [all_[-1] for all_ in found]
+            for (_, total), (before, place) in zip(*map(pairwise, rows), strict=True):
+                if place > before:  # behind the last document totals go on with their last number
+                    found[0].append(first[0] + total)
+                    found[1].append(first[1] + place)
+        return cls(*found)
+
+    def parameters(self, totals: torch.Tensor, places: torch.Tensor) -> PackedSeqParams:
+        """What Megatron's layers are told of the documents, given the same totals on the device, [n] int32."""
+        longest = self._rotary_length()
+        return keep_totals(
+            PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=totals,
+                cu_seqlens_kv=totals,
+                cu_seqlens_q_padded=places,
+                cu_seqlens_kv_padded=places,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+                pad_between_seqs=self.totals != self.places,
+            ),
+            self.totals,
+            self.places,
+        )
+
+    def _rotary_length(self) -> int:
+        """At least the longest place; all tokens for one alone, as upstream lets positions of several go on else."""
+        longest, tokens = max(b - a for a, b in pairwise(self.places)), self.places[-1]
+        step = -(-tokens // _ROTARY_LENGTHS)
+        rounded = -(-longest // step) * step
+        return min(rounded, tokens) if len(self.places) == 2 or rounded < tokens else longest
+
+
+def packed_on_this_rank(
+    held: Batch, args: Any, *, first: bool, last: bool, mtp: bool, counted: bool
+) -> tuple[Batch, PackedSeqParams]:
+    """This rank's part of a batch of documents, [b, s] as the loader gave it; {} on tensor ranks without a loader.
+
+    Args:
+        held: also totals [b, n], on the CPU.
+        args: Megatron's, of which the batch's sizes and the number of pipeline stages are read.
+        first: this rank embeds tokens.
+        last: this rank computes losses.
+        mtp: it predicts several tokens.
+        counted: whether the documents are counted for upstream's throughput of this step: once for each rank.
+
+    Returns:
+        the tensors that this stage uses, [1, b * s / cp], and what its layers are told of the documents.
+    """
+    group, context = mpu.get_tensor_model_parallel_group(), mpu.get_context_parallel_group()
+    pack, batch = None, dict[str, Any]()
+    if group.rank() == 0:
+        totals, places = held[TOTALS], held[PLACES]
+        assert totals is not None
+        assert places is not None
+        pack = Pack.of(totals, places)
+        batch = {
+            key: None if (x := held.get(key)) is None else x.reshape(1, -1).cuda(non_blocking=True)
+            for key in (*KEYS, "attention_mask")
+        }
+        numbers = {"cu_seqlens": pack.totals, "cu_seqlens_padded": pack.places, "max_seqlen": [pack.places[-1]]}
+        batch |= {key: torch.tensor(x, dtype=torch.int32, device="cuda") for key, x in numbers.items()}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=True,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=False,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=group,
+        cp_size=2,  # that of padded totals, which documents have on one context rank too
+        tp_rank=group.rank(),
+        micro_batch_size=1,
+        seq_length=args.micro_batch_size * args.seq_length,
+        mtp_on_this_rank=mtp,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=first,
+        is_pipeline_last_stage=last,
+    )
+    totals_there, places_there = (batch[key].flatten() for key in ("cu_seqlens", "cu_seqlens_padded"))
+    if pack is None:
+        pack = Pack(totals_there.tolist(), places_there.tolist())
+    if counted and torch.is_grad_enabled():  # a validation's would be taken for those of the next step
+        training.update_seqlen_stats_from_cu_seqlens(totals_there)
+    rank, ranks = context.rank(), context.size()
+    if ranks > 1:
+        # Attention asks for the same packing, which is kept for it.
+        packing = Packing.of(pack.totals, pack.places, pack.places[-1], ranks, totals_there.device)
+        rows = packing.positions([rank, 2 * ranks - 1 - rank])[0]
+        batch |= {key: x.index_select(1, rows) for key in KEYS if (x := batch[key]) is not None}
+    return {key: batch[key] for key in (*KEYS, "attention_mask")}, pack.parameters(totals_there, places_there)

@@ -1,0 +1,64 @@
+"""Training in which each document is a sequence of its own: the same in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.megatron.combinations import EP, MODELS, PP, SP, VPP, Combination, grid
+from tests.megatron.documents import short_texts
+from tests.megatron.runs import context_parallel, train
+from tests.pool import RankPool
+
+COMMON: dict[str, Any] = {"document_multiple": 16, "train_iters": 2}
+
+COMBINATIONS: dict[str, Combination] = {
+    "ring 4": Combination("llama", 4, context_parallel("p2p", 1, 4)),
+    "2x2, 4 micro-batches": Combination("llama", 4, grid(2, 2, micro_batch_size=1)),
+    "4x2": Combination("llama", 8, grid(4, 2)),
+    "2x2x2, heads over 2": Combination("llama", 8, grid(2, 2, 2)),
+    "TP2 SP, PP2, 1x2": Combination("llama", 8, {**SP, **PP, **grid(1, 2), "micro_batch_size": 1}),
+    "PP2 interleaved, 2x1": Combination("four layers", 4, {**VPP, **grid(2, 1), "micro_batch_size": 1}),
+    "DP2, 1x2": Combination("llama", 4, grid(1, 2)),
+    "GPT-3, 2x2": Combination("gpt3", 4, grid(2, 2)),
+    "MoE, EP2 over 2x1": Combination("moe", 2, {**EP, **grid(2, 1)}),
+    "MLA, 2x1": Combination("mla", 2, grid(2, 1)),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A set of short documents, and by model a checkpoint after the first step and the second step."""
+    directory = tmp_path_factory.mktemp("documents")
+    texts = short_texts(directory / "texts")
+    found: dict[str, Any] = {}
+
+    def of(model: str) -> tuple[Path, Path, dict[str, Any]]:
+        if model not in found:
+            start = directory / model
+            options = {"data_path": texts, **COMMON, **MODELS[model]}
+            saving = {"save": start, "save_interval": 1, "no_save_optim": True}
+            found[model] = texts, start, train(pool, 1, directory / f"{model} run", **options, **saving)[1]
+        return found[model]
+
+    return of
+
+
+@pytest.mark.parametrize("case", COMBINATIONS)
+def test_losses_gradients_and_throughput_equal_those_of_one_rank(
+    case: str, pool: RankPool, one_rank: Any, tmp_path: Path
+) -> None:
+    combination = COMBINATIONS[case]
+    texts, start, expected = one_rank(combination.model)
+    options = {"data_path": texts, "load": start, "ckpt_step": 1, "no_load_optim": True, **COMMON}
+    (step,) = train(pool, combination.ranks, tmp_path, **options, **MODELS[combination.model], **combination.options)
+    assert step["step"] == expected["step"] == 2
+    assert step["loss"] == pytest.approx(expected["loss"], abs=combination.tolerance)
+    assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=10 * combination.tolerance)
+    assert step["padding"] == pytest.approx(expected["padding"])
+    assert 0.05 < step["padding"] < 0.3
+    # Of one batch operations and tokens are the same however fast it went.
+    work = [one["tflops"] * ranks / one["tokens_per_s"] for one, ranks in ((step, combination.ranks), (expected, 1))]
+    assert work[0] == pytest.approx(work[1])
