@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from megatron_attn2d.config import effects, upstream_flags
 from megatron_attn2d.config.checks import PER_LAYER
 from megatron_attn2d.config.keys import FIRST_START, is_schedule
+from megatron_attn2d.config.layer_pattern import hybrid_arguments, is_hybrid, layer_pattern, of_each_symbol
 from megatron_attn2d.config.schema import NO_FLAG, Flag, RunConfig
 from megatron_attn2d.config.yaml_io import parse
 from megatron_attn2d.errors import ConfigError, ConfigErrors, nearest
@@ -19,6 +20,8 @@ CP_COMM_TYPES = {"attention2d": "attention2d", "ring": "p2p", "all_gather": "all
 
 # Flags that no field emits by its own name, and the key that decides about each.
 _DECIDED_BY = {
+    "num-layers": "model.num_layers",
+    "num-virtual-stages-per-pipeline-rank": "parallelism.virtual_pipeline",
     "group-query-attention": "model.num_query_groups",
     "num-query-groups": "model.num_query_groups",
     "max-position-embeddings": "model.max_position_embeddings",
@@ -92,10 +95,12 @@ def megatron_arguments(run: RunConfig) -> list[str]:
     """
     sections = [getattr(run, name) for name in type(run).model_fields if name != "megatron_args"]
     arguments = [token for section in sections for token in _section_arguments(section)]
-    for build in (_attention, _precision, _graphs, _data, _evaluation, _checkpoint, _logging):
+    for build in (_layers, _attention, _precision, _graphs, _data, _evaluation, _checkpoint, _logging):
         arguments += build(run)
     outdated = {key.removeprefix("megatron_args.") for key in left_out(run)}
     passed = {name: None if name in outdated else value for name, value in run.megatron_args.items()}
+    if is_hybrid(run):
+        passed = hybrid_arguments(run, passed)
     arguments += ["--run-dir", run.directory, *_passed_through(passed)]
     if errors := [_ignored(one) for one in effects.ignored(arguments)]:
         raise ConfigErrors(errors)
@@ -134,12 +139,24 @@ def _section_arguments(section: BaseModel) -> list[str]:
     return arguments
 
 
+def _layers(run: RunConfig) -> list[str]:
+    if is_hybrid(run):  # its pattern says both
+        return []
+    arguments = _flag("num-layers", run.model.num_layers)
+    if run.parallelism.virtual_pipeline is not None:
+        arguments += _flag("num-virtual-stages-per-pipeline-rank", run.parallelism.virtual_pipeline)
+    return arguments
+
+
 def _attention(run: RunConfig) -> list[str]:
     model, context = run.model, run.context_parallel
     arguments = _flag("max-position-embeddings", model.max_position_embeddings or run.training.seq_length)
     if model.num_query_groups:
         arguments += ["--group-query-attention", *_flag("num-query-groups", model.num_query_groups)]
-    arguments += _flag("cp-comm-type", *(CP_COMM_TYPES[mode] for mode in context.layer_modes or [context.mode]))
+    modes = context.layer_modes or [context.mode]
+    if is_hybrid(run) and context.layer_modes:
+        modes = of_each_symbol(context.layer_modes, layer_pattern(run))
+    arguments += _flag("cp-comm-type", *(CP_COMM_TYPES[mode] for mode in modes))
     if context.mode == "attention2d" and context.size > 1:
         # Upstream's groups of the last size but one are the columns, those of the last, more strided, the rows.
         (heads, rows, columns), (tile_rows, tile_columns) = run.grid, run.tile

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 
 from megatron_attn2d.config import keys
+from megatron_attn2d.config.layer_pattern import ATTENTION, PIPE, is_hybrid, main_layers
 from megatron_attn2d.config.schema import GRAPH_IMPLEMENTATIONS, RunConfig
 from megatron_attn2d.data.indexed import prefix_fault
 from megatron_attn2d.errors import ConfigError, ConfigErrors
@@ -34,7 +35,7 @@ Refusal = tuple[str, str, str]
 def check(run: RunConfig) -> None:
     """Raise ConfigError, naming each key with its value, the reason and a valid choice, if `run` cannot work."""
     parts = (
-        *(_check_model, _check_layers, _check_parallelism, _check_world, _check_batch),
+        *(_check_model, _check_layers, _check_hybrid, _check_parallelism, _check_world, _check_batch),
         *(_check_fp8, _check_data, _check_documents, _check_rest),
     )
     errors = _errors(run, *parts)
@@ -120,7 +121,7 @@ def _check_parallelism(run: RunConfig) -> Iterator[Refusal]:
     key, chunks = (
         ("parallelism.pipeline", stages) if virtual is None else ("parallelism.virtual_pipeline", stages * virtual)
     )
-    if model.num_layers % chunks and not any(map(run.megatron_args.get, UNEVEN)):
+    if model.num_layers % chunks and not any(map(run.megatron_args.get, (*UNEVEN, "hybrid_layer_pattern"))):
         yield (
             key,
             f"{chunks} stages do not share model.num_layers = {model.num_layers} evenly",
@@ -287,6 +288,27 @@ def _check_layers(run: RunConfig) -> Iterator[Refusal]:
         value = given.get(name)
         if isinstance(value, list) and len(value) != layers and not pattern:
             yield f"megatron_args.{name}", f"says it of {len(value)} layers, model.num_layers is {layers}", "name each"
+
+
+def _check_hybrid(run: RunConfig) -> Iterator[Refusal]:
+    if not is_hybrid(run):
+        return
+    given, where, model = run.megatron_args, run.parallelism, run.model
+    for name in (*UNEVEN, "num_layers_per_virtual_pipeline_stage"):
+        if given.get(name):
+            choice = "write stages as | in megatron_args.hybrid_layer_pattern"
+            yield f"megatron_args.{name}", "the stages of model.kind = hybrid stand in its pattern", choice
+    if isinstance(given.get("moe_layer_freq"), str):
+        yield "megatron_args.moe_layer_freq", "is text, which is not read here", "write a number, or [1, 0, ...]"
+    if not (pattern := str(given.get("hybrid_layer_pattern") or "")):
+        return
+    if (found := len(ATTENTION.findall(main_layers(pattern)))) != model.num_layers:
+        reason = f"has {found} layers of attention (* or +), model.num_layers is {model.num_layers}"
+        yield "megatron_args.hybrid_layer_pattern", reason, f"choose model.num_layers={found}, or another pattern"
+    stages, found = where.pipeline * (where.virtual_pipeline or 1), pattern.count(PIPE) + 1
+    if found != stages and (where.virtual_pipeline or found > 1):
+        reason = f"has {found} stages, parallelism.pipeline x virtual_pipeline are {stages}"
+        yield "megatron_args.hybrid_layer_pattern", reason, f"write {stages - 1} | into it"
 
 
 def _check_fp8(run: RunConfig) -> Iterator[Refusal]:

@@ -98,6 +98,8 @@ def changed(before: RunConfig, now: RunConfig) -> list[str]:
         for name in getattr(section.annotation, "model_fields", {})
     ]
     found = [key for key in keys if key not in _FREE and value(before, key) != value(now, key)]
+    if before.model.kind == "gpt":  # whose weights and optimizer's states Megatron loads into a hybrid model
+        found = [key for key in found if key != "model.kind"]
     names = sorted(before.megatron_args.keys() | now.megatron_args.keys())
     arguments = [name for name in names if not _is_free(name)]
     return found + [

@@ -56,7 +56,11 @@ class Run(Section):
 class Model(Section):
     """The GPT."""
 
-    num_layers: Positive
+    kind: Annotated[Literal["gpt", "hybrid"], NO_FLAG] = "gpt"
+    """Upstream's class of models: GPTModel, or HybridModel, into which checkpoints of the former load. Its pattern of
+    layers follows from the other keys, or is megatron_args.hybrid_layer_pattern."""
+    num_layers: Annotated[Positive, NO_FLAG]
+    """Each of attention and an MLP."""
     hidden_size: Positive
     num_attention_heads: Positive
     num_query_groups: Annotated[Positive | None, NO_FLAG] = None
@@ -98,7 +102,7 @@ class Parallelism(Section):
 
     tensor: Annotated[Ranks, Flag("tensor-model-parallel-size")] = 1
     pipeline: Annotated[Ranks, Flag("pipeline-model-parallel-size")] = 1
-    virtual_pipeline: Annotated[Ranks | None, Flag("num-virtual-stages-per-pipeline-rank")] = None
+    virtual_pipeline: Annotated[Ranks | None, NO_FLAG] = None
     """Model chunks a pipeline rank, for the interleaved schedule."""
     sequence_parallel: bool = False
     """Split norms and dropout over the tensor ranks along the sequence."""

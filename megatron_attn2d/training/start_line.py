@@ -52,7 +52,7 @@ def line(args: Namespace, attentions: Iterable[ContextParallelAttention], derive
 
 
 def _model(args: Namespace) -> str:
-    kind = "GPT" if args.hybrid_layer_pattern is None else f"hybrid {args.hybrid_layer_pattern}"
+    kind = "GPT" if args.hybrid_layer_pattern is None else f"hybrid {_cut(args.hybrid_layer_pattern)}"
     heads = f"{args.num_attention_heads} heads"
     if args.group_query_attention:
         heads += f", {args.num_query_groups} key/value heads"
@@ -84,6 +84,10 @@ def _derived(arguments: Sequence[str]) -> str:
     if others := len(flags) - len(named):
         named.append(f"{others} switch{'es' * (others > 1)}")
     return f"derived: {', '.join(named) or 'nothing'}" + (" (reasons in the log of rank 0)" if named else "")
+
+
+def _cut(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _shortened(words: Sequence[str], most: int = 8) -> Iterator[str]:

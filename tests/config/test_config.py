@@ -458,6 +458,21 @@ REFUSED = {
     "megatron_args.hybrid_layer_pattern='*E'": (
         "megatron_args.hybrid_layer_pattern = '*E': E is a layer of experts; set megatron_args.num_experts too"
     ),
+    "model.kind=hybrid megatron_args.pipeline_model_parallel_layout='E(t|)*4L' training.micro_batch_size=2": (
+        "megatron_args.pipeline_model_parallel_layout = 'E(t|)*4L': the stages of model.kind = hybrid stand in its "
+        "pattern; write stages as | in megatron_args.hybrid_layer_pattern"
+    ),
+    "model.kind=hybrid megatron_args={num_experts: 4, moe_layer_freq: '[1,0]*2'}": (
+        "megatron_args.moe_layer_freq = '[1,0]*2': is text, which is not read here; write a number, or [1, 0, ...]"
+    ),
+    "model.kind=hybrid megatron_args.hybrid_layer_pattern='M*-|M*-'": (
+        "megatron_args.hybrid_layer_pattern = 'M*-|M*-': has 2 layers of attention (* or +), model.num_layers is 4; "
+        "choose model.num_layers=2, or another pattern"
+    ),
+    "model.kind=hybrid megatron_args.hybrid_layer_pattern='*|*|*|*'": (
+        "megatron_args.hybrid_layer_pattern = '*|*|*|*': has 4 stages, parallelism.pipeline x virtual_pipeline are 2; "
+        "write 1 | into it"
+    ),
     "megatron_args.pipeline_model_parallel_layout='E(t|)*4L' training.micro_batch_size=4": (
         "training.global_batch_size = 4: 1 micro-batches per replica, the interleaved schedule needs "
         "parallelism.pipeline = 2; choose 8"
@@ -856,6 +871,27 @@ def test_compiles_to_megatrons_arguments(base):
         ("context_parallel.grid=[1, 4]", "--hierarchical-context-parallel-sizes 1 4 "),
         ("model.num_query_groups=1", "--hierarchical-context-parallel-sizes 4 1 "),
         ("model.num_query_groups=2", "--group-query-attention --num-query-groups 2 "),
+        ("model.kind=hybrid", "--hybrid-layer-pattern *-*-|*-*- "),
+        ("model.kind=hybrid parallelism.virtual_pipeline=2", "--hybrid-layer-pattern *-|*-|*-|*- "),
+        (
+            "model.kind=hybrid context_parallel.layer_modes=[ring, attention2d, attention2d, ring]",
+            "--cp-comm-type p2p p2p attention2d attention2d attention2d attention2d p2p p2p ",
+        ),
+        (
+            "model.kind=hybrid megatron_args={num_experts: 4, moe_layer_freq: 2, mtp_num_layers: 2} "
+            "model.position_embedding_type=rope",
+            "--hybrid-layer-pattern *E*-|*E*-/*-/*- ",
+        ),
+        (
+            "model.kind=hybrid megatron_args={multi_latent_attention: true, window_size: [8, 0], "
+            "window_attn_skip_freq: 2}",
+            "--window-attn-skip-freq [1,1,0,0,1,1,0,0] --hybrid-layer-pattern +-+-|+-+- ",
+        ),
+        (
+            "model.kind=hybrid megatron_args={hybrid_layer_pattern: 'M*M*|-*M*M', window_size: [8, 0], "
+            "window_attn_skip_freq: [0, 1, 1, 0]}",
+            "--hybrid-layer-pattern M*M*|-*M*M --window-size 8,0 --window-attn-skip-freq [0,0,0,1,1,1,1,0,0] ",
+        ),
         ("training.precision=bf16", "--bf16 "),
         ("environment.device=cuda training.cuda_graphs=layer", "--cuda-graph-impl local "),
         (
@@ -1112,6 +1148,7 @@ CONTINUED = {
     "megatron_args.moe_z_loss_coeff=0.1": "megatron_args.moe_z_loss_coeff = 0.1: the run in {run} was begun ...",
     # weights and states
     "model.num_layers=2": "model.num_layers = 2: the run in {run} was begun with 4; choose 4, or another run.dir",
+    "model.kind=hybrid": "",
     "model.swiglu=true": "model.swiglu = true: the run in {run} was begun with false; choose false, or another run.dir",
     "model.rotary_base=100": "model.rotary_base = 100: the run in {run} was begun with null; choose null, or ...",
     "model.norm_epsilon=0.1": "model.norm_epsilon = 0.1: the run in {run} was begun with null; choose null, or ...",
@@ -1147,6 +1184,13 @@ def test_a_run_is_continued_as_it_was_begun(base, tmp_path, overrides):
         assert messages[0].startswith(expected.removesuffix("..."))
     else:
         assert messages == ([expected] if expected else [])
+
+
+def test_a_gpt_does_not_go_on_from_a_hybrid_model(base, tmp_path):
+    (tmp_path / "config.yaml").write_text(resolved_yaml(load_run(base, ["model.kind=hybrid", f"run.dir={tmp_path}"])))
+    write_checkpoint(tmp_path, 4)
+    [error] = check_continued(load_run(base, [f"run.dir={tmp_path}"]))
+    assert str(error).startswith(f"model.kind = 'gpt': the run in {tmp_path} was begun with 'hybrid'; choose 'hybrid'")
 
 
 def test_a_start_that_saved_nothing_leaves_the_run_as_it_was(base, tmp_path):

@@ -162,8 +162,8 @@ NEEDS: dict[str, Options] = {
 """What else must be given for an argument to mean anything."""
 VALUES: Options = {
     "window_size": "8,0",
-    "window_attn_skip_freq": 2,
-    "no_rope_freq": 2,
+    "window_attn_skip_freq": "[1,0,0,0]",  # also in a hybrid model, where every second layer attends
+    "no_rope_freq": 1,  # in all layers: of 2, a hybrid model would have it in its MLPs
     "moe_layer_freq": 2,
     "moe_router_load_balancing_type": "sinkhorn",
     "moe_router_dtype": "fp64",

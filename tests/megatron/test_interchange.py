@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.megatron.combinations import MODELS, OVERLAP, PP, SP, ZERO, Options, grid
 from tests.megatron.runs import arguments, context_parallel, metrics, train_rank
-from tests.pool import RankPool
+from tests.pool import RankFailed, RankPool
 
 Stage = tuple[int, Options]
 
@@ -94,6 +94,21 @@ def test_a_checkpoint_has_the_names_and_shapes_of_upstreams_own_model(
     [(ours, theirs)] = pool.run(_names, 1, arguments(run_dir=tmp_path, mock_data=True, **MODELS[model]))
     assert ours == theirs
     assert len(ours) >= 8
+
+
+def test_a_hybrid_model_goes_on_from_a_gpt(pool: RankPool, text: Path, tmp_path: Path) -> None:
+    """By upstream's own translation of names, weights and the optimizer's states; not the other way."""
+    options = {"data_path": text, **MODELS["llama"], **ZERO}
+    saved, again = tmp_path / "saved", tmp_path / "again"
+    pool.run(train_rank, 1, arguments(run_dir=tmp_path / "undisturbed", exit_interval=3, **options))
+    pool.run(train_rank, 2, arguments(run_dir=tmp_path / "run", save=saved, exit_interval=1, **options, **grid(2, 1)))
+    hybrid = {**options, **MODELS["hybrid"], "run_dir": tmp_path / "run", "load": saved, "exit_interval": 3}
+    pool.run(train_rank, 2, arguments(**hybrid, save=again, **grid(1, 2)))
+    found, expected = ([line["loss"] for line in metrics(tmp_path / run)] for run in ("run", "undisturbed"))
+    assert found == pytest.approx(expected, abs=1e-5)
+    refused = arguments(run_dir=tmp_path / "back", load=again, exit_interval=4, **options)
+    with pytest.raises(RankFailed, match=r"model\.kind is hybrid in this checkpoint and gpt here"):
+        pool.run(train_rank, 1, refused)
 
 
 def test_a_hybrid_checkpoint_has_the_names_of_transformer_engines_layers(pool: RankPool, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ environment: {device: cpu}
             [(1, "p2p", None, 1), (2, "attention2d", (1, 2), 1)],
         ),
         (
-            "megatron_args={hybrid_layer_pattern: '*-*-'}",
+            "model={num_layers: 2, hidden_size: 64, num_attention_heads: 4, kind: hybrid}",
             [(1, "attention2d", (1, 2), 1), (3, "attention2d", (1, 2), 1)],
         ),
     ],

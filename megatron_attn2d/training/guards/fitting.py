@@ -69,8 +69,14 @@ def _check(checkpoint: Path, args: Namespace) -> None:
     from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
     theirs = load_common_state_dict(checkpoint).get("args")
-    if theirs is None or getattr(theirs, "hybrid_layer_pattern", None) != args.hybrid_layer_pattern:
-        return  # upstream loads a GPT into a hybrid model
+    pattern = getattr(theirs, "hybrid_layer_pattern", None)
+    if pattern and not args.hybrid_layer_pattern:
+        raise UsageError(
+            f"{checkpoint}: model.kind is hybrid in this checkpoint and gpt here, which Megatron does not load; choose "
+            "hybrid, or another checkpoint"
+        )
+    if theirs is None or pattern != args.hybrid_layer_pattern:
+        return
     if lines := [f"{checkpoint}: {line}" for line in differences(theirs, args)]:
         raise UsageError("\n".join(lines))
 

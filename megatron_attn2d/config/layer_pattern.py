@@ -1,0 +1,80 @@
+"""The layers of a hybrid model (`model.kind: hybrid`) as Megatron's `--hybrid-layer-pattern` spells them.
+
+A layer of ours, attention and MLP, is two of Megatron's, `*-`, and so it is in a pipeline's stages and in whatever
+names each layer:
+
+    model.num_layers 4, parallelism.pipeline 2         *-*-|*-*-
+    megatron_args.num_experts                          *E in place of *-, by megatron_args.moe_layer_freq
+    megatron_args.multi_latent_attention               + in place of *
+    megatron_args.mtp_num_layers 2                     *-*-/*-/*-
+    context_parallel.layer_modes [ring, attention2d]   p2p p2p attention2d attention2d
+
+`megatron_args.hybrid_layer_pattern` says it otherwise, with Mamba (M) for one.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_attn2d.config.schema import RunConfig
+
+ATTENTION = re.compile(r"[*+]")
+PIPE, MTP = "|", "/"
+_IN_THE_PATTERN = ("moe_layer_freq", "mtp_num_layers")
+_SKIPPED = "window_attn_skip_freq"
+
+
+def is_hybrid(run: RunConfig) -> bool:
+    """Whether the model is upstream's HybridModel with a pattern that follows from the keys of `run`."""
+    return run.model.kind == "hybrid"
+
+
+def layer_pattern(run: RunConfig) -> str:
+    """The pattern of a hybrid model, the one that is given or the one that follows."""
+    given = run.megatron_args
+    if pattern := given.get("hybrid_layer_pattern"):
+        return str(pattern)
+    attention = "+" if given.get("multi_latent_attention") else "*"
+    layers = [attention + ("E" if has_experts else "-") for has_experts in _experts(run)]
+    stages = run.parallelism.pipeline * (run.parallelism.virtual_pipeline or 1)
+    size = len(layers) // stages
+    main = PIPE.join("".join(layers[stage * size : (stage + 1) * size]) for stage in range(stages))
+    depths = given.get("mtp_num_layers") or 0
+    return main + (MTP + layers[-1]) * (depths if isinstance(depths, int) else 0)
+
+
+def main_layers(pattern: str) -> str:
+    """The symbols of the model's layers, without stages and multi-token prediction."""
+    return pattern.partition(MTP)[0].replace(PIPE, "")
+
+
+def of_each_symbol[Value](values: Sequence[Value], pattern: str) -> list[Value]:
+    """`values`, one for each layer of attention, for each symbol: layers without attention have that before them."""
+    found, seen = [], 0
+    for symbol in main_layers(pattern):
+        seen += ATTENTION.match(symbol) is not None
+        found.append(values[max(seen, 1) - 1])
+    return found
+
+
+def hybrid_arguments(run: RunConfig, passed: dict[str, Any]) -> dict[str, Any]:
+    """`passed`, of megatron_args, for a hybrid model: with the pattern, and what names layers in Megatron's count."""
+    pattern, arguments = layer_pattern(run), {name: value for name, value in passed.items() if value is not None}
+    if "hybrid_layer_pattern" not in arguments:
+        for name in _IN_THE_PATTERN:
+            arguments.pop(name, None)
+    if isinstance(skipped := arguments.get(_SKIPPED), int):
+        skipped = [int(layer % skipped != 0) for layer in range(1, run.model.num_layers + 1)]
+    if isinstance(skipped, list):
+        arguments[_SKIPPED] = of_each_symbol(skipped, pattern)
+    return {**arguments, "hybrid_layer_pattern": pattern}
+
+
+def _experts(run: RunConfig) -> list[bool]:
+    """Of each layer whether it has experts."""
+    layers, frequency = range(run.model.num_layers), run.megatron_args.get("moe_layer_freq")
+    if not run.megatron_args.get("num_experts"):
+        return [False for _ in layers]
+    if isinstance(frequency, list):
+        return [bool(one) for one in frequency]
+    return [layer % (frequency if isinstance(frequency, int) else 1) == 0 for layer in layers]
