@@ -4,46 +4,58 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_attn2d.commands import evaluate_tasks
+from megatron_attn2d.commands.evaluate_tasks import Words
+from megatron_attn2d.commands.evaluation_data import check_output, data_set, samples
 from megatron_attn2d.config import ConfigError, RunConfig, load_run, megatron_arguments
 from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, stages_of_training
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.read import build_run
-from megatron_attn2d.data.indexed import prefix_fault
-from megatron_attn2d.errors import ConfigErrors, UsageError
+from megatron_attn2d.errors import UsageError
 from megatron_attn2d.launch import environment
 from megatron_attn2d.run import checkpoints
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
     """Adds `eval` to the command line's `commands`; returns its parser."""
-    parser = commands.add_parser("eval", help="loss by position at a long context", description=_evaluate.__doc__)
+    parser = commands.add_parser("eval", help="loss, or scores, at a long context", description=_evaluate.__doc__)
     parser.add_argument("run", metavar="RUN_DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the run's config.yaml")
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="a data set, or a text, JSONL or Parquet file")
+    parser.add_argument("--data", metavar="PREFIX", help="a data set, or a text, JSONL or Parquet file")
     parser.add_argument("--key", metavar="NAME", help="of the text in a JSONL or Parquet file (default: text)")
-    parser.add_argument("--context", required=True, type=int, metavar="N", help="tokens of a window")
-    parser.add_argument("--samples", type=int, default=16, metavar="N", help="windows at most (default: 16)")
+    parser.add_argument(
+        "--context", required=True, nargs="+", action=Words, metavar="N", help="tokens; several with --tasks"
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="windows at most (default: 16), haystacks (4)")
     parser.add_argument("--buckets", type=int, default=8, metavar="N", help="each twice as long as the one before it")
     parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the last complete one)")
-    parser.add_argument("-o", "--output", metavar="JSON", help="default: RUN_DIR/eval-CONTEXT.json")
-    parser.set_defaults(command=_evaluate)
+    parser.add_argument("-o", "--output", metavar="JSON", help="default: RUN_DIR/eval-CONTEXT.json, eval-tasks.json")
+    evaluate_tasks.add_arguments(parser)
+    parser.set_defaults(command=_evaluate, intermixed=[])
     return [parser]
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    """Evaluate a run's checkpoint forward only, by position; context_parallel.* of the run may be overridden."""
+    """Evaluate a run's checkpoint, by position or on tasks; context_parallel.* of the run may be overridden."""
+    args.overrides += args.intermixed
+    contexts = evaluate_tasks.contexts(args.context)
+    if args.tasks is not None:
+        return evaluate_tasks.run_tasks(args, contexts)
+    evaluate_tasks.refuse_options(args)
+    if len(contexts) > 1 or args.data is None:
+        what = f"--context {' '.join(args.context)}: one" if len(contexts) > 1 else "--data: needed"
+        raise UsageError(f"{what} where loss by position is measured; give --tasks, or correct it")
+    (context,) = contexts
     world_size = environment.launched_world_size()
-    run = configuration(Path(args.run), args.context, args.overrides, world_size)
+    run = configuration(Path(args.run), context, args.overrides, world_size)
     step = checkpoints.chosen(Path(args.run) / "checkpoints", args.step)
-    output = args.output or str(Path(args.run) / f"eval-{args.context}.json")
-    _check_output(Path(output))
+    output = args.output or str(Path(args.run) / f"eval-{context}.json")
+    check_output(Path(output))
     environment.apply_variables(run.environment.device, run.environment.variables)
     arguments = [
         *megatron_arguments(run),
@@ -51,20 +63,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         *("--ckpt-step", str(step)),
     ]
     with ExitStack() as stack:
-        prefix = args.data
-        if Path(prefix).is_file():
-            if world_size:
-                raise UsageError(f"{prefix}: under a launcher give a data set, made by megatron-attn2d data build")
-            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=args.run, prefix=".eval-"))
-            prefix = _built(Path(prefix), args.key or "text", Path(folder) / "data", run)
-        else:
-            _check_data(prefix, args.key, run)
-        samples = _samples(Path(prefix), args.context, args.samples)
-        edges = bucket_edges(args.context, args.buckets)
+        prefix = stack.enter_context(data_set(args.data, args.key, run, launched=world_size is not None))
+        windows = samples(Path(prefix), context, 16 if args.samples is None else args.samples)
+        edges = bucket_edges(context, args.buckets)
         from megatron_attn2d.launch import ranks
         from megatron_attn2d.training import evaluation
 
-        request = evaluation.Request(args.data, prefix, samples, edges, output, step)
+        request = evaluation.Request(args.data, prefix, windows, edges, output, step)
         if world_size:
             environment.adopt_launcher()
             evaluation.main(request, arguments)
@@ -116,50 +121,6 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
         return load_run(path, [*decided, *overrides, *left_out], world_size=world_size)
     except ConfigError as error:  # of keys that the user spelled otherwise
         raise UsageError(str(error).replace(f"training.seq_length = {context}", f"--context {context}")) from error
-
-
-def _check_output(output: Path) -> None:
-    """Refuses before the evaluation what could not be written after it."""
-    if output.is_dir():
-        raise UsageError(f"--output {output}: a directory; name a JSON file")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no directory {output.parent}; make it, or choose another")
-    if not os.access(output.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--output {output}: {output.parent} can't be written to; choose another")
-
-
-def _built(file: Path, key: str, prefix: Path, run: RunConfig) -> str:
-    """`file` as a data set of the run's tokenizer."""
-    from megatron_attn2d.data.build import build
-    from megatron_attn2d.data.tokenizers import from_yaml_section
-
-    build([file], prefix, from_yaml_section(run.data), key=key)
-    return str(prefix)
-
-
-def _check_data(prefix: str, key: str | None, run: RunConfig) -> None:
-    """Refuses a data set of another tokenizer than the run's."""
-    from megatron_attn2d.data.matching import mismatches
-
-    if fault := prefix_fault(prefix):
-        raise UsageError(f"--data {prefix}: {'; '.join(fault)}")
-    if key is not None:
-        raise UsageError(f"--key {key}: {prefix} is no file of texts but a data set, of tokens; leave it out")
-    if errors := list(mismatches(Path(prefix), run.data)):
-        raise ConfigErrors(errors)
-
-
-def _samples(prefix: Path, context: int, most: int) -> int:
-    """How many windows there are, up to `most`."""
-    from megatron_attn2d.data.inspect import open_indexed
-
-    if most < 1:
-        raise UsageError(f"--samples {most}: choose 1 or more")
-    indexed = open_indexed(prefix)  # named: its arrays are views of a mapping that ends with it
-    tokens = int(indexed.sequence_lengths.sum())
-    if tokens <= context:
-        raise UsageError(f"{prefix}: {tokens:,} tokens, a window of --context {context:,} needs one more than that")
-    return min(most, (tokens - 1) // context)
 
 
 def bucket_edges(context: int, buckets: int) -> tuple[int, ...]:

@@ -187,6 +187,15 @@ class Generator:
         merged = self._model.of_all_replicas(found)
         return [merged[place] for place in range(len(asked))]
 
+    def check_length(self, tokens: int) -> None:
+        """Raise UsageError where one text of so many tokens fits neither the learned positions nor the memory."""
+        if self.positions is not None and tokens > self.positions:
+            raise UsageError(
+                f"{tokens:,} tokens are more than the {self.positions:,} positions that the run has learned"
+            )
+        ranks = self.run.context_parallel.size
+        self._check_room(1, shards.capacity([tokens], 0, self._chunk * ranks, ranks), tokens)
+
     def prefill(self, prompts: Sequence[Tokens], *, room: int = 0) -> Cache:
         """A cache of the prompts' keys and values.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_attn2d import cli
-from megatron_attn2d.commands import evaluate
+from megatron_attn2d.commands import evaluate, evaluation_data
 from megatron_attn2d.config import load_run, megatron_arguments, resolved_yaml
 from megatron_attn2d.data.build import build
 from megatron_attn2d.data.tokenizers import TokenizerChoice
@@ -62,7 +62,7 @@ def in_pool(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def evaluated(run_dir: Path, data: Path, output: Path, *overrides: str, **options: Any) -> dict[str, Any]:
     options = {"context": CONTEXT, "samples": SAMPLES, "buckets": 4, "data": data, "output": output, **options}
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    flags = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
     assert cli.main(["eval", str(run_dir), *overrides, *flags]) == 0
     return json.loads(output.read_text())
 
@@ -134,9 +134,9 @@ def test_pipelines_tensors_and_a_text_file(run_dir: Path, in_pool: None, tmp_pat
 
 def test_as_many_windows_as_there_are(run_dir: Path, text: Path) -> None:
     tokens = np.fromfile(f"{text}.bin", dtype=np.uint16).size
-    assert evaluate._samples(text, tokens - 1, 16) == 1
+    assert evaluation_data.samples(text, tokens - 1, 16) == 1
     with pytest.raises(UsageError, match=rf"a window of --context {tokens:,} needs one more than that"):
-        evaluate._samples(text, tokens, 16)
+        evaluation_data.samples(text, tokens, 16)
     assert len(list(evaluation.windows(text, (tokens - 1) // 3))) == 3
 
 
@@ -151,7 +151,7 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--context", "0"], "--context 0: choose 1 or more"),
+        (["--context", "0"], "--context 0: choose 1 or more tokens"),
         (["--context", "64", "--step", "9"], "no complete checkpoint of step 9; there are 2"),
         (["--context", "64", "--samples", "0"], "--samples 0: choose 1 or more"),
         (["--context", "64", "--buckets", "0"], "--buckets 0: choose 1 or more"),
@@ -199,6 +199,20 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
             "megatron_args.squared_relu = true: the run",
         ),
         (["--context", "65", "context_parallel.size=2", "context_parallel.grid=auto"], "--context 65: not a"),
+        (
+            ["--context", "64", "32"],
+            "--context 64 32: one where loss by position is measured; give --tasks, or",
+        ),
+        (["--context", "64", "--depths", "3"], "--depths: is about tasks; give --tasks too, or leave it out"),
+        (["--context", "64", "--tasks", "neddle"], "--tasks neddle: no such task; did you mean needle?"),
+        (
+            ["--context", "64", "--tasks", "needle"],
+            "perplexity alone reads it; name it in --tasks, or",
+        ),
+        (["--context", "64", "--tasks", "perplexity", "needle"], "--context 64: needle takes 2"),
+        (["--context", "64", "--tasks", "qa", "perplexity"], "--tasks qa: asks about documents of yours; give --quest"),
+        (["--context", "64", "--tasks", "perplexity", "--samples", "0"], "--samples 0: choose 1 or more"),
+        (["--context", "64", "--tasks", "perplexity", "training.seq_length=32"], "training.seq_length = 32: a text is"),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str, run_dir: Path, text: Path, capsys) -> None:
@@ -254,6 +268,21 @@ def test_a_key_and_a_set_of_another_tokenizer(run_dir: Path, in_pool: None, tmp_
     (tmp_path / "set.json").write_text(described)
     assert cli.main(["eval", str(run_dir), "--data", str(tmp_path / "set"), "--context", "64"]) == 2
     assert "holds token ids up to 600 of tokenizer huggingface" in capsys.readouterr().err
+
+
+def test_tasks_score_alike_on_any_grid(run_dir: Path, in_pool: None, text: Path, tmp_path: Path, capsys) -> None:
+    tasks = {"tasks": "needle perplexity fwe", "context": "600 400", "depths": 2, "samples": 1, "digits": 2}
+    one = evaluated(run_dir, text, tmp_path / "one.json", **tasks)
+    grid = evaluated(
+        run_dir, text, tmp_path / "grid.json", "context_parallel.size=2", "context_parallel.grid=auto", **tasks
+    )
+    assert grid["answers"] == one["answers"]
+    assert [(answer["task"], answer["context"]) for answer in one["answers"]] == [
+        (task, context) for context in (400, 600) for task in ("needle", "needle", "fwe")
+    ]
+    for context in ("400", "600"):
+        assert grid["perplexity"][context] == pytest.approx(one["perplexity"][context], rel=1e-5)
+    assert (tmp_path / "grid.png").stat().st_size > 1000
 
 
 def test_learned_positions_end_where_training_did(run_dir: Path, tmp_path: Path) -> None:
