@@ -6,8 +6,9 @@ many of them; how many there are changes the size of a table and never the numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,36 @@ class Segments:
     most_q: int
     most_k: int
     host: Numbers | None = None
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def made[Value](self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What kernels derive from the table once."""
+        if key not in self._made:
+            self._made[key] = make()
+        value: Value = self._made[key]
+        return value
+
+    def by_length(self, short: int, few: int, q_rows: int, k_rows: int) -> tuple[Segments | None, Segments | None]:
+        """The segments of more than `short` query rows, and the others if there are more than `few`.
+
+        Both are tables of the same buffers, of `q_rows` and `k_rows`, None where there are none. The first has all
+        segments where only the device knows them.
+        """
+
+        def split() -> tuple[Segments | None, Segments | None]:
+            host = self.host
+            if host is None:
+                return self, None
+            taken, brief = host[:, 1] > 0, host[:, 1] <= short
+            if (taken & brief).sum() <= few:
+                return self, None
+            long, others = (
+                Segments.of(host[chosen], self.band, q_rows, k_rows, self.q_starts.device) if chosen.any() else None
+                for chosen in (taken & ~brief, taken & brief)
+            )
+            return long, others
+
+        return self.made(("by length", short, few, q_rows, k_rows), split)
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """Query start and length, key start and length of each segment that is not empty; reads a device's numbers."""

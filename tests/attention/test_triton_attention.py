@@ -110,6 +110,50 @@ def compare_table(case: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
 
 
+def compare_short(case: str) -> None:
+    """As `compare_table`; what rows of no segment hold may be NaN."""
+    from megatron_attn2d.attention.kernels.triton import short
+
+    heads, key_heads, d, dv, band, p, lengths = TABLES[case]
+    if p or not lengths:
+        return
+    torch.manual_seed(0)
+    segments, rows, keys = [], 2, 1
+    for queries, others in lengths:
+        segments.append((rows, queries, keys, others))
+        rows, keys = rows + queries + queries % 3, keys + others + others % 2
+    rows, keys = rows + 4, keys + 3
+    whole = Segments.of(np.array(segments), band, rows, keys, torch.device("cpu"))
+    _, table = whole.by_length(1000, 0, rows, keys)
+    assert table is not None
+    members = [torch.zeros(n, dtype=torch.bool) for n in (rows, keys)]
+    for q_start, q_length, k_start, k_length in table:
+        members[0][q_start : q_start + q_length] = True
+        members[1][k_start : k_start + k_length] = True
+    q, k, v, dout = (
+        torch.randn(n, 2 * h, width)[:, h:]
+        for n, h, width in ((rows, heads, d), (keys, key_heads, d), (keys, key_heads, dv), (rows, heads, dv))
+    )
+    for x, mine in ((q, 0), (k, 1), (v, 1), (dout, 0)):
+        x[~members[mine]] = torch.nan
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        q, k, v, dout = (x.to(dtype) for x in (q, k, v, dout))
+        out, dq, dk, dv_ = (torch.full(x.shape, 5, dtype=dtype) for x in (dout, q, k, v))
+        lse = torch.full((2 * heads, rows), 5, dtype=dtype)[heads:]
+        if dtype == torch.float64:
+            kernel = ReferenceKernel()
+            kernel.forward_segments(q, k, v, table, scale=0.3, out=out, lse=lse)
+            delta = (out * dout).sum(-1).t().contiguous()
+            kernel.backward_segments(dout, q, k, v, None, lse, delta, table, scale=0.3, dq=dq, dk=dk, dv=dv_)
+        else:
+            short.forward(q, k, v, table, 0.3, out, lse)
+            short.backward(dout, q, k, v, out, lse, table, 0.3, dq, dk, dv_)
+        results.append((out, lse, dq, dk, dv_))
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results[::-1], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
+
+
 def scale_by(scale: float) -> None:
     """Scales that are not above 0 are legal."""
     q, k, v = (torch.randn(70, 1, 1, 16) for _ in range(3))
@@ -136,8 +180,8 @@ def plant(value: float) -> None:
 def test_interpreted_kernels_agree_with_the_reference() -> None:
     # The interpreter is chosen when Triton is imported, hence a process of its own.
     code = (
-        "from tests.attention.test_triton_attention import CASES, TABLES, compare, compare_table, plant, scale_by; "
-        "[compare(case) for case in CASES]; [compare_table(case) for case in TABLES]; "
+        "from tests.attention.test_triton_attention import *; [compare(case) for case in CASES]; "
+        "[compare_table(case) for case in TABLES]; [compare_short(case) for case in TABLES]; "
         "[plant(float(value)) for value in ('nan', 'inf')]; [scale_by(scale) for scale in (-0.3, 0.0)]"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -5,6 +5,9 @@ deterministic backward pass costs a few percent and no gigabytes. Its functions 
 log-sum-exp. The first call for a head dim compiles for some seconds. So does the first with a table of segments, and
 once more the first with a table of more than 256.
 
+Segments of a few rows go to a kernel of ours (`triton.short`), many of them to a block. Here each takes blocks of its
+own, and a block of fp32 sums in the backward pass.
+
 With grouped heads the backward pass adds dK and dV up in fp32 buffers of its own, [keys, g, d] and [keys, g, dv]: twice
 the bytes of both gradients, for as long as the call takes. dQ has such a buffer in any case.
 """
@@ -20,12 +23,15 @@ from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
 from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.kernels.triton.kernel import installed as triton_installed
 from megatron_attn2d.attention.layout import CAUSAL, Band
 from megatron_attn2d.attention.segments import Segments
 
 _HEAD_DIMS = (64, 96, 128, 192, 256)  # it takes others too, with wrong gradients for 80 (4.0.0b36 on H100)
 _LATENT = (192, 128)  # of multi-latent attention
 _BLOCKS = 257  # more rows or keys than one block has
+_SHORT = 32  # query rows, of which a block of FlashAttention-4 has 128 forward, 64 or 80 backward
+_FEW = 128  # fewer short segments than that are not worth calls of their own
 
 
 class FlashAttention4Kernel:
@@ -110,12 +116,17 @@ class FlashAttention4Kernel:
         lse: Tensor,
     ) -> None:
         """See `Kernel.forward_segments`."""
-        if table.most_q == 0:
+        long, short = _by_length(table, q, k, scale)
+        if short is not None:
+            from megatron_attn2d.attention.kernels.triton import short as short_segments
+
+            short_segments.forward(q, k, v, short, scale, out, lse)
+        if long is None or long.most_q == 0:
             return
         from flash_attn.cute.interface import _flash_attn_fwd
 
         _flash_attn_fwd(
-            q, k, v, softmax_scale=scale, return_lse=True, out=out, lse=lse, **_places(table), **_mask(table.band)
+            q, k, v, softmax_scale=scale, return_lse=True, out=out, lse=lse, **_places(long), **_mask(long.band)
         )
 
     def backward_segments(
@@ -136,15 +147,20 @@ class FlashAttention4Kernel:
         dv: Tensor,
     ) -> None:
         """See `Kernel.backward_segments`."""
-        if table.most_q == 0:
+        assert out is not None
+        long, short = _by_length(table, q, k, scale)
+        if short is not None:
+            from megatron_attn2d.attention.kernels.triton import short as short_segments
+
+            short_segments.backward(dout, q, k, v, out, lse, short, scale, dq, dk, dv)
+        if long is None or long.most_q == 0:
             return
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        assert out is not None
         deterministic = torch.are_deterministic_algorithms_enabled()
         # Only the deterministic pass has counters for every block of the longest segment. Where one block would do for
         # all of them, another kernel is compiled: bounds beyond the largest block leave one.
-        bounds = (max(table.most_q, _BLOCKS), max(table.most_k, _BLOCKS)) if deterministic else (None, None)
+        bounds = (max(long.most_q, _BLOCKS), max(long.most_k, _BLOCKS)) if deterministic else (None, None)
         _flash_attn_bwd(
             *(q, k, v, out, dout, lse),
             softmax_scale=scale,
@@ -152,8 +168,8 @@ class FlashAttention4Kernel:
             max_seqlen_q=bounds[0],
             max_seqlen_k=bounds[1],
             **{"dq": dq, "dk": dk, "dv": dv},
-            **_places(table),
-            **_mask(table.band),
+            **_places(long),
+            **_mask(long.band),
         )
 
 
@@ -163,6 +179,13 @@ def _installed() -> bool:
         return find_spec("flash_attn.cute") is not None and find_spec("cutlass") is not None
     except ModuleNotFoundError:  # no flash_attn at all
         return False
+
+
+def _by_length(table: Segments, q: Tensor, k: Tensor, scale: float) -> tuple[Segments | None, Segments | None]:
+    """Segments for FlashAttention-4, and those so short that a block of it would be empty but for a few rows."""
+    if scale <= 0 or not triton_installed():
+        return table, None
+    return table.by_length(_SHORT, _FEW, q.size(0), k.size(0))
 
 
 def _mask(band: Band) -> dict[str, Any]:

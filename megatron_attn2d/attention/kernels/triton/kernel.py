@@ -28,7 +28,7 @@ class TritonKernel:
             return "serves bfloat16, float16 and float32"
         if max(request.head_dim, request.v_head_dim) > 256:
             return "serves head dims up to 256"
-        if not _installed():
+        if not installed():
             return "needs the package triton"
         if torch.cuda.is_available():
             from megatron_attn2d.attention.kernels.triton.launch import AMPERE_SHARED_BYTES, shared_bytes
@@ -124,5 +124,6 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 @cache
-def _installed() -> bool:
+def installed() -> bool:
+    """Whether the package is there."""
     return find_spec("triton") is not None
