@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_attn2d.attention.segments import Segments
 from megatron_attn2d.attention.kernels.triton.blocks import LN2, LOG2E
 from megatron_attn2d.attention.kernels.triton.launch import Table, run, tuned, with_strides
+from megatron_attn2d.attention.segments import Segments
 
 # As in `launch`: rows and keys of a block, warps and pipeline stages by the widest head dim.
 FORWARD: Table = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)}
