@@ -11,6 +11,7 @@ attention2d, keys and values stay spread over the context ranks, and tokens are 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,30 @@ class Completion:
     """length: max_tokens were chosen. end: the model ended the document. stop: a stop text came."""
 
 
+@dataclass
+class Measured:
+    """What this replica has generated, and how fast."""
+
+    ranks: int
+    """Context ranks over which keys and values are spread."""
+    prompt_tokens: int = 0
+    prompt_s: float = 0.0
+    """Until the first new token of the prompts was known."""
+    new_tokens: int = 0
+    """Without the first of each prompt."""
+    new_s: float = 0.0
+    cache_bytes: int = 0
+    """Of keys and values, on this rank, at most."""
+
+    def sentence(self) -> str:
+        """In words."""
+        speed = f"{self.new_tokens / self.new_s:,.1f} new tokens per s" if self.new_s else "no second token"
+        return (
+            f"{self.prompt_tokens:,} tokens of prompts in {self.prompt_s:.2f} s; {speed}; keys and values "
+            f"{self.cache_bytes / 2**20:,.3g} MiB on each of {self.ranks} context ranks"
+        )
+
+
 class Generator:
     """A model that continues prompts and scores texts; a context manager, which frees the ranks' groups.
 
@@ -61,6 +86,7 @@ class Generator:
         run: how the model was loaded.
         console: where to print; what Megatron prints goes to the logs in RUN_DIR/logs.
         positions: the longest text, where positions were learned; None where there is no end.
+        measured: by `generate`, since the generator was made.
     """
 
     def __init__(self, run: RunConfig, model: Model, tokenizer: Tokenizer, console: TextIO, batch: int, chunk: int):
@@ -68,8 +94,8 @@ class Generator:
         self.run, self.tokenizer, self.console = run, tokenizer, console
         self._model, self._batch, self._chunk = model, batch, chunk
         self._stack = ExitStack()
-        learned = run.model.position_embedding_type == "learned_absolute"
-        self.positions = run.model.max_position_embeddings if learned else None
+        self.positions = positions_of(run)
+        self.measured = Measured(ranks=run.context_parallel.size)
 
     @classmethod
     def load(
@@ -173,17 +199,20 @@ class Generator:
         replica, replicas = self._model.replica
         mine = list(range(replica, len(asked), replicas))
         found: dict[int, Completion] = {}
-        if after is not None:
-            for place in mine:
-                before = after.snapshot()
-                self._extend(after, [asked[place]])
-                found[place] = self._complete(after, [place], sampling, show)[0]
+        size = self._batch if after is None else 1
+        for begin in range(0, len(mine), size):
+            places = mine[begin : begin + size]
+            new = [asked[place] for place in places]
+            started = time.perf_counter()
+            if after is None:
+                cache = self.prefill(new, room=sampling.max_tokens)
+            else:
+                cache, before = after, after.snapshot()
+                self._extend(cache, new)
+            found |= zip(places, self._complete(cache, places, sampling, show, started), strict=True)
+            self.measured.prompt_tokens += sum(map(len, new))
+            if after is not None:
                 after.roll_back(before)
-        else:
-            for begin in range(0, len(mine), self._batch):
-                places = mine[begin : begin + self._batch]
-                cache = self.prefill([asked[place] for place in places], room=sampling.max_tokens)
-                found |= zip(places, self._complete(cache, places, sampling, show), strict=True)
         merged = self._model.of_all_replicas(found)
         return [merged[place] for place in range(len(asked))]
 
@@ -327,7 +356,9 @@ class Generator:
             if first is not None:
                 inner = [(i, s, p) for i, (_, s, p) in enumerate(wanted) if p < len(tokens[s]) - 1]
                 targets = [tokens[s][p + 1] for _, s, p in inner]
-                for (_, s, p), found in zip(inner, _scored(logits[[i for i, _, _ in inner]], targets), strict=True):
+                for (_, s, p), found in zip(
+                    inner, _scored(logits[[i for i, _, _ in inner]], targets, self.tokenizer.size), strict=True
+                ):
                     scores[s][p + 1] = found
         if self._model.last:
             cache.logits = self._model.last_logits(last)
@@ -338,21 +369,31 @@ class Generator:
                 self._model.sum_over_context(found)
             if before is not None:  # of the text before, of which every context rank has them
                 for found, row, new in zip(scores, before, tokens, strict=True):
-                    found[0] = _scored(row[None], [new[0]])[0]
+                    found[0] = _scored(row[None], [new[0]], self.tokenizer.size)[0]
         return [self._model.broadcast(found)[begin:].cpu() for found, begin in zip(scores, first, strict=True)]
 
     def _complete(
-        self, cache: Cache, places: Sequence[int], sampling: Sampling, show: Callable[[int, str], None]
+        self,
+        cache: Cache,
+        places: Sequence[int],
+        sampling: Sampling,
+        show: Callable[[int, str], None],
+        started: float,
     ) -> list[Completion]:
-        """Adds tokens to the sequences of `cache`, which are the prompts at `places`, until each of them ends."""
+        """Adds tokens to the sequences of `cache`, which are the prompts at `places`, until each of them ends.
+
+        The prompts were begun to be filled in at `started`.
+        """
         model, count = self._model, len(places)
         streams = [TextStream(self.tokenizer.decode, sampling.stop) for _ in places]
         logprobs: list[list[float]] = [[] for _ in places]
         reasons: list[StopReason | None] = [None] * count
         draws = generators_of(sampling, places, model.device)
         logits, rows = cache.logits, torch.arange(count, device=model.device)
+        first = 0.0
         while True:
             chosen = self._chosen(logits, sampling, draws, count)
+            first = first or time.perf_counter()  # the tokens are known here: the GPU has done all before
             for i, (token, logprob) in enumerate(chosen):
                 if reasons[i] is not None:
                     continue
@@ -374,6 +415,10 @@ class Generator:
             logits = model.logits(cache, tokens, step.positions, rows)
             cache.finish()
             cache.logits = logits
+        self.measured.prompt_s += first - started
+        self.measured.new_s += time.perf_counter() - first
+        self.measured.new_tokens += sum(len(stream.tokens) - 1 for stream in streams if stream.tokens)
+        self.measured.cache_bytes = max(self.measured.cache_bytes, cache.bytes)
         return [
             Completion(stream.text, stream.tokens, logprob, cast(StopReason, reason))
             for stream, logprob, reason in zip(streams, logprobs, reasons, strict=True)
@@ -398,24 +443,7 @@ class Generator:
         return cache.lengths[0]
 
     def _check(self, what: str, tokens: Tokens, cached: int, new: int) -> None:
-        """Raise UsageError unless `tokens` can follow `cached` others, and `new` can follow them."""
-        if not len(tokens):
-            raise UsageError(
-                f"{what}: empty; give at least one token, the end of a document ({self.tokenizer.end}) say"
-            )
-        if not 0 <= min(tokens) <= max(tokens) < self.tokenizer.size:
-            raise UsageError(
-                f"{what}: token {max(tokens) if min(tokens) >= 0 else min(tokens)} is none of the run's tokenizer "
-                f"({self.run.data.tokenizer_type}), whose tokens are 0 to {self.tokenizer.size - 1}"
-            )
-        # The last token that is chosen is not computed again.
-        if self.positions is not None and cached + len(tokens) + max(0, new - 1) > self.positions:
-            before = f"{cached:,} cached and " if cached else ""
-            after = f" and {new:,} new ones" if new else ""
-            raise UsageError(
-                f"{what}: {before}{len(tokens):,} tokens{after} are more than the {self.positions:,} positions that "
-                "the run has learned; give a shorter prompt or fewer new tokens"
-            )
+        check_tokens(what, tokens, cached, new, self.tokenizer, self.run)
 
     def _check_room(self, sequences: int, capacity: int, tokens: int) -> None:
         """Raise UsageError where a cache of so many tokens of each sequence on this rank would not fit."""
@@ -432,8 +460,37 @@ class Generator:
             )
 
 
-def _scored(logits: Tensor, targets: Sequence[int]) -> Tensor:
-    """Log probability of a target per row of logits [n, vocabulary], and 1 where it is the likeliest, [n, 2]."""
+def check_tokens(what: str, tokens: Tokens, cached: int, new: int, tokenizer: Tokenizer, run: RunConfig) -> None:
+    """Raise UsageError unless `tokens`, called `what`, can follow `cached` others, and `new` can follow them."""
+    if not len(tokens):
+        raise UsageError(f"{what}: empty; give a token, such as {tokenizer.end}, which ends documents")
+    if not 0 <= min(tokens) <= max(tokens) < tokenizer.size:
+        raise UsageError(
+            f"{what}: token {max(tokens) if min(tokens) >= 0 else min(tokens)} is none of the run's tokenizer "
+            f"({run.data.tokenizer_type}), whose tokens are 0 to {tokenizer.size - 1}"
+        )
+    positions = positions_of(run)
+    # The last token that is chosen is not computed again.
+    if positions is not None and cached + len(tokens) + max(0, new - 1) > positions:
+        before = f"{cached:,} cached and " if cached else ""
+        after = f" and {new:,} new ones" if new else ""
+        raise UsageError(
+            f"{what}: {before}{len(tokens):,} tokens{after} are more than the {positions:,} positions that the run has "
+            "learned; give a shorter prompt or fewer new tokens"
+        )
+
+
+def positions_of(run: RunConfig) -> int | None:
+    """The longest text, where positions were learned; None where there is no end."""
+    learned = run.model.position_embedding_type == "learned_absolute"
+    return run.model.max_position_embeddings if learned else None
+
+
+def _scored(logits: Tensor, targets: Sequence[int], size: int) -> Tensor:
+    """Log probability of a target per row of logits [n, vocabulary], and 1 where it is the likeliest, [n, 2].
+
+    As in training, the probabilities are those of all ids; the likeliest is one of the tokenizer's `size`.
+    """
     aimed = torch.tensor(targets, device=logits.device, dtype=torch.long)
     logprob = logits.double().log_softmax(-1).gather(-1, aimed[:, None])[:, 0]
-    return torch.stack((logprob, (logits.argmax(-1) == aimed).double()), -1)
+    return torch.stack((logprob, (logits[:, :size].argmax(-1) == aimed).double()), -1)

@@ -10,18 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_attn2d.config import load_run, megatron_arguments, resolved_yaml
 from megatron_attn2d.inference import configuration
 from megatron_attn2d.inference.sampling import Sampling
+from tests.inference.conftest import described
 from tests.pool import RankPool
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml"
-BASE = (
-    *("model.num_layers=2", "model.hidden_size=64", "model.num_query_groups=2", "model.ffn_hidden_size=128"),
-    *("parallelism.pipeline=1", "context_parallel.size=1", "training.seq_length=64", "training.train_iters=1"),
-    *("optimizer.lr=1e-9", "optimizer.min_lr=0", "optimizer.lr_warmup_iters=0", "optimizer.lr_decay_iters=1"),
-    "model.init_method_std=0.1",  # a model that says something else each time
-)
 TOKENS = 8
 """Generated after each prompt."""
 
@@ -29,14 +22,6 @@ TOKENS = 8
 def prompts_of(*lengths: int) -> list[list[int]]:
     draw = random.Random(sum(lengths))
     return [[draw.randrange(256) for _ in range(length)] for length in lengths]
-
-
-def described(directory: Path, *overrides: str) -> Path:
-    """A run's directory that holds its configuration alone."""
-    directory.mkdir(exist_ok=True)
-    run = load_run(QUICKSTART, [*BASE, f"run.dir={directory}", *overrides])
-    (directory / "config.yaml").write_text(resolved_yaml(run))
-    return directory
 
 
 @dataclass
@@ -170,22 +155,10 @@ def test_families(family: str, pool: RankPool, tmp_path: Path) -> None:
     check(pool, described(tmp_path / "run", *FAMILIES[family]), prompts_of(1, 40, 17), layouts)
 
 
-def test_a_checkpoint_says_the_same_on_every_layout(pool: RankPool, text: Path, tmp_path: Path) -> None:
-    from megatron_attn2d.training import pretrain_gpt
-
-    run_dir = described(
-        tmp_path / "run", f"data.paths=[{text}]", "checkpoint.save=true", "parallelism.tensor=2",
-        "optimizer.use_distributed_optimizer=true", "model.init_method_std=0.1",
-    )  # fmt: skip
-    trained = load_run(run_dir / "config.yaml")
-    pool.run(call, 2, pretrain_gpt.main, megatron_arguments(trained), init_group=False)
+def test_a_checkpoint_says_the_same_on_every_layout(pool: RankPool, trained: Path) -> None:
     layouts = [
         ("parallelism.tensor=1", "parallelism.pipeline=2"),
         ("parallelism.tensor=2", "parallelism.pipeline=2", "context_parallel.size=2"),
         ("parallelism.tensor=1", "context_parallel.size=4", "context_parallel.grid=[2, 1, 2]", "parallelism.data=2"),
     ]
-    check(pool, run_dir, prompts_of(1, 40, 17, 5, 8), layouts, step=1, one_rank=("parallelism.tensor=1",))
-
-
-def call(rank: int, target: Any, args: list[str]) -> None:
-    target(args)
+    check(pool, trained, prompts_of(1, 40, 17, 5, 8), layouts, step=1, one_rank=("parallelism.tensor=1",))

@@ -1,0 +1,126 @@
+"""`megatron-attn2d generate` and the API of one process."""
+
+import json
+import math
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megatron_attn2d import cli
+from megatron_attn2d.inference import configuration
+from megatron_attn2d.inference.sampling import Sampling
+from tests.inference.conftest import call, described
+from tests.pool import RankPool
+
+PROMPTS = ["import os", "x", "def f():\n    return"]
+
+
+def test_prompts_of_a_file_are_completed(trained: Path, in_pool: None, tmp_path: Path) -> None:
+    asked, found = tmp_path / "prompts.jsonl", tmp_path / "found.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    words = ("--prompts", str(asked), "--max-tokens", "5", "--temperature", "1", "--seed", "3", "-o", str(found))
+    assert cli.main(["generate", str(trained), "context_parallel.size=2", "parallelism.tensor=1", *words]) == 0
+    lines = [json.loads(line) for line in found.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS
+    for line in lines:
+        assert len(line["tokens"]) == len(line["logprobs"])
+        assert line["stop_reason"] == ("length" if len(line["tokens"]) == 5 else "end")
+    assert len({tuple(line["tokens"]) for line in lines}) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", ""], "prompt 0: empty; give a token, such as 256"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: choose more than 0"),
+        (["--prompt", "a", "--max-tokens", "0"], "--max-tokens 0: choose 1 or more"),
+        (["--prompt", "a", "--batch", "0"], "--batch 0: choose 1 or more"),
+        (["--prompt", "a", "--step", "9"], "no complete checkpoint of step 9; there are 1"),
+        (["--prompt", "a", "-o", "none/e.jsonl"], "--output none/e.jsonl: there is no such directory"),
+        (["--prompts", "bad.jsonl"], "bad.jsonl, line 2: not a JSON object"),
+        (["--prompts", "number.jsonl"], "number.jsonl, line 1: the prompt is a int; give a text"),
+        (["--prompts", "empty.jsonl"], "empty.jsonl: empty; give a line"),
+        (["--prompt", "a", "data.vocab_size=300"], "data.vocab_size = 300: the run was trained with 512"),
+        (["--prompt", "a", "data.tokenizer_type=TikTokenizer"], "data.tokenizer_type = 'TikTokenizer': the run was tr"),
+        (["--prompt", "a", "context_parallel.mode=ring"], "context_parallel.mode = 'ring': the cache is attended on"),
+        (["--prompt", "a", "training.seq_length=8"], "training.seq_length = 8: a text is as long as its prompt"),
+        (["--prompt", "a", "parallelism.tensor=3"], "parallelism.tensor = 3"),
+    ],
+)
+def test_mistakes_are_named(words: list[str], message: str, trained: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "a"}\n')
+    (tmp_path / "number.jsonl").write_text('{"prompt": 7}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["generate", str(trained), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_learned_positions_end(trained: Path, tmp_path: Path, capsys) -> None:
+    run_dir = described(tmp_path / "run", "model.position_embedding_type=learned_absolute")
+    (run_dir / "checkpoints").symlink_to(trained / "checkpoints")
+    assert cli.main(["generate", str(run_dir), "--prompt", "a" * 60, "--max-tokens", "6"]) == 2
+    assert "prompt 0: 60 tokens and 6 new ones are more than the 64 positions" in capsys.readouterr().err
+
+
+def test_the_api_of_one_process(pool: RankPool, trained: Path) -> None:
+    pool.run(call, 1, _use, [str(trained)], init_group=False)
+
+
+def _use(args: list[str]) -> None:
+    from megatron_attn2d.errors import UsageError
+    from megatron_attn2d.inference.generator import Generator
+
+    run = configuration.configuration(Path(args[0]), ["parallelism.tensor=1"])
+    with Generator.started(run, configuration.arguments(run, 1), chunk=8) as generator:
+        encode, greedy = generator.tokenizer.encode, Sampling(4, ignore_end=True)
+        text = encode("one haystack, many questions")
+        asked = [encode("a"), encode("bcd")]
+        whole = generator.generate([text + question for question in asked], greedy)
+        shown: dict[int, str] = {0: "", 1: ""}
+        cache = generator.prefill([text])
+        shared = generator.generate(asked, greedy, lambda i, new: shown.update({i: shown[i] + new}), after=cache)
+        assert [one.tokens for one in shared] == [one.tokens for one in whole]
+        assert [one.text for one in shared] == [shown[0], shown[1]]
+        assert cache.lengths == [len(text)]
+
+        # a greedy completion is the likeliest, and its log probabilities are those of scoring it
+        (likely, greedy_too), (other, likeliest) = generator.log_likelihood(
+            asked, [one.tokens for one in whole], after=cache
+        )
+        assert greedy_too
+        assert likeliest
+        assert likely == pytest.approx(sum(whole[0].logprobs), abs=1e-4)
+        assert other == pytest.approx(sum(whole[1].logprobs), abs=1e-4)
+        ((again, _),) = generator.log_likelihood([text + asked[0]], [whole[0].tokens])
+        assert again == pytest.approx(likely, abs=1e-4)
+        ((_, unlikely),) = generator.log_likelihood([text], [[(t + 1) % 256 for t in whole[0].tokens]])
+        assert not unlikely
+        (scores,) = generator.score([text + asked[0] + whole[0].tokens])
+        assert len(scores) == len(text) + 4
+        assert sum(scores[-4:]) == pytest.approx(likely, abs=1e-4)
+        assert all(score <= 0 and math.isfinite(score) for score in scores)
+
+        after = cache.snapshot()
+        generator.extend(cache, [encode("more")])
+        later = cache.snapshot()
+        cache.roll_back(after)
+        with pytest.raises(ValueError, match="the snapshot holds tokens that the cache has forgotten"):
+            cache.roll_back(later)
+
+        stop = whole[0].text[1:3]
+        stopped = generator.generate([text + asked[0]], Sampling(4, stop=(stop,), ignore_end=True))[0]
+        assert (stopped.text, stopped.stop_reason) == (whole[0].text.partition(stop)[0], "stop")
+        for wrong, message in (([[]], "prompt 0: empty"), ([[1], [300]], "prompt 1: token 300 is none of the run's")):
+            with pytest.raises(UsageError, match=message):
+                generator.generate(wrong)
+        with (
+            mock.patch.object(generator._model, "free_bytes", return_value=10_000),
+            pytest.raises(
+                UsageError, match=r"a cache of 1 prompts of 1,001 tokens takes .* choose \d+ tokens per prompt"
+            ),
+        ):
+            generator.generate([[1] * 1000], Sampling(1))
+    assert os.environ["WORLD_SIZE"] == "1"
