@@ -49,11 +49,14 @@ def _train(args: argparse.Namespace) -> int:
 
 def _described(run: RunConfig, arguments: list[str]) -> str:
     from megatron_attn2d.preview.predictions import waiting_for_the_cpu
+    from megatron_attn2d.preview.stock_launch import stock_launch
 
     lines = " ".join(arguments).replace(" --", "\n--")
     return (
         f"# Run\n{resolved_yaml(run)}\n# Megatron's arguments\n{lines}\n\n# Process grid\n{picture(run)}\n\n"
-        f"# Memory\n{memory.report(run)}" + "".join(f"\n\n# Speed\n{sentence}" for sentence in waiting_for_the_cpu(run))
+        f"# Memory\n{memory.report(run)}"
+        + "".join(f"\n\n# Speed\n{sentence}" for sentence in waiting_for_the_cpu(run))
+        + f"\n\n# The same in Megatron-LM\n{stock_launch(run, arguments)}"
     )
 
 

@@ -13,7 +13,7 @@ names each layer:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_attn2d.config.schema import RunConfig
@@ -21,7 +21,11 @@ from megatron_attn2d.config.schema import RunConfig
 ATTENTION = re.compile(r"[*+]")
 PIPE, MTP = "|", "/"
 _IN_THE_PATTERN = ("moe_layer_freq", "mtp_num_layers")
-_SKIPPED = "window_attn_skip_freq"
+_SKIPPED: dict[str, Callable[[int, int], bool]] = {
+    "window_attn_skip_freq": lambda layer, every: layer % every != 0,
+    "no_rope_freq": lambda layer, every: layer % every == 0,
+}
+"""Arguments that name layers, and what a number means for the layer of a number, from 1."""
 
 
 def is_hybrid(run: RunConfig) -> bool:
@@ -63,10 +67,13 @@ def hybrid_arguments(run: RunConfig, passed: dict[str, Any]) -> dict[str, Any]:
     if "hybrid_layer_pattern" not in arguments:
         for name in _IN_THE_PATTERN:
             arguments.pop(name, None)
-    if isinstance(skipped := arguments.get(_SKIPPED), int):
-        skipped = [int(layer % skipped != 0) for layer in range(1, run.model.num_layers + 1)]
-    if isinstance(skipped, list):
-        arguments[_SKIPPED] = of_each_symbol(skipped, pattern)
+    numbers = range(1, run.model.num_layers + 1)
+    for name, of_every in _SKIPPED.items():
+        value = arguments.get(name)
+        if isinstance(value, int):
+            value = [int(of_every(number, value)) for number in numbers]
+        if isinstance(value, list):
+            arguments[name] = of_each_symbol(value, pattern)
     return {**arguments, "hybrid_layer_pattern": pattern}
 
 

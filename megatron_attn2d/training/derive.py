@@ -9,8 +9,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from megatron_attn2d.config import effects
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.megatron.upstream.graph_environment import graph_fault
@@ -49,6 +47,8 @@ class Installed:
     @classmethod
     def here(cls) -> Installed:
         """As found on this host."""
+        import torch  # takes seconds, and a dry run describes another host
+
         return cls(
             cuda=torch.cuda.is_available(),
             transformer_engine=_has_module("transformer_engine"),

@@ -48,7 +48,7 @@ def command(*args, **environ):
 def test_dry_run_prints_yaml_arguments_and_grid_and_starts_nothing(tmp_path):
     result = command("train", QUICKSTART, "training.train_iters=7", "--dry-run", "run.name=mine")
     assert (result.returncode, result.stderr) == (0, "")
-    run, arguments, grid, memory = re.split(r"^# .*\n", result.stdout, flags=re.M)[1:]
+    run, arguments, grid, memory, stock = re.split(r"^# .*\n", result.stdout, flags=re.M)[1:]
     assert "  train_iters: 7\n" in run
     assert "  name: mine\n" in run
     assert "--train-iters 7\n" in arguments
@@ -72,6 +72,7 @@ pipeline stage 1, replica 0:
 """
     )
     assert memory.startswith("0.869 M parameters; the fullest rank, estimated:\n       weights    0.00 GiB\n")
+    assert stock == "none: Megatron-LM needs GPUs (environment.device=cuda)\n"
     assert not list(tmp_path.iterdir())
 
 

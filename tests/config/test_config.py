@@ -888,6 +888,10 @@ def test_compiles_to_megatrons_arguments(base):
             "--window-attn-skip-freq [1,1,0,0,1,1,0,0] --hybrid-layer-pattern +-+-|+-+- ",
         ),
         (
+            "model.kind=hybrid model.position_embedding_type=rope megatron_args.no_rope_freq=2",
+            "--no-rope-freq [0,0,1,1,0,0,1,1] --hybrid-layer-pattern *-*-|*-*- ",
+        ),
+        (
             "model.kind=hybrid megatron_args={hybrid_layer_pattern: 'M*M*|-*M*M', window_size: [8, 0], "
             "window_attn_skip_freq: [0, 1, 1, 0]}",
             "--hybrid-layer-pattern M*M*|-*M*M --window-size 8,0 --window-attn-skip-freq [0,0,0,1,1,1,1,0,0] ",

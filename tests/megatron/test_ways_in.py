@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_attn2d import cli
 from megatron_attn2d.config import load_run, megatron_arguments
-from tests.megatron.runs import arguments, context_parallel, train_rank
+from tests.megatron.runs import OPTIONS, arguments, context_parallel, metrics, train_rank
 from tests.megatron.test_layer_spec import MIXTURE, SPEC
 from tests.pool import RankPool
 
@@ -143,6 +145,27 @@ def test_a_stock_launch_of_megatron_lm(
     derived = "derived: no_create_attention_mask_in_dataloader, as no layer reads that mask of 0.00391 MiB per sequence"
     assert ranks[0][2] == [f"context parallelism over 2 ranks: {launch.said}; kernel reference; {derived}"]
     assert ranks[1][2] == []
+
+
+def test_the_stock_launch_that_a_dry_run_prints(
+    pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copied whole it trains as the YAML does; its launcher and a GPU's arguments aside."""
+    (tmp_path / "run.yaml").write_text(YAML)
+    yaml, given = str(tmp_path / "run.yaml"), [f"run.dir={tmp_path}", "training.train_iters=2"]
+    given.append("context_parallel.grid=[1, 2]")
+    assert cli.main(["train", yaml, *given, "environment.device=cuda", "--dry-run"]) == 0
+    command = capsys.readouterr().out.partition("# The same in Megatron-LM\n")[2]
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    launcher, args = words[: (script := words.index("pretrain_gpt.py"))], words[script + 1 :]
+    assert launcher == ["env", "CUDA_DEVICE_MAX_CONNECTIONS=1", "torchrun", "--nproc-per-node", "2"]
+    [(losses, kinds, said), _] = pool.run(_stock, 2, [*args, *arguments(**dict.fromkeys(OPTIONS), **CPU)])
+    assert kinds == ["ContextParallelAttention"] * 2
+    assert said == [
+        "context parallelism over 2 ranks: attention2d on a grid of 1x2 (cp_comm_type) in all layers; kernel reference"
+    ]
+    pool.run(train_rank, 2, megatron_arguments(load_run(yaml, given)))
+    assert [line["loss"] for line in metrics(tmp_path)] == pytest.approx(losses, abs=1e-5)
 
 
 def _stock(rank: int, args: list[str]) -> tuple[list[float], list[str], list[str]]:
