@@ -9,10 +9,10 @@ from importlib import metadata
 from typing import Any, NoReturn
 
 from megatron_attn2d import __version__
-from megatron_attn2d.commands import data, evaluate, generate, plan, plot, report, submit, train
+from megatron_attn2d.commands import configs, data, evaluate, generate, plan, plot, report, submit, train
 from megatron_attn2d.errors import UsageError
 
-_COMMANDS = (train, plot, plan, data, report, evaluate, generate, submit)
+_COMMANDS = (train, configs, plot, plan, data, report, evaluate, generate, submit)
 """In the order in which `--help` lists them."""
 
 

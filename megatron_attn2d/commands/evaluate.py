@@ -13,7 +13,7 @@ from megatron_attn2d.commands import evaluate_tasks
 from megatron_attn2d.commands.evaluate_tasks import Words
 from megatron_attn2d.commands.evaluation_data import check_output, data_set, samples
 from megatron_attn2d.config import ConfigError, RunConfig, load_run, megatron_arguments
-from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, stages_of_training
+from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, on_another_grid, stages_of_training
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.read import build_run
 from megatron_attn2d.errors import UsageError
@@ -105,6 +105,7 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
         positions = max(positions, context)
     decided = [
         *FORWARD_ONLY,
+        *on_another_grid(overrides),
         f"training.seq_length={context}",
         f"model.max_position_embeddings={positions}",
         f"run.dir={json.dumps(str(run_dir))}",

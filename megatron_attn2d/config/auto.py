@@ -1,26 +1,16 @@
-"""The planner's view of a run: what each context-parallel rank works on, what it works with, and the grid to take."""
+"""What `auto` is: the planner's view of a run, and the grid that it chooses, once, when the run is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from math import prod
 
+from megatron_attn2d.config.schema import RunConfig
+from megatron_attn2d.errors import ConfigError
 from megatron_attn2d.planner import best_grid
 from megatron_attn2d.planner.cost import Candidate, Cluster, Prediction, plan, predict
 from megatron_attn2d.planner.traffic import Workload
-
-if TYPE_CHECKING:
-    from megatron_attn2d.config.schema import RunConfig
-
-
-class Shape(NamedTuple):
-    """A grid: U, R and C, rows and columns of its tile, into how many groups heads are split."""
-
-    axes: tuple[int, int, int]
-    tile: tuple[int, int]
-    head_groups: int
-
 
 _RATES = (
     "attention_forward_tflops",
@@ -69,8 +59,6 @@ def described(run: RunConfig) -> None:
     Raises:
         ConfigError: naming the first key that is missing.
     """
-    from megatron_attn2d.errors import ConfigError
-
     if missing := missing_rates(run):
         raise ConfigError(missing[0], None, "the planner needs it", "extend one of configs/clusters")
 
@@ -102,39 +90,43 @@ def predictions(ranks: int, work: Workload, machines: Cluster) -> tuple[Predicti
     return tuple(plan(ranks, work, machines))
 
 
-def chosen_grid(run: RunConfig) -> Shape:
-    """The grid of a run: as written, or for `auto` the planner's choice.
+def with_grid(run: RunConfig) -> RunConfig:
+    """`run` with numbers for grid, tile and head groups of attention2d: those written, or for `auto` the planner's.
 
     Where the YAML does not describe the cluster, the choice is the R x C with the fewest bytes (`best_grid`), in one
-    head group.
+    head group. A run without a grid stays as it is. Whether what is written fits the ranks is for `check` to say.
     """
     context = run.context_parallel
-    asked = None if context.head_groups == "auto" else context.head_groups
+    if context.mode != "attention2d" or context.size == 1:
+        return run
+    axes, tile = _chosen_axes(run)
+    groups = context.head_groups
+    if groups == "auto":
+        fits = prod(axes) == context.size and not (axes[1] % tile[0] or axes[2] % tile[1])
+        candidate = Candidate("attention2d", axes, tile)
+        known = fits and not missing_rates(run)
+        groups = _head_groups(candidate, context.size, workload(run), cluster(run)) if known else 1
+    numbers = {"grid": list(axes if axes[0] > 1 else axes[1:]), "tile": list(tile), "head_groups": groups}
+    return run.model_copy(update={"context_parallel": context.model_copy(update=numbers)})
+
+
+def _chosen_axes(run: RunConfig) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """U, R and C, and the rows and columns of the tile."""
+    context = run.context_parallel
     tile = (context.tile[0], context.tile[1]) if context.tile else None
-    known = context.mode == "attention2d" and context.size > 1 and not missing_rates(run)
     if context.grid != "auto":
-        heads, rows, cols = context.grid if len(context.grid) == 3 else (1, *context.grid)
-    elif not known:
-        heads, (rows, cols) = 1, best_grid(context.size, run.model.queries_per_kv_head, tile or (1, 1))
+        heads, rows, columns = run.grid
+    elif missing_rates(run):
+        heads, (rows, columns) = 1, best_grid(context.size, run.model.queries_per_kv_head, tile or (1, 1))
     else:
         found: Sequence[Prediction] = predictions(context.size, workload(run), cluster(run))
         if tile:
             found = _in_tiles(found, tile, context.size, workload(run), cluster(run)) or found
-        best = next(p for p in found if p.candidate.axes is not None)
-        assert best.candidate.axes is not None
-        heads, rows, cols = best.candidate.axes
-        tile = tile or best.candidate.tile
-    shape = Shape((heads, rows, cols), tile or (rows, 1), asked or 1)
-    if not known or asked is not None or not _fits(shape, run):
-        return shape
-    candidate = Candidate("attention2d", shape.axes, tile)
-    return shape._replace(head_groups=_head_groups(candidate, context.size, workload(run), cluster(run)))
-
-
-def _fits(shape: Shape, run: RunConfig) -> bool:
-    """Whether there is something to predict: what does not fit is refused later, with a message."""
-    (heads, rows, cols), (tile_rows, tile_cols) = shape.axes, shape.tile
-    return heads * rows * cols == run.context_parallel.size and not (rows % tile_rows or cols % tile_cols)
+        best = next(p.candidate for p in found if p.candidate.axes is not None)
+        assert best.axes is not None
+        heads, rows, columns = best.axes
+        tile = tile or best.tile
+    return (heads, rows, columns), tile or (rows, 1)
 
 
 def _in_tiles(

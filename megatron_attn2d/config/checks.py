@@ -2,10 +2,11 @@
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 
 from megatron_attn2d.config import keys
+from megatron_attn2d.config.auto import with_grid
 from megatron_attn2d.config.layer_pattern import ATTENTION, PIPE, is_hybrid, main_layers
 from megatron_attn2d.config.schema import GRAPH_IMPLEMENTATIONS, RunConfig
 from megatron_attn2d.data.indexed import prefix_fault
@@ -42,15 +43,19 @@ def check(run: RunConfig) -> None:
     if run.graph_implementation != "none":
         errors += _errors(run, _check_graphs)
     if not {error.key for error in errors} & {"model.num_query_groups", "parallelism.tensor"}:
-        errors += _errors(run, _check_context, _check_layer_modes)  # which ask the planner, who needs heads that divide
+        # The grid that trains is checked, which the planner may have chosen: it needs heads that divide.
+        resolved = with_grid(run)
+        errors += _told(run, [*_check_context(resolved), *_check_layer_modes(resolved)])
     if errors:
         raise ConfigErrors(errors)
 
 
 def _errors(run: RunConfig, *parts: Callable[[RunConfig], Iterator[Refusal]]) -> list[ConfigError]:
-    return [
-        ConfigError(key, keys.given(run, key), reason, choice) for part in parts for key, reason, choice in part(run)
-    ]
+    return _told(run, (refusal for part in parts for refusal in part(run)))
+
+
+def _told(run: RunConfig, refusals: Iterable[Refusal]) -> list[ConfigError]:
+    return [ConfigError(key, keys.given(run, key), reason, choice) for key, reason, choice in refusals]
 
 
 def _divisors(number: int, limit: int = 8) -> str:

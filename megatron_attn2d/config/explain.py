@@ -1,5 +1,6 @@
 """Pydantic's findings in the words of someone who writes YAML."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,9 @@ def _explained(key: str, kind: str, message: str, content: Mapping[str, Any]) ->
     value = content[section][name] if section else content[name]
     if kind == "model_type":
         return ConfigError(key, value, "not a section", f"write its keys below {key}:")
+    if key == "context_parallel.mode" and (grid := re.fullmatch(r"attention2d:(\d+(?:x\d+){1,2})", str(value))):
+        numbers = grid[1].replace("x", ", ")
+        return ConfigError(key, value, "a grid has a key of its own", f"write mode: attention2d and grid: [{numbers}]")
     if kind == "literal_error" and key not in _BY_KEY:
         return ConfigError(key, value, "no such choice", message.replace("Input should be", "choose").replace("'", ""))
     reason, choice = _BY_KEY.get(key) or _BY_TYPE.get(kind) or (message.replace("Input should", "must"), "")

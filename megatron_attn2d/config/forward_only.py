@@ -1,5 +1,6 @@
 """A trained run as it is only evaluated, or continued as text: without training, and with the same weights."""
 
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -41,6 +42,16 @@ _STAGES = ("num_layers_per_virtual_pipeline_stage", "microbatch_group_size_per_v
 """Arguments of Megatron about the interleaved schedule, which needs more than one batch."""
 _WEIGHTS = ("model.", "megatron_args.", "data.vocab_size", "data.tokenizer_type")
 """How the keys begin on which the weights depend, or what they mean."""
+
+
+_LAYOUT = ("context_parallel.size=", "context_parallel.mode=", "parallelism.")
+
+
+def on_another_grid(overrides: Sequence[str]) -> list[str]:
+    """What comes before `overrides` so that the planner chooses a grid anew, where they change the layout of ranks."""
+    if not any(override.startswith(_LAYOUT) for override in overrides):
+        return []
+    return ["context_parallel.grid=auto", "context_parallel.tile=null", "context_parallel.head_groups=auto"]
 
 
 def check_overrides(

@@ -14,13 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_attn2d.config.shipped import found
 from megatron_attn2d.config.yaml_io import parse, read_mapping
 from megatron_attn2d.errors import ConfigError, show
 
 
 def read_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping that `path` describes: the files it extends, in order, then itself, then the overrides."""
-    content = _read_extended(path, ())
+    """The mapping that `path` describes: the files it extends, in order, then itself, then the overrides.
+
+    Files that come with the package are found from any folder: see `shipped.found`.
+    """
+    content = _read_extended(found(path), ())
     for override in overrides:
         _apply(content, override)
     return content
@@ -42,7 +46,7 @@ def _read_extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError("extends", parents, f"in {path}: not a list of files", "write [models/gpt.yaml, ...]")
     merged: dict[str, Any] = {}
     for parent in parents:
-        _merge(merged, _read_extended(path.parent / parent, (*above, resolved)))
+        _merge(merged, _read_extended(found(Path(parent), path.parent), (*above, resolved)))
     _merge(merged, own)
     return merged
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_attn2d.config.auto import with_grid
 from megatron_attn2d.config.checks import check
 from megatron_attn2d.config.explain import explain
 from megatron_attn2d.config.loading import read_run
@@ -27,7 +28,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int
     """
     run = _with_replicas(build_run(read_run(Path(path), overrides)), world_size)
     check(run)
-    return run
+    return with_grid(run)
 
 
 def build_run(content: Mapping[str, Any]) -> RunConfig:

@@ -9,8 +9,6 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from megatron_attn2d.config.auto import chosen_grid
-
 Mode = Literal["attention2d", "ring", "all_gather", "ulysses"]
 
 
@@ -121,7 +119,7 @@ class ContextParallel(Section):
     """The mode of each layer, first to last; those with attention2d share `grid`. None: `mode` in every layer."""
     grid: Annotated[Literal["auto"] | Annotated[list[Ranks], Field(min_length=2, max_length=3)], NO_FLAG] = "auto"
     """[R, C] for attention2d: a row of C ranks gathers queries, a column of R keys and values; or [U, R, C], where
-    the heads are spread over U ranks first. auto: see planner."""
+    the heads are spread over U ranks first. auto: the planner's choice, which the run's config.yaml then names."""
     tile: Annotated[Annotated[list[Ranks], Field(min_length=2, max_length=2)] | None, NO_FLAG] = None
     """Rows and columns of the block of the grid that consecutive ranks fill, such as those of a node. None: whole
     columns, [R, 1], or with `grid: auto` the planner's choice."""
@@ -359,18 +357,27 @@ class RunConfig(Section):
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """U, R and C of attention2d's process grid: ranks over heads, rows and columns."""
-        return chosen_grid(self).axes
+        """U, R and C of attention2d's process grid: ranks over heads, rows and columns.
+
+        `load_run` puts numbers in the place of `auto`, where a layer has a grid of several ranks.
+        """
+        written = self.context_parallel.grid
+        if written == "auto":
+            assert self.context_parallel.mode != "attention2d" or self.context_parallel.size == 1, "not resolved yet"
+            return 1, 1, 1
+        heads, rows, columns = written if len(written) == 3 else (1, *written)
+        return heads, rows, columns
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of the block of the grid that consecutive ranks fill."""
-        return chosen_grid(self).tile
+        rows, columns = self.context_parallel.tile or (self.grid[1], 1)
+        return rows, columns
 
     @property
     def head_groups(self) -> int:
         """In how many groups of heads attention2d overlaps messages and kernels."""
-        return chosen_grid(self).head_groups
+        return 1 if self.context_parallel.head_groups == "auto" else self.context_parallel.head_groups
 
     @property
     def document_multiple(self) -> int:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments
-from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, stages_of_training
+from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, on_another_grid, stages_of_training
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.read import build_run
 from megatron_attn2d.errors import UsageError
@@ -37,7 +37,7 @@ def configuration(run_dir: Path, overrides: list[str], world_size: int | None = 
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give the directory of a run")
     trained = build_run(read_run(path))
-    decided = [*_DECIDED, f"run.dir={json.dumps(str(run_dir))}"]
+    decided = [*_DECIDED, *on_another_grid(overrides), f"run.dir={json.dumps(str(run_dir))}"]
     asked = build_run(read_run(path, [*decided, *overrides]))
     replicas = asked.parallelism.data or 1
     if world_size and not any(override.startswith("parallelism.data=") for override in overrides):

@@ -210,7 +210,7 @@ def _attention(run: RunConfig) -> float:
     """Bytes of one layer's backward pass besides what is kept, by the planner's formula."""
     size = run.context_parallel.size
     axes = {"attention2d": run.grid, "all_gather": (1, size, 1), "ulysses": (size, 1, 1), "ring": None}
-    groups = {"attention2d": run.head_groups or 1}
+    groups = {"attention2d": run.head_groups}
     return max(
         transient_bytes(Candidate(mode, axes[mode], None), size, workload(run), groups.get(mode, 1))
         for mode in {run.context_parallel.mode, *(run.context_parallel.layer_modes or ())}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_attn2d.config.auto import chosen_grid, cluster, described, missing_rates, predictions, workload
+from megatron_attn2d.config.auto import cluster, described, missing_rates, predictions, workload
 from megatron_attn2d.planner.cost import CLOSE, Candidate, Cluster, Prediction, predict
 from megatron_attn2d.planner.traffic import Workload
 
@@ -73,10 +73,9 @@ def waiting_for_the_cpu(run: RunConfig) -> list[str]:
     size, mode = run.context_parallel.size, run.context_parallel.mode
     if size == 1 or missing_rates(run):
         return []
-    shape = chosen_grid(run) if mode == "attention2d" else None
-    axes = shape.axes if shape else {"all_gather": (1, size, 1), "ulysses": (size, 1, 1)}.get(mode)
-    tile = shape.tile if shape and shape.tile != (shape.axes[1], 1) else None
-    groups = [shape.head_groups] if shape else [1]
+    axes = {"attention2d": run.grid, "all_gather": (1, size, 1), "ulysses": (size, 1, 1)}.get(mode)
+    tile = run.tile if mode == "attention2d" and run.tile != (run.grid[1], 1) else None
+    groups = [run.head_groups]
     found = predict(Candidate(mode, axes, tile), size, workload(run), cluster(run), groups)
     if found.total_s <= CLOSE * found.device_s:
         return []

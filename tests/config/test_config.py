@@ -80,6 +80,10 @@ REFUSED = {
     "context_parallel.mode=p2p": (
         "context_parallel.mode = 'p2p': no such choice; choose attention2d, ring, all_gather or ulysses"
     ),
+    "context_parallel.mode=attention2d:2x1": (
+        "context_parallel.mode = 'attention2d:2x1': a grid has a key of its own; "
+        "write mode: attention2d and grid: [2, 1]"
+    ),
     "context_parallel.grid=2x2": (
         "context_parallel.grid = '2x2': not a grid; write auto, [rows, columns] or [heads, rows, columns]"
     ),

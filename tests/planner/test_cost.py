@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from megatron_attn2d.cli import main
-from megatron_attn2d.config import load_run
+from megatron_attn2d.config import load_run, resolved_yaml
 from megatron_attn2d.config.auto import workload
 from megatron_attn2d.planner.cost import (
     PEER_STARTS,
@@ -242,6 +243,9 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys: pytest.CaptureFi
 def test_auto_takes_the_planners_choice() -> None:
     run = load_run(RUN, ["context_parallel.grid=auto"])
     assert run.grid[0] * run.grid[1] * run.grid[2] == run.context_parallel.size
+    saved = yaml.safe_load(resolved_yaml(run))["context_parallel"]
+    assert saved["grid"] == list(run.grid if run.grid[0] > 1 else run.grid[1:]), "the YAML names the grid that trains"
+    assert (saved["tile"], saved["head_groups"]) == (list(run.tile), run.head_groups)
     without = load_run(RUN, ["context_parallel.grid=auto", "cluster.nic_gb_per_s=null"])
     assert without.grid == (1, 4, 4)
 

@@ -96,7 +96,7 @@ def direct_losses(rank: int, args: list[str], windows: np.ndarray, target: Path)
 def test_buckets_equal_a_direct_computation_on_any_grid(
     run_dir: Path, pool: RankPool, in_pool: None, text: Path, tmp_path: Path
 ) -> None:
-    one = evaluated(run_dir, text, tmp_path / "one.json", "context_parallel.size=1", "context_parallel.grid=auto")
+    one = evaluated(run_dir, text, tmp_path / "one.json", "context_parallel.size=1")
     grid = evaluated(run_dir, text, tmp_path / "grid.json", "context_parallel.size=4", "context_parallel.grid=[2, 2]")
 
     stream = np.fromfile(f"{text}.bin", dtype=np.uint16)
@@ -198,7 +198,7 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
             ["--context", "64", "megatron_args.squared_relu=true"],
             "megatron_args.squared_relu = true: the run",
         ),
-        (["--context", "65", "context_parallel.size=2", "context_parallel.grid=auto"], "--context 65: not a"),
+        (["--context", "65", "context_parallel.size=2"], "--context 65: not a"),
         (
             ["--context", "64", "32"],
             "--context 64 32: one where loss by position is measured; give --tasks, or",
