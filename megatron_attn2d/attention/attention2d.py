@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.call import Call, prepare, run
+from megatron_attn2d.attention.call import Call, Results, prepare, run
 from megatron_attn2d.attention.comm import MERGED, SUMMED, TileAxis, axes
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.grid import Grid
@@ -77,6 +77,7 @@ def attention2d(
     softmax_scale: float | None = None,
     backend: str = "auto",
     head_groups: int = 1,
+    results: Results | None = None,
     label: str = "attention2d",
 ) -> Tensor:
     """Attention of the whole sequence, from and to shards in the zigzag layout.
@@ -103,6 +104,8 @@ def attention2d(
         head_groups: in how many groups of heads communication and kernels overlap; must divide g. Where a grid
             spreads heads, as many of them as divide what a rank is left with. Each group starts kernels and messages of
             its own, which costs more than it hides over NVLink; over slow links a planner knows better (`planner`).
+        results: keeps output and log-sum-exp for a second call with the same arguments, which then computes neither:
+            for activation recomputation.
         label: names the call, a layer say, in errors.
 
     Returns:
@@ -142,10 +145,10 @@ def attention2d(
         sink = None if sink is None else sink[first : first + q.size(2)]
         call = call.starting(first)
     if grid.rows * grid.cols == 1:
-        out = run(SingleRank(call), q, k, v, sink)
+        out = run(SingleRank(call), q, k, v, sink, results)
     else:
         # fewer groups where the head axis leaves a rank fewer heads
-        out = run(GridSchedule.of(call, grid, gcd(head_groups, k.size(2))), q, k, v, sink)
+        out = run(GridSchedule.of(call, grid, gcd(head_groups, k.size(2))), q, k, v, sink, results)
     if grid.heads > 1:
         out = collect_heads(out, grid, label, call.packing)
     return out if call.packing is None else out.squeeze(1)

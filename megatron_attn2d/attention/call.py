@@ -137,9 +137,23 @@ class Schedule(Protocol):
         ...
 
 
-def run(schedule: Schedule, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> Tensor:
-    """The output of a call that a schedule makes, differentiable once."""
-    out: Tensor = _Attention.apply(*compact_for_save(q, k, v), sink, schedule)
+class Results(Protocol):
+    """Where a call that is made twice, as activation recomputation does, leaves its results and finds them again."""
+
+    def store(self, out: Tensor, lse: Tensor) -> None:
+        """Keep the results of the first call; nobody changes them afterwards."""
+        ...
+
+    def load(self) -> tuple[Tensor, Tensor] | None:
+        """The results of the first call, in the second one; None in the first."""
+        ...
+
+
+def run(
+    schedule: Schedule, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, results: Results | None = None
+) -> Tensor:
+    """The output of a call that a schedule makes, differentiable once; not computed where `results` has it."""
+    out: Tensor = _Attention.apply(*compact_for_save(q, k, v), sink, schedule, results)
     return out
 
 
@@ -147,10 +161,17 @@ class _Attention(torch.autograd.Function):
     """Attention of whatever schedule; sinks, which touch no key, are applied here."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, schedule: Schedule) -> Tensor:
-        out, lse = schedule.forward(q, k, v)
-        if sink is not None:
-            apply_sink(out, lse, sink)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, schedule: Schedule, results: Results | None
+    ) -> Tensor:
+        if results is None or (found := results.load()) is None:
+            out, lse = schedule.forward(q, k, v)
+            if sink is not None:
+                apply_sink(out, lse, sink)
+            if results is not None:
+                results.store(out, lse)
+        else:
+            out, lse = found
         ctx.save_for_backward(q, k, v, out, lse, sink)
         ctx.schedule = schedule
         return out
@@ -160,7 +181,7 @@ class _Attention(torch.autograd.Function):
         check_first_derivative()
         q, k, v, out, lse, sink = ctx.saved_tensors
         *gradients, delta = ctx.schedule.backward(grads[0], q, k, v, out, lse, want_delta=sink is not None)
-        return (*gradients, None if sink is None else sink_gradient(lse, delta, sink), None)
+        return (*gradients, None if sink is None else sink_gradient(lse, delta, sink), None, None)
 
 
 def compact_for_save(*tensors: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_attn2d.attention.call import Call, prepare, run
+from megatron_attn2d.attention.call import Call, Results, prepare, run
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.layout import tile_plan
 from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, row_statistics
@@ -50,6 +50,7 @@ def ring_attention(
     max_seqlen: int | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
+    results: Results | None = None,
     label: str = "ring attention",
 ) -> Tensor:
     """Attention of the whole sequence over a ring of the ranks of `group` (None: this rank alone).
@@ -75,7 +76,7 @@ def ring_attention(
         backend=backend,
         label=label,
     )
-    out = run(RingSchedule(call, group), q, k, v, sink)
+    out = run(RingSchedule(call, group), q, k, v, sink, results)
     return out if call.packing is None else out.squeeze(1)
 
 

@@ -39,6 +39,7 @@ from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.megatron import cuda_graphs
 from megatron_attn2d.megatron.announcement import launched_with, tell_unread_mask
 from megatron_attn2d.megatron.layer_grid import layer_grid, split_mode
+from megatron_attn2d.megatron.recomputation import attentions
 
 ROLLS_WITHIN_PADDING = "rolls_within_padding"
 """Marks the function that shifts packed tokens for multi-token prediction once it minds padding; see compat.py."""
@@ -156,6 +157,7 @@ class ContextParallelAttention(MegatronModule):
             sink=self.softmax_offset,
             dropout=self._draw_dropout(query),
             softmax_scale=self.softmax_scale,
+            results=attentions(),
             label=f"layer {self.layer_number}",
             **totals,
         )

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from megatron_attn2d.training import pretrain_gpt
+from megatron_attn2d.training import chunked_loss, pretrain_gpt
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,16 @@ def _bucket_sums(request: Request, args: Any, model: list[torch.nn.Module]) -> t
 
 def _forward_step(collect: Any, iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_args
 
     batch, _ = pretrain_gpt.next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
-    output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        **chunked_loss.of_model(get_args()),
+    )
     return output, collect
 
 

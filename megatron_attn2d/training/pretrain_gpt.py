@@ -24,7 +24,7 @@ from megatron_attn2d.data import indexed
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.megatron.upstream import compat, cpu
 from megatron_attn2d.megatron.upstream.patching import Patch, applied
-from megatron_attn2d.training import derive, progress, wandb_run
+from megatron_attn2d.training import chunked_loss, derive, progress, wandb_run
 from megatron_attn2d.training.guards import same_start
 from megatron_attn2d.training.guards.fitting import fitting
 from megatron_attn2d.training.guards.integrity import verified
@@ -117,6 +117,7 @@ def _pretrain(given: int, console: TextIO) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import training
 
+    from megatron_attn2d.megatron.recomputation import keeping
     from megatron_attn2d.training.guards.finite_check import checked_for_finiteness
     from megatron_attn2d.training.guards.self_check import checked_before_training
     from megatron_attn2d.training.start_line import announced
@@ -132,6 +133,7 @@ def _pretrain(given: int, console: TextIO) -> None:
         stack.enter_context(verified())
         stack.enter_context(checked_for_finiteness(args))
         stack.enter_context(_checked_buffers())
+        stack.enter_context(keeping(args))
         stack.enter_context(same_start.agreed(sys.argv[1:]))
         stack.enter_context(announced(args, sys.argv[1 + given :], console))
         if args.attention_self_check:
@@ -155,6 +157,9 @@ def _add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
     own.add_argument("--keep-last", type=int, help="checkpoints to keep; default: all")
     own.add_argument("--peak-tflops", type=float, help="of a GPU, in 10^12 FLOP/s, for the MFU")
     own.add_argument("--log-attention-communication", action="store_true", help="measure waiting for its messages")
+    own.add_argument("--loss-chunk-tokens", type=int, help="tokens whose logits exist at a time; default: all")
+    own.add_argument("--offload-activations", action="store_true", help="full recomputation keeps on the host")
+    own.add_argument("--keep-attention-outputs", action="store_true", help="full recomputation runs attention once")
     own.add_argument("--check-finite-attention", action="store_true", help="report NaN and Inf with layer and rank")
     own.add_argument(
         "--no-attention-self-check",
@@ -309,7 +314,7 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> tuple[
 def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     """One micro-batch through this rank's stage: its output, and what turns that of the last stage into a loss."""
     from megatron.core.utils import get_attr_wrapped_model
-    from megatron.training import get_timers
+    from megatron.training import get_args, get_timers
 
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
@@ -322,6 +327,7 @@ def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> t
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
         packed_seq_params=packing,
+        **chunked_loss.of_model(get_args()),
     )
     return output, partial(_loss, batch["loss_mask"])
 

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import psutil
 import torch
 
+from megatron_attn2d.megatron import recomputation
 from megatron_attn2d.megatron.upstream.patching import Patch, applied
 from megatron_attn2d.training.attention_wait import AttentionWait
 
@@ -57,6 +58,8 @@ class Step:
     """Model FLOP/s utilization: `tflops` over the card's peak; None where the peak isn't known."""
     padding: float | None = None
     """Share of the batch that is padding of documents; None where documents are not padded."""
+    offloaded_gib: float | None = None
+    """GiB that the reporting rank has taken on its host for training.offload_activations; None without."""
     attention_wait: float | None = None
     """Share of the step in which the reporting rank waited for attention's messages; None where nobody asked."""
 
@@ -260,6 +263,7 @@ class Reporter:
             memory_gib=_memory_bytes() / 2**30,
             mfu=tflops / args.peak_tflops if args.peak_tflops else None,
             padding=None if real_tokens is None else 1 - real_tokens / tokens,
+            offloaded_gib=taken / 2**30 if (taken := recomputation.host_bytes()) else None,
             attention_wait=self._wait.take() / seconds if self._wait else None,
         )
         if self._metrics is not None:
@@ -309,6 +313,7 @@ class Reporter:
             None if step.mfu is None else f"MFU {step.mfu:.1%}",
             f"{step.memory_gib:.2f} GiB",
             None if step.padding is None else f"padding {step.padding:.1%}",
+            None if step.offloaded_gib is None else f"{step.offloaded_gib:.2f} GiB on the host",
             None if step.attention_wait is None else f"attention waits {step.attention_wait:.1%}",
             f"ETA {left}",
         ]
@@ -345,6 +350,7 @@ def _to_trackers(step: Step, ranks: int) -> None:
         "mfu": step.mfu,
         "memory-gib": step.memory_gib,
         "padding": step.padding,
+        "offloaded-gib": step.offloaded_gib,
         "attention-wait": step.attention_wait,
     }
     values = {name: value for name, value in values.items() if value is not None}

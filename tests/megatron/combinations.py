@@ -93,6 +93,8 @@ EP = {"expert_model_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True}
 OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+LONG = {**RECOMPUTE, "offload_activations": True, "keep_attention_outputs": True, "loss_chunk_tokens": 24}
+"""What a million tokens need."""
 MTP_TOLERANCE = 1e-4
 """Upstream weighs a rank's part of the loss of multi-token prediction by that rank's tokens, of which those that hold
 the sequence's end have fewer: not the same on one rank. See `test_multi_token_prediction_differs_...`."""
@@ -122,6 +124,8 @@ COMBINATIONS: dict[str, Combination] = {
     "DP2": Combination("llama", 2, {}),
     "DP2, distributed optimizer": Combination("llama", 2, ZERO),
     "2x1, distributed optimizer": Combination("llama", 2, {**grid(2, 1), **ZERO}),
+    "2x1x2, as at a million tokens": Combination("llama", 4, {**grid(2, 1, 2), **ZERO, **LONG}),
+    "TP2, as at a million tokens": Combination("llama", 2, {**TP, **LONG}),
     "DP2, 1x2, overlapped": Combination("llama", 4, {**grid(1, 2), **OVERLAP}),
     "1x2, 4 micro-batches": Combination("llama", 2, {**grid(1, 2), "micro_batch_size": 1}),
     "2x1, attention recomputed": Combination("llama", 2, {**grid(2, 1), "recompute_granularity": "selective"}),
@@ -129,11 +133,11 @@ COMBINATIONS: dict[str, Combination] = {
     # several at once
     "TP2 SP, PP2, 1x2": Combination("llama", 8, {**SP, **PP, **grid(1, 2)}),
     "PP2, 2x2": Combination("llama", 8, {**PP, **grid(2, 2)}),
-    "TP2 SP, DP2, 2x1, overlapped": Combination("llama", 8, {**SP, **grid(2, 1), **OVERLAP}),
+    "TP2 SP, DP2, 2x1, overlapped": Combination("llama", 8, {**SP, **grid(2, 1), **OVERLAP, **LONG}),
     # other models
     "GPT-3, 2x1": Combination("gpt3", 2, grid(2, 1)),
     "GPT-3, TP2 SP, 1x2": Combination("gpt3", 4, {**SP, **grid(1, 2)}),
-    "GPT-3, PP2, 2x1": Combination("gpt3", 4, {**PP, **grid(2, 1)}),
+    "GPT-3, PP2, 2x1": Combination("gpt3", 4, {**PP, **grid(2, 1), **LONG}),
     "loss masked, 2x1": Combination("masked", 2, grid(2, 1)),
     "hidden dropout, 2x1 against the ring": Combination("hidden dropout", 2, grid(2, 1)),
     "attention dropout, 2x1 against 1x2": Combination("attention dropout", 2, grid(2, 1)),

@@ -105,6 +105,17 @@ def _with_own_generator(build_pretraining_data_loader: Any) -> Any:
     return build
 
 
+def _within_the_mode(run_backward: Any) -> Any:
+    """`run_backward` with what is placed on 'cuda' on the CPU."""
+
+    @functools.wraps(run_backward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _CudaIsCpu():
+            return run_backward(*args, **kwargs)
+
+    return run
+
+
 def _set_rng_state(original: Any) -> Any:
     return lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
 
@@ -123,6 +134,11 @@ PATCHES = (
     Patch("torch.cuda:manual_seed", _as_is(torch.manual_seed), _RNG),
     Patch("torch.cuda:get_rng_state", lambda original: lambda device="cuda": torch.get_rng_state(), _RNG),
     Patch("torch.cuda.random:get_rng_state", lambda original: lambda device="cuda": torch.get_rng_state(), _RNG),
+    Patch(
+        "torch.autograd:_engine_run_backward",
+        _within_the_mode,
+        "torch.autograd.backward sets function modes aside, and Megatron recomputes layers within it",
+    ),
     # Megatron
     Patch("megatron.core.tensor_parallel.random:_set_cuda_rng_state", _set_rng_state, _RNG),
     Patch(
