@@ -39,6 +39,7 @@ def _train(args: argparse.Namespace) -> int:
     arguments = megatron_arguments(run)
     if args.dry_run:
         print(_described(run, arguments))
+        memory.check(run)
         return 0
     environment.apply_variables(run.environment.device, run.environment.variables)
     if world_size:

@@ -11,7 +11,7 @@ from megatron_attn2d.config import effects, upstream_flags
 from megatron_attn2d.config.checks import PER_LAYER
 from megatron_attn2d.config.keys import FIRST_START, is_schedule
 from megatron_attn2d.config.layer_pattern import hybrid_arguments, is_hybrid, layer_pattern, of_each_symbol
-from megatron_attn2d.config.schema import NO_FLAG, Flag, RunConfig
+from megatron_attn2d.config.schema import NO_FLAG, Flag, Model, RunConfig
 from megatron_attn2d.config.yaml_io import parse
 from megatron_attn2d.errors import ConfigError, ConfigErrors, nearest
 from megatron_attn2d.run.checkpoints import last_complete
@@ -25,6 +25,13 @@ _DECIDED_BY = {
     "group-query-attention": "model.num_query_groups",
     "num-query-groups": "model.num_query_groups",
     "max-position-embeddings": "model.max_position_embeddings",
+    "position-embedding-type": "model.position_embedding_type",
+    "rotary-base": "model.rotary_base",
+    "use-rope-scaling": "model.rope_scaling",
+    "rope-scaling-factor": "model.rope_scaling_factor",
+    "rotary-scaling-factor": "model.rope_scaling_factor",
+    "rotary-seq-len-interpolation-factor": "model.rope_scaling_factor",
+    "yarn-original-max-position-embeddings": "model.rope_original_length",
     "cp-comm-type": "context_parallel.mode",
     "hierarchical-context-parallel-sizes": "context_parallel.grid",
     "data-path": "data.paths",
@@ -95,7 +102,8 @@ def megatron_arguments(run: RunConfig) -> list[str]:
     """
     sections = [getattr(run, name) for name in type(run).model_fields if name != "megatron_args"]
     arguments = [token for section in sections for token in _section_arguments(section)]
-    for build in (_layers, _attention, _precision, _graphs, _data, _evaluation, _checkpoint, _logging):
+    builders = (_layers, _positions, _attention, _precision, _graphs, _data, _evaluation, _checkpoint, _logging)
+    for build in builders:
         arguments += build(run)
     outdated = {key.removeprefix("megatron_args.") for key in left_out(run)}
     passed = {name: None if name in outdated else value for name, value in run.megatron_args.items()}
@@ -148,9 +156,35 @@ def _layers(run: RunConfig) -> list[str]:
     return arguments
 
 
+def _positions(run: RunConfig) -> list[str]:
+    model = run.model
+    scaling, base = model.rope_scaling, model.rotary_base
+    kind = "yarn" if scaling == "yarn" else model.position_embedding_type
+    arguments = _flag("position-embedding-type", kind)
+    arguments += _flag("max-position-embeddings", model.max_position_embeddings or run.training.seq_length)
+    if scaling == "ntk":
+        base = ntk_base(model)
+    elif scaling == "linear":
+        arguments += _flag("rotary-seq-len-interpolation-factor", round(model.rope_scaling_factor or 1))
+    elif scaling == "llama3":
+        arguments += ["--use-rope-scaling", *_flag("rope-scaling-factor", model.rope_scaling_factor)]
+    elif scaling == "yarn":
+        arguments += _flag("rotary-scaling-factor", model.rope_scaling_factor)
+        arguments += _flag("yarn-original-max-position-embeddings", model.rope_original_length)
+    return arguments + ([] if base is None else _flag("rotary-base", base))
+
+
+def ntk_base(model: Model) -> int:
+    """The base with which RoPE's lowest frequency is divided by the factor, and its highest one stays."""
+    head = model.kv_channels or model.hidden_size // model.num_attention_heads
+    rotated = int(head * (model.rotary_percent or 1.0))
+    factor: float = (model.rope_scaling_factor or 1.0) ** (rotated / (rotated - 2))
+    return round((model.rotary_base or 10000) * factor)
+
+
 def _attention(run: RunConfig) -> list[str]:
     model, context = run.model, run.context_parallel
-    arguments = _flag("max-position-embeddings", model.max_position_embeddings or run.training.seq_length)
+    arguments = []
     if model.num_query_groups:
         arguments += ["--group-query-attention", *_flag("num-query-groups", model.num_query_groups)]
     modes = context.layer_modes or [context.mode]

@@ -27,6 +27,11 @@ PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq", "linear_
 """Arguments of Megatron that take a number, or 0 or 1 for each layer."""
 _RECURRENT = {"M", "G"}
 """Layers of a hybrid model that go through the tokens one after the other."""
+_OTHER_LOSSES = (
+    *("mtp_num_layers", "cross_entropy_loss_fusion", "fp16_lm_cross_entropy", "use_mup"),
+    *("defer_embedding_wgrad_compute",),
+)
+"""Arguments of Megatron that need all logits, or another loss than the plain cross entropy."""
 _LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 Refusal = tuple[str, str, str]
@@ -79,6 +84,7 @@ def _check_model(run: RunConfig) -> Iterator[Refusal]:
             f"RoPE rotates pairs, and a head has {width} numbers to rotate",
             "choose an even model.kv_channels, or hidden_size / num_attention_heads",
         )
+    yield from _check_rope_scaling(run)
     groups = model.num_query_groups or heads
     if heads % groups:
         yield (
@@ -93,6 +99,41 @@ def _check_model(run: RunConfig) -> Iterator[Refusal]:
             f"less than training.seq_length = {run.training.seq_length}",
             f"choose {run.training.seq_length} or more",
         )
+
+
+def _check_rope_scaling(run: RunConfig) -> Iterator[Refusal]:
+    model, scaling = run.model, run.model.rope_scaling
+    factor, trained_at = model.rope_scaling_factor, model.rope_original_length
+    if scaling == "none":
+        for name in ("rope_scaling_factor", "rope_original_length"):
+            if getattr(model, name) is not None:
+                yield f"model.{name}", "model.rope_scaling is none", "choose null, or model.rope_scaling=yarn"
+        return
+    if model.position_embedding_type != "rope":
+        reason = f"model.position_embedding_type is {model.position_embedding_type}"
+        yield "model.rope_scaling", reason, "choose none, or model.position_embedding_type=rope"
+    if is_hybrid(run) and scaling in ("llama3", "yarn"):
+        reason = "Megatron's hybrid models (model.kind) scale positions evenly or not at all"
+        yield "model.rope_scaling", reason, "choose linear or ntk, or model.kind=gpt"
+    if run.megatron_args.get("multi_latent_attention"):
+        reason = "megatron_args.multi_latent_attention has positions of its own"
+        yield "model.rope_scaling", reason, "choose none, and set megatron_args.rotary_scaling_factor"
+    if factor is None:
+        reason = f"model.rope_scaling = {scaling} divides by it"
+        yield "model.rope_scaling_factor", reason, "choose training.seq_length over the length trained at"
+    elif scaling == "linear" and factor != int(factor):
+        yield "model.rope_scaling_factor", "Megatron divides positions by whole numbers", f"choose {round(factor)}"
+    if scaling == "yarn":
+        if trained_at is None:
+            reason = "model.rope_scaling = yarn tells high frequencies from low ones by it"
+            yield "model.rope_original_length", reason, "choose the length that the model was trained at"
+        if (model.rotary_percent or 1.0) < 1:
+            reason = "model.rope_scaling = yarn rotates whole heads in Megatron"
+            yield "model.rotary_percent", reason, "choose 1.0, or model.rope_scaling=ntk"
+    elif scaling == "llama3" and trained_at not in (None, 8192):
+        yield "model.rope_original_length", "Megatron's rule of Llama 3.1 takes 8192", "choose 8192, or yarn"
+    elif scaling in ("linear", "ntk") and trained_at is not None:
+        yield "model.rope_original_length", f"model.rope_scaling = {scaling} does not depend on it", "choose null"
 
 
 def _check_parallelism(run: RunConfig) -> Iterator[Refusal]:
@@ -260,6 +301,46 @@ def _check_batch(run: RunConfig) -> Iterator[Refusal]:
     if (training.recompute_num_layers is not None) != (method is not None):
         choice = "choose null" if method is None else "choose 1, or more for fewer, larger pieces"
         yield "training.recompute_num_layers", f"training.recompute_method is {method or 'null'}", choice
+    yield from _check_long(run)
+
+
+def _check_long(run: RunConfig) -> Iterator[Refusal]:
+    """The keys that long sequences need, which step in for parts of Megatron's layers and loss."""
+    training, given = run.training, run.megatron_args
+    for name in ("keep_attention_outputs", "offload_activations"):
+        if not getattr(training, name):
+            continue
+        key = f"training.{name}"
+        if training.recompute_granularity != "full":
+            reason = "it is about what full recomputation keeps"
+            yield key, reason, "choose false, or training.recompute_granularity=full"
+        if run.graph_implementation != "none":
+            reason = "copies to and from what is kept are no part of a CUDA graph"
+            yield key, reason, "choose false, or training.cuda_graphs=none"
+        if training.fp8 != "none" or given.get("fp4_format"):
+            reason = "layers in FP8 are recomputed by Transformer Engine, where nothing of ours is kept"
+            yield key, reason, "choose false, or training.fp8=none"
+        if given.get("distribute_saved_activations"):
+            reason = "megatron_args.distribute_saved_activations spreads what is kept over tensor ranks"
+            yield key, reason, "keep one of the two; parallelism.sequence_parallel=true spreads it too"
+    if training.keep_attention_outputs:
+        modes = {run.context_parallel.mode, *(run.context_parallel.layer_modes or ())}
+        if others := sorted(modes - {"attention2d"}):
+            reason = f"mode {others[0]} may be Transformer Engine's attention, whose results cannot be kept"
+            yield "training.keep_attention_outputs", reason, "choose false, or context_parallel.mode=attention2d"
+    if training.loss_chunk_tokens is not None:
+        if is_hybrid(run):
+            reason = "Megatron's hybrid models (model.kind) compute all logits at once"
+            yield "training.loss_chunk_tokens", reason, "choose null, or model.kind=gpt"
+        for name in _OTHER_LOSSES:
+            if given.get(name):
+                yield (
+                    "training.loss_chunk_tokens",
+                    f"megatron_args.{name} asks for another output layer or loss",
+                    f"leave out one of the two: null, or megatron_args.{name}=null",
+                )
+    if run.optimizer.grad_reduce_in_bf16 and training.precision != "bf16":
+        yield "optimizer.grad_reduce_in_bf16", f"training.precision is {training.precision}", "choose false"
 
 
 def _interleaves(run: RunConfig) -> bool:

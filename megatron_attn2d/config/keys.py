@@ -40,7 +40,8 @@ _FREE = {
     *("data.dir", "data.num_workers", "data.data_cache_path"),
     *("training.micro_batch_size", "training.exit_interval", "training.eval_iters", "training.eval_interval"),
     *("training.recompute_granularity", "training.recompute_method", "training.recompute_num_layers"),
-    *("training.self_check", "training.check_finite", "training.cuda_graphs"),
+    *("training.keep_attention_outputs", "training.offload_activations", "training.loss_chunk_tokens"),
+    *("training.self_check", "training.check_finite", "training.cuda_graphs", "optimizer.grad_reduce_in_bf16"),
 }
 """Keys of the other sections that say the same."""
 _FIXED = {

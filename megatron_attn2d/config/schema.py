@@ -69,11 +69,19 @@ class Model(Section):
     """Width of a head. None: hidden_size / num_attention_heads."""
     max_position_embeddings: Annotated[Positive | None, NO_FLAG] = None
     """None: training.seq_length."""
-    position_embedding_type: Literal["learned_absolute", "rope", "none"] = "learned_absolute"
-    rotary_base: Positive | None = None
-    """Base of RoPE's frequencies."""
+    position_embedding_type: Annotated[Literal["learned_absolute", "rope", "none"], NO_FLAG] = "learned_absolute"
+    rotary_base: Annotated[Positive | None, NO_FLAG] = None
+    """Base of RoPE's frequencies. None: 10000."""
     rotary_percent: Annotated[float | None, Field(gt=0, le=1)] = None
     """Share of a head's width that RoPE rotates."""
+    rope_scaling: Annotated[Literal["none", "linear", "ntk", "yarn", "llama3"], NO_FLAG] = "none"
+    """How RoPE reaches beyond the length that the model was trained at. linear: all positions are divided by
+    rope_scaling_factor. ntk: the base grows, so that the lowest frequency is divided by it. yarn: low frequencies are
+    divided, high ones stay. llama3: the same by the rule of Llama 3.1, for models trained at 8192 tokens."""
+    rope_scaling_factor: Annotated[float | None, Field(ge=1), NO_FLAG] = None
+    """training.seq_length over the length that the model was trained at; a whole number for linear."""
+    rope_original_length: Annotated[Positive | None, NO_FLAG] = None
+    """The length that the model was trained at, by which yarn tells high frequencies from low ones."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     norm_epsilon: Annotated[float | None, Field(gt=0, lt=1)] = None
     qk_layernorm: bool = False
@@ -178,6 +186,9 @@ class Optimizer(Section):
     """Largest norm of the gradient; 0 leaves it alone."""
     use_distributed_optimizer: bool = False
     """Shard the optimizer's state over the data- and context-parallel ranks."""
+    grad_reduce_in_bf16: bool = False
+    """Accumulate and reduce gradients in bf16, 2 bytes per weight instead of 4. Micro-batches are then added in bf16
+    too: for few of them per step."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
@@ -212,6 +223,15 @@ class Training(Section):
     """Recompute activations in the backward pass instead of keeping them."""
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None
+    keep_attention_outputs: bool = False
+    """With full recomputation keep attention's output and log-sum-exp besides each layer's input, as many bytes again:
+    attention's forward pass then runs once instead of twice."""
+    offload_activations: bool = False
+    """What full recomputation keeps waits in pinned memory of the host, and comes back while the layer above computes.
+    """
+    loss_chunk_tokens: Positive | None = None
+    """Tokens per rank whose logits exist at a time: the output layer and the loss are computed in chunks, forward and
+    backward. None: all at once, which for 128K tokens and a vocabulary of 128K takes 256 GB."""
     self_check: Annotated[bool, Flag("no-attention-self-check", when=False)] = True
     """Before the first step compare a tiny attention over the run's groups with the dense answer."""
     check_finite: Annotated[bool, Flag("check-finite-attention")] = False
@@ -284,6 +304,8 @@ class Cluster(Section):
 
     memory_gib: Annotated[Rate | None, NO_FLAG] = None
     """Memory of a GPU that processes can allocate, in GiB."""
+    host_memory_gib: Annotated[Rate | None, NO_FLAG] = None
+    """Memory of a node that processes can allocate, in GiB."""
     peak_tflops: Annotated[Rate | None, NO_FLAG] = None
     """Dense matrix products in training.precision, by the data sheet, in 10^12 FLOP/s: the base of the MFU."""
     attention_forward_tflops: Annotated[Rate | None, NO_FLAG] = None

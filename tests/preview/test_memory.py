@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_attn2d.config import load_run
-from megatron_attn2d.preview.memory import GIB, estimate, parameters, report
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.preview.memory import GIB, check, estimate, estimate_host, parameters, report
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
@@ -43,15 +44,17 @@ def test_a_model_has_as_many_parameters_as_its_name_says(path, of_model):
 def test_the_models_are_the_family():
     names = {path.stem for path in MODELS}
     gpt3 = {f"gpt3_{size}" for size in ("125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b")}
-    assert names == gpt3 | {"llama_8b", "llama_70b"}
+    assert names == gpt3 | {"llama_8b", "llama_70b", "qwen3_8b"}
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("path", ON_GPUS, ids=lambda path: path.stem)
 def test_a_run_that_we_ship_fits_its_cards(path, mode):
-    run = load_run(path, [f"context_parallel.mode={mode}"])
+    overrides = ["training.keep_attention_outputs=false"] * (mode != "attention2d")  # of other modes nothing is kept
+    run = load_run(path, [f"context_parallel.mode={mode}", *overrides])
     assert estimate(run).total < 0.9 * run.cluster.memory_gib * GIB
     assert "fits" in report(run)
+    check(run)
     assert run.world_size == (run.environment.nodes or 1) * 8
     assert run.model.num_attention_heads % run.parallelism.tensor == 0
     assert run.model.num_layers % run.parallelism.pipeline == 0
@@ -89,7 +92,7 @@ def test_what_makes_memory_grow():
     assert twice.weights == base.weights
     assert of("optimizer.use_distributed_optimizer=false").optimizer == 16 * base.optimizer
     full = of(*(f"training.recompute_{key}" for key in ("granularity=full", "method=uniform", "num_layers=1")))
-    assert full.activations < base.activations / 8
+    assert full.activations + full.layer < base.activations / 8
     # 16 ranks, MHA, in shards of Q: a column has keys of 15 others, a square queries and keys of four.
     column = of("context_parallel.grid=[16, 1]")
     assert column.attention / base.attention == pytest.approx((4 * 15 + 3 + 3) / (4 * 4 + 4 * 4 + 4 + 3))
@@ -97,6 +100,38 @@ def test_what_makes_memory_grow():
     # A shared table is held once on one stage, by the first and the last on two.
     two = of("parallelism.pipeline=2", "context_parallel.size=8", "context_parallel.grid=[4, 2]")
     assert two.weights == pytest.approx((base.weights + 2 * 50304 * 2560) / 2, rel=1e-3)
+
+
+LONG = ROOT / "configs" / "runs" / "llama_8b_1m.yaml"
+
+
+def test_a_million_tokens_part_by_part():
+    run = load_run(LONG)
+    held, host = estimate(run), estimate_host(run)
+    tokens = 2**20 // 4  # of a tensor pair
+    assert held.total < 75e9
+    assert held.activations == tokens * (2 * (4096 + 4096) + 4 * 32)  # two layers: a half of each on each tensor rank
+    # 32 layers of 8 ranks: input and output, 1 GiB each, and a log-sum-exp of 16 heads in fp32.
+    assert host.activations == 32 * 8 * (2 * 2**30 + tokens * 16 * 4)
+    assert "the host of a node" in report(run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("training.offload_activations=false", "largest part is activations, .*training.offload_activations=true"),
+        ("training.loss_chunk_tokens=null", "largest part is logits, .*training.loss_chunk_tokens=2048"),
+        (
+            "training.recompute_granularity=null training.recompute_method=null training.recompute_num_layers=null "
+            "training.keep_attention_outputs=false training.offload_activations=false",
+            "largest part is activations, .*training.recompute_granularity=full",
+        ),
+        ("cluster.host_memory_gib=500", "a node .* cluster.host_memory_gib is 500; .*keep_attention_outputs=false"),
+    ],
+)
+def test_without_a_lever_a_million_tokens_do_not_fit(overrides, message):
+    with pytest.raises(UsageError, match=message):
+        check(load_run(LONG, overrides.split()))
 
 
 def test_the_mode_that_takes_most_counts():
