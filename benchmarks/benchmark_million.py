@@ -238,8 +238,9 @@ def steps(args: argparse.Namespace, found: dict[str, Any], deadline: float) -> N
 
 def norms(args: argparse.Namespace, found: dict[str, Any], deadline: float) -> None:
     """Losses and gradient norms of attention2d and of the ring, from the same weights and data."""
-    ring = ["context_parallel.mode=ring", "training.keep_attention_outputs=false"]
-    rows = [train(args.norms_seq, overrides, args, deadline) for overrides in ([], ring)]
+    rows = [
+        train(args.norms_seq, [f"context_parallel.mode={mode}"], args, deadline) for mode in ("attention2d", "ring")
+    ]
     found["norms"] = rows
     print(f"\nattention2d, then ring, {args.ranks} context ranks")
     print(*map(step_line, rows), sep="\n")

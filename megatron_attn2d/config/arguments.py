@@ -27,11 +27,6 @@ _DECIDED_BY = {
     "max-position-embeddings": "model.max_position_embeddings",
     "position-embedding-type": "model.position_embedding_type",
     "rotary-base": "model.rotary_base",
-    "use-rope-scaling": "model.rope_scaling",
-    "rope-scaling-factor": "model.rope_scaling_factor",
-    "rotary-scaling-factor": "model.rope_scaling_factor",
-    "rotary-seq-len-interpolation-factor": "model.rope_scaling_factor",
-    "yarn-original-max-position-embeddings": "model.rope_original_length",
     "cp-comm-type": "context_parallel.mode",
     "hierarchical-context-parallel-sizes": "context_parallel.grid",
     "data-path": "data.paths",
@@ -59,6 +54,7 @@ _DECIDED_BY = {
     "wandb-save-dir": "run.dir",
     "distributed-backend": "environment.device",
     "run-dir": "run.dir",
+    "keep-attention-outputs": "training.keep_attention_outputs",
 }
 _IGNORED = "would be ignored: it is for data sets or losses other than ours"
 # Arguments under which attention would silently be another than the one asked for, or that bypass this file.
@@ -190,6 +186,7 @@ def _attention(run: RunConfig) -> list[str]:
     modes = context.layer_modes or [context.mode]
     if is_hybrid(run) and context.layer_modes:
         modes = of_each_symbol(context.layer_modes, layer_pattern(run))
+    arguments += ["--keep-attention-outputs"] if run.keeps_attention_outputs else []
     arguments += _flag("cp-comm-type", *(CP_COMM_TYPES[mode] for mode in modes))
     if context.mode == "attention2d" and context.size > 1:
         # Upstream's groups of the last size but one are the columns, those of the last, more strided, the rows.

@@ -27,6 +27,11 @@ PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq", "linear_
 """Arguments of Megatron that take a number, or 0 or 1 for each layer."""
 _RECURRENT = {"M", "G"}
 """Layers of a hybrid model that go through the tokens one after the other."""
+_ROPE_SCALING = (
+    *("use_rope_scaling", "rope_scaling_factor", "rotary_scaling_factor", "rotary_seq_len_interpolation_factor"),
+    "yarn_original_max_position_embeddings",
+)
+"""Arguments of Megatron that model.rope_scaling becomes."""
 _OTHER_LOSSES = (
     *("mtp_num_layers", "cross_entropy_loss_fusion", "fp16_lm_cross_entropy", "use_mup"),
     *("defer_embedding_wgrad_compute",),
@@ -109,6 +114,8 @@ def _check_rope_scaling(run: RunConfig) -> Iterator[Refusal]:
             if getattr(model, name) is not None:
                 yield f"model.{name}", "model.rope_scaling is none", "choose null, or model.rope_scaling=yarn"
         return
+    for name in filter(run.megatron_args.get, _ROPE_SCALING):
+        yield f"megatron_args.{name}", f"model.rope_scaling = {scaling} decides about it", "leave it out"
     if model.position_embedding_type != "rope":
         reason = f"model.position_embedding_type is {model.position_embedding_type}"
         yield "model.rope_scaling", reason, "choose none, or model.position_embedding_type=rope"
@@ -116,7 +123,7 @@ def _check_rope_scaling(run: RunConfig) -> Iterator[Refusal]:
         reason = "Megatron's hybrid models (model.kind) scale positions evenly or not at all"
         yield "model.rope_scaling", reason, "choose linear or ntk, or model.kind=gpt"
     if run.megatron_args.get("multi_latent_attention"):
-        reason = "megatron_args.multi_latent_attention has positions of its own"
+        reason = "latent attention (megatron_args.multi_latent_attention) has positions of its own"
         yield "model.rope_scaling", reason, "choose none, and set megatron_args.rotary_scaling_factor"
     if factor is None:
         reason = f"model.rope_scaling = {scaling} divides by it"
@@ -323,11 +330,6 @@ def _check_long(run: RunConfig) -> Iterator[Refusal]:
         if given.get("distribute_saved_activations"):
             reason = "megatron_args.distribute_saved_activations spreads what is kept over tensor ranks"
             yield key, reason, "keep one of the two; parallelism.sequence_parallel=true spreads it too"
-    if training.keep_attention_outputs:
-        modes = {run.context_parallel.mode, *(run.context_parallel.layer_modes or ())}
-        if others := sorted(modes - {"attention2d"}):
-            reason = f"mode {others[0]} may be Transformer Engine's attention, whose results cannot be kept"
-            yield "training.keep_attention_outputs", reason, "choose false, or context_parallel.mode=attention2d"
     if training.loss_chunk_tokens is not None:
         if is_hybrid(run):
             reason = "Megatron's hybrid models (model.kind) compute all logits at once"

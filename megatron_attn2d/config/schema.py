@@ -223,9 +223,10 @@ class Training(Section):
     """Recompute activations in the backward pass instead of keeping them."""
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None
-    keep_attention_outputs: bool = False
+    keep_attention_outputs: Annotated[bool, NO_FLAG] = False
     """With full recomputation keep attention's output and log-sum-exp besides each layer's input, as many bytes again:
-    attention's forward pass then runs once instead of twice."""
+    attention's forward pass then runs once instead of twice. In layers with attention2d: the results of other modes,
+    which may be Transformer Engine's, can't be kept, so that they are computed twice."""
     offload_activations: bool = False
     """What full recomputation keeps waits in pinned memory of the host, and comes back while the layer above computes.
     """
@@ -408,6 +409,12 @@ class RunConfig(Section):
             return 0
         context = self.context_parallel.size
         return self.data.document_multiple or (2 * context if context > 1 else 1)
+
+    @property
+    def keeps_attention_outputs(self) -> bool:
+        """Whether there are layers whose attention's output is kept."""
+        modes = self.context_parallel.layer_modes or [self.context_parallel.mode]
+        return self.training.keep_attention_outputs and "attention2d" in modes
 
     @property
     def graph_implementation(self) -> str:

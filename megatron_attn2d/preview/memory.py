@@ -160,7 +160,7 @@ def _smaller(run: RunConfig, part: str, key: str) -> str:
     """What would make a part of the memory smaller."""
     training, choices = run.training, []
     if key == "host_memory_gib":
-        choices += ["training.keep_attention_outputs=false"] * training.keep_attention_outputs
+        choices += ["training.keep_attention_outputs=false"] * run.keeps_attention_outputs
         return " or ".join([*choices, "more nodes"])
     if part == "activations":
         full = training.recompute_granularity == "full"
@@ -300,7 +300,7 @@ def _recomputed(run: RunConfig) -> tuple[int, float, int]:
     _, begin = _layer_per_token(run)
     model, tensor = run.model, run.parallelism.tensor
     outputs = (_widths(model)[0] * _width(run) + 4 * model.num_attention_heads) / tensor
-    return pieces, begin + training.keep_attention_outputs * per_piece * outputs, per_piece
+    return pieces, begin + run.keeps_attention_outputs * per_piece * outputs, per_piece
 
 
 def _offloaded(run: RunConfig, stage: int) -> float:
@@ -311,7 +311,7 @@ def _offloaded(run: RunConfig, stage: int) -> float:
     pieces, _, per_piece = _recomputed(run)
     begin = _layer_per_token(run)[1]
     outputs = _widths(model)[0] * _width(run) / tensor, 4 * model.num_attention_heads / tensor
-    buffers = [begin, *(training.keep_attention_outputs * per_piece * outputs)]
+    buffers = [begin, *(run.keeps_attention_outputs * per_piece * outputs)]
     flying = ceil(_micro_batches_in_flight(run, stage))
     return flying * pieces * sum(2 ** ceil(log2(_tokens(run) * size)) for size in buffers)
 

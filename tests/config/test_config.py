@@ -36,6 +36,8 @@ optimizer: {lr: 1e-3}
 training: {train_iters: 60, seq_length: 256, global_batch_size: 4, precision: fp32}
 environment: {device: cpu}
 """
+ROPE = "model.position_embedding_type=rope"
+FULL = "training.recompute_granularity=full training.recompute_method=uniform training.recompute_num_layers=1"
 
 
 @pytest.fixture
@@ -122,6 +124,46 @@ REFUSED = {
         "model.position_embedding_type = 'rope': RoPE rotates pairs, and a head has 33 numbers to rotate; "
         "choose an even model.kv_channels, or hidden_size / num_attention_heads"
     ),
+    # positions beyond the length that a model was trained at
+    f"{ROPE} model.rope_scaling=linear": (
+        "model.rope_scaling_factor = null: model.rope_scaling = linear divides by it; "
+        "choose training.seq_length over the length trained at"
+    ),
+    f"{ROPE} model.rope_scaling=linear model.rope_scaling_factor=2.5": (
+        "model.rope_scaling_factor = 2.5: Megatron divides positions by whole numbers; choose 2"
+    ),
+    f"{ROPE} model.rope_scaling=yarn model.rope_scaling_factor=4": (
+        "model.rope_original_length = null: model.rope_scaling = yarn tells high frequencies from low ones by it; "
+        "choose the length that the model was trained at"
+    ),
+    f"{ROPE} model.rope_scaling=llama3 model.rope_scaling_factor=8 model.rope_original_length=4096": (
+        "model.rope_original_length = 4096: Megatron's rule of Llama 3.1 takes 8192; choose 8192, or yarn"
+    ),
+    f"{ROPE} model.rope_scaling=ntk model.rope_scaling_factor=8 megatron_args.use_rope_scaling=true": (
+        "megatron_args.use_rope_scaling = true: model.rope_scaling = ntk decides about it; leave it out"
+    ),
+    f"{ROPE} model.rope_scaling=llama3 model.rope_scaling_factor=8 model.kind=hybrid": (
+        "model.rope_scaling = 'llama3': Megatron's hybrid models (model.kind) scale positions evenly or not at all; ..."
+    ),
+    "model.rope_scaling=linear model.rope_scaling_factor=2": (
+        "model.rope_scaling = 'linear': model.position_embedding_type is learned_absolute; ..."
+    ),
+    "model.rope_scaling_factor=2": "model.rope_scaling_factor = 2.0: model.rope_scaling is none; choose null, ...",
+    # what long sequences need
+    "training.offload_activations=true": (
+        "training.offload_activations = true: it is about what full recomputation keeps; "
+        "choose false, or training.recompute_granularity=full"
+    ),
+    f"{FULL} training.offload_activations=true megatron_args.distribute_saved_activations=true parallelism.tensor=2": (
+        "training.offload_activations = true: megatron_args.distribute_saved_activations spreads what is kept ..."
+    ),
+    "training.loss_chunk_tokens=8 model.kind=hybrid": (
+        "training.loss_chunk_tokens = 8: Megatron's hybrid models (model.kind) compute all logits at once; ..."
+    ),
+    "training.loss_chunk_tokens=8 megatron_args.mtp_num_layers=1": (
+        "training.loss_chunk_tokens = 8: megatron_args.mtp_num_layers asks for another output layer or loss; ..."
+    ),
+    "optimizer.grad_reduce_in_bf16=true": "optimizer.grad_reduce_in_bf16 = true: training.precision is fp32; ...",
     "model.num_query_groups=8": (
         "model.num_query_groups = 8: does not divide model.num_attention_heads = 4; choose one of 1, 2, 4"
     ),
@@ -900,6 +942,24 @@ def test_compiles_to_megatrons_arguments(base):
             "window_attn_skip_freq: [0, 1, 1, 0]}",
             "--hybrid-layer-pattern M*M*|-*M*M --window-size 8,0 --window-attn-skip-freq [0,0,0,1,1,1,1,0,0] ",
         ),
+        (f"{ROPE} model.rope_scaling=linear model.rope_scaling_factor=4", "--rotary-seq-len-interpolation-factor 4 "),
+        # 10000 * 4^(32 / 30), heads of 32
+        (f"{ROPE} model.rope_scaling=ntk model.rope_scaling_factor=4", "--rotary-base 43873 "),
+        (
+            f"{ROPE} model.rope_scaling=llama3 model.rope_scaling_factor=16",
+            "--use-rope-scaling --rope-scaling-factor 16.0 ",
+        ),
+        (
+            f"{ROPE} model.rope_scaling=yarn model.rope_scaling_factor=4 model.rope_original_length=128",
+            "--position-embedding-type yarn --max-position-embeddings 256 --rotary-scaling-factor 4.0 "
+            "--yarn-original-max-position-embeddings 128 ",
+        ),
+        (
+            f"{FULL} training.keep_attention_outputs=true training.offload_activations=true "
+            "training.loss_chunk_tokens=64",
+            "--recompute-num-layers 1 --offload-activations --loss-chunk-tokens 64 ",
+        ),
+        (f"{FULL} training.keep_attention_outputs=true", "--keep-attention-outputs "),
         ("training.precision=bf16", "--bf16 "),
         ("environment.device=cuda training.cuda_graphs=layer", "--cuda-graph-impl local "),
         (

@@ -50,8 +50,7 @@ def test_the_models_are_the_family():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("path", ON_GPUS, ids=lambda path: path.stem)
 def test_a_run_that_we_ship_fits_its_cards(path, mode):
-    overrides = ["training.keep_attention_outputs=false"] * (mode != "attention2d")  # of other modes nothing is kept
-    run = load_run(path, [f"context_parallel.mode={mode}", *overrides])
+    run = load_run(path, [f"context_parallel.mode={mode}"])
     assert estimate(run).total < 0.9 * run.cluster.memory_gib * GIB
     assert "fits" in report(run)
     check(run)
