@@ -34,7 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_attn2d import attention2d
 from megatron_attn2d.attention import attention2d as algorithm
-from megatron_attn2d.attention import call, comm, partials, tile
+from megatron_attn2d.attention import call, comm, partials
+from megatron_attn2d.attention.kernels import base
+from megatron_attn2d.attention.kernels.base import BackwardRows
 
 CASES = [
     (4, 2**14, "12/12", ["4x1", "2x2", "4x1x1"]),
@@ -207,7 +209,7 @@ def empty_kernels() -> Iterator[None]:
             for name in ("merge_partials", "sum_partials"):
                 stack.enter_context(mock.patch.object(module, name, nothing))
         stack.enter_context(mock.patch.object(algorithm, "row_statistics", empty_statistics))
-        stack.enter_context(mock.patch.object(tile, "surrogate_out", lambda dout, delta: torch.empty_like(dout)))
+        stack.enter_context(mock.patch.object(base, "surrogate_out", lambda dout, delta: torch.empty_like(dout)))
         yield
 
 
@@ -216,14 +218,14 @@ class EmptyKernel:
 
     name, needs_out, deterministic = "empty", True, True
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         """See `Kernel.forward`."""
         out = q.new_empty((*q.shape[:3], v.size(3)))
         return out, q.new_empty((q.size(1), q.size(2), q.size(0)), dtype=torch.float32)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
+    def backward(self, rows: BackwardRows, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
         """See `Kernel.backward`."""
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        return rows.q.new_empty(rows.q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def empty_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:

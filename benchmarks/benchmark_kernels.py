@@ -25,7 +25,7 @@ from attention_timing import alone
 
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel
-from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.kernels.base import BackwardRows, Request, Softmax
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.segments import Segments
 
@@ -80,30 +80,30 @@ def row(name: str, dims: str, mask: str, args: argparse.Namespace) -> str:
         torch.randn(args.tokens, 1, heads, width, device=args.device, dtype=request.dtype)
         for heads, width in ((args.heads, d), (args.kv_heads, d), (args.kv_heads, dv), (args.heads, dv))
     )
-    how: dict[str, Any] = {"scale": d**-0.5, "dropout": None}
+    how = Softmax(d**-0.5)
     if request.dropout:
         positions = torch.arange(args.tokens, device=args.device)[None]
         seed = torch.ones(1, dtype=torch.int64, device=args.device)
-        how["dropout"] = Dropout(P, seed).at(positions[0, :1], args.heads, positions, positions)
+        how = Softmax(how.scale, Dropout(P, seed).at(positions[0, :1], args.heads, positions, positions))
     lengths = (args.tokens,)
     if not request.segments:
-        how["band"] = band
-        attend = partial(kernel.forward, q, k, v, **how)
+        attend = partial(kernel.forward, q, k, v, band, how)
     else:
         lengths = Pack.drawn(args.tokens, args.documents, 1).lengths
         starts = np.cumsum([0, *lengths[:-1]])
         table = Segments.of(np.stack((starts, lengths, starts, lengths), 1), band, args.tokens, args.tokens, q.device)
         q, k, v, dout = (x.squeeze(1) for x in (q, k, v, dout))
         out, lse = torch.empty_like(dout), q.new_empty((args.heads, args.tokens), dtype=torch.float32)
-        attend = partial(kernel.forward_segments, q, k, v, table, out=out, lse=lse, **how)
+        attend = partial(kernel.forward_segments, q, k, v, table, how, (out, lse))
     result, first, forward = timed(attend, args)
     out, lse = result or (out, lse)
     delta = (out.float() * dout.float()).sum(-1).movedim(0, -1).contiguous()
+    rows = BackwardRows(q, dout, lse, delta, out)
     if not request.segments:
-        differentiate = partial(kernel.backward, dout, q, k, v, out, lse, delta, **how)
+        differentiate = partial(kernel.backward, rows, k, v, band, how)
     else:
-        into = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
-        differentiate = partial(kernel.backward_segments, dout, q, k, v, out, lse, delta, table, **into, **how)
+        into = tuple(map(torch.empty_like, (q, k, v)))
+        differentiate = partial(kernel.backward_segments, rows, k, v, table, how, into)
     _, first_backward, backward = timed(differentiate, args)
     gflop = sum(scores(int(n), band) for n in lengths) * args.heads * 2 * (d + dv) / 1e9
     return (

@@ -25,6 +25,7 @@ from attention_kinds import Kind, Pack
 from attention_timing import alone
 
 from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.kernels.base import BackwardRows, Softmax
 from megatron_attn2d.attention.kernels.triton import launch
 from megatron_attn2d.attention.kernels.triton.kernel import TritonKernel
 from megatron_attn2d.attention.layout import CAUSAL, FULL
@@ -126,25 +127,25 @@ def prepared(case: Case, args: argparse.Namespace) -> Any:
     q, k, v, dout = (
         torch.randn(args.tokens, args.heads, args.head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qkvo"
     )
-    how: dict[str, Any] = {"scale": args.head_dim**-0.5}
+    how = Softmax(args.head_dim**-0.5)
     if p:
         positions = torch.arange(args.tokens, device="cuda")[None]
         seed = torch.ones(1, dtype=torch.int64, device="cuda")
-        how["dropout"] = Dropout(p, seed).at(positions[0, :1], args.heads, positions, positions)
+        how = Softmax(how.scale, Dropout(p, seed).at(positions[0, :1], args.heads, positions, positions))
     lse, delta = torch.ones(2, args.heads, args.tokens, device="cuda")
     if not args.tables:
         q, k, v, dout, lse, delta = (x.unsqueeze(1) if x.dim() == 3 else x[None] for x in (q, k, v, dout, lse, delta))
         if kernel == "forward":
-            return partial(TritonKernel().forward, q, k, v, band=FULL, **how)
-        return partial(TritonKernel().backward, dout, q, k, v, None, lse, delta, band=FULL, **how)
+            return partial(TritonKernel().forward, q, k, v, FULL, how)
+        return partial(TritonKernel().backward, BackwardRows(q, dout, lse, delta, None), k, v, FULL, how)
     lengths = Pack.drawn(Kind("packed", args.tokens, 1, 1, documents=64), 1, 0).lengths
     starts = np.cumsum([0, *lengths[:-1]])
     numbers = np.stack((starts, lengths, starts, lengths), 1)
     table = Segments.of(numbers, CAUSAL, args.tokens, args.tokens, q.device)
     if kernel == "forward":
-        return partial(TritonKernel().forward_segments, q, k, v, table, out=torch.empty_like(q), lse=lse, **how)
-    into = {"dq": torch.empty_like(q), "dk": torch.empty_like(k), "dv": torch.empty_like(v)}
-    return partial(TritonKernel().backward_segments, dout, q, k, v, None, lse, delta, table, **into, **how)
+        return partial(TritonKernel().forward_segments, q, k, v, table, how, (torch.empty_like(q), lse))
+    into = tuple(map(torch.empty_like, (q, k, v)))
+    return partial(TritonKernel().backward_segments, BackwardRows(q, dout, lse, delta, None), k, v, table, how, into)
 
 
 if __name__ == "__main__":

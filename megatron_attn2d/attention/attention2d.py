@@ -42,6 +42,7 @@ from megatron_attn2d.attention.call import Call, Results, prepare, run
 from megatron_attn2d.attention.comm import MERGED, SUMMED, TileAxis, axes
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.grid import Grid
+from megatron_attn2d.attention.kernels.base import BackwardRows
 from megatron_attn2d.attention.layout import LOWER
 from megatron_attn2d.attention.merge import accumulation_dtype, row_statistics
 from megatron_attn2d.attention.overlap import Heads, diagonal_heads
@@ -50,7 +51,6 @@ from megatron_attn2d.attention.partials import PartialGradients, Partials, merge
 from megatron_attn2d.attention.single_rank import SingleRank
 from megatron_attn2d.attention.tile import (
     AttentionOp,
-    BackwardRows,
     Tile,
     attend,
     attend_diagonal,

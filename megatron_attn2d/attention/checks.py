@@ -12,7 +12,7 @@ from torch import Tensor
 
 import megatron_attn2d
 from megatron_attn2d.attention.dropout import Dropout
-from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.kernels.base import Request
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.packing import Packing, Totals
 

@@ -18,18 +18,12 @@ from torch import Tensor
 
 from megatron_attn2d.attention.call import Call, Results, prepare, run
 from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.kernels.base import BackwardRows
 from megatron_attn2d.attention.layout import tile_plan
 from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, row_statistics
 from megatron_attn2d.attention.messages import Pending, send_receive
 from megatron_attn2d.attention.packing import Totals
-from megatron_attn2d.attention.tile import (
-    BackwardRows,
-    Tile,
-    attend,
-    attend_diagonal,
-    differentiate,
-    differentiate_diagonal,
-)
+from megatron_attn2d.attention.tile import Tile, attend, attend_diagonal, differentiate, differentiate_diagonal
 
 _KEYS, _GRADIENTS = 0, 1
 
@@ -113,15 +107,16 @@ class RingSchedule:
         """See `Schedule.backward`."""
         q, k, v, dout, out = (_halves(x) for x in (q, k, v, dout, out))
         op = self.call.op
-        delta = row_statistics(dout, out, lse)[:, 1]
-        queries = BackwardRows(q, dout, lse, delta, out)
+        statistics = lse.unsqueeze(1)
+        if want_delta or not op.kernel.needs_out:
+            statistics = row_statistics(dout, out, lse)
+        rows = BackwardRows.of(op.kernel, statistics, q, dout, out)
         dq = torch.zeros_like(q, dtype=lse.dtype)
         home: list[Tensor] = []  # gradients of the own keys and values from the own queries: they stay
         gradients, pending = home, Pending()
         for step, tile, keys in self._rounds(k, v, "backward"):
-            in_order = queries if tile.tables is None else queries.in_a_row()
-            others = differentiate(tile, op, in_order, tile.in_order(keys, False))
-            own = differentiate_diagonal(tile, op, queries, k, v)
+            others = differentiate(tile, op, tile.halves_in_order(rows), tile.in_order(keys, False))
+            own = differentiate_diagonal(tile, op, rows, k, v)
             partial = [torch.zeros_like(k), torch.zeros_like(v)]
             totals = ((dq, others.dq, own.dq), (partial[0], others.dk, own.dk), (partial[1], others.dv, own.dv))
             for total, *found in totals:
@@ -140,6 +135,7 @@ class RingSchedule:
         if self._size > 1:
             home = [local.add_(passed) for local, passed in zip(home, gradients, strict=True)]
         dk, dv = home
+        delta = statistics[:, 1] if want_delta else None
         return dq.flatten(0, 1).to(q.dtype), dk.flatten(0, 1), dv.flatten(0, 1), delta
 
     def _rounds(self, k: Tensor, v: Tensor, direction: str) -> Iterator[tuple[int, Tile, list[Tensor]]]:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.base import BackwardRows, Softmax
 from megatron_attn2d.attention.merge import accumulation_dtype
 from megatron_attn2d.attention.tables import KeyGroup, TileTables
 
 if TYPE_CHECKING:
-    from megatron_attn2d.attention.tile import AttentionOp, BackwardRows
+    from megatron_attn2d.attention.tile import AttentionOp
 
 FEW_CALLS = 4
 """The gradients of keys that at most so many calls share may be added up in 16 bits, as they come."""
@@ -46,17 +46,9 @@ def attend_tables(
         for covered in tables.covered
     ]
     for call in tables.calls:
-        for of_rows, of_numbers, keep in _sequences(op, positions, q):
-            op.kernel.forward_segments(
-                of_rows(q),
-                of_rows(k),
-                of_rows(v),
-                call.segments,
-                scale=op.scale,
-                dropout=keep,
-                out=of_rows(outs[call.layer]),
-                lse=of_numbers(lses[call.layer]),
-            )
+        for of_rows, of_numbers, softmax in _sequences(op, positions, q):
+            into = of_rows(outs[call.layer]), of_numbers(lses[call.layer])
+            op.kernel.forward_segments(of_rows(q), of_rows(k), of_rows(v), call.segments, softmax, into)
     return outs, lses
 
 
@@ -64,7 +56,7 @@ def differentiate_tables(
     tables: TileTables,
     op: AttentionOp,
     positions: Positions,
-    queries: BackwardRows,
+    rows: BackwardRows,
     keys: list[Tensor],
     add: Callable[[KeyGroup, list[Tensor]], None],
 ) -> list[Tensor]:
@@ -72,32 +64,23 @@ def differentiate_tables(
 
     Args:
         tables, op, positions: as in `attend_tables`.
-        queries: in one slot of all rows.
+        rows: all of them, q [rows, b, h, d].
         keys: k and v, [keys, b, g, d]; emptied with the last call, as memory is short.
         add: takes the gradients of both, of one group of calls after the other, and empties its list likewise.
     """
-    q, dout, lse = queries.q[0], queries.dout[0], queries.lse[0]
-    delta, out = (None if x is None else x[0] for x in (queries.delta, queries.out))
-    dqs = [_room(q, covered) for covered in tables.covered]
+    dqs = [_room(rows.q, covered) for covered in tables.covered]
     for group in tables.groups:
         k, v = keys
         gradients = [_room(x, group.covered) for x in keys]
         for call in group.calls:
-            for of_rows, of_numbers, keep in _sequences(op, positions, q):
+            for of_rows, of_numbers, softmax in _sequences(op, positions, rows.q):
                 op.kernel.backward_segments(
-                    of_rows(dout),
-                    of_rows(q),
+                    rows.each(of_rows, of_numbers),
                     of_rows(k),
                     of_rows(v),
-                    None if out is None else of_rows(out),
-                    of_numbers(lse),
-                    None if delta is None else of_numbers(delta),
                     call.segments,
-                    scale=op.scale,
-                    dropout=keep,
-                    dq=of_rows(dqs[call.layer]),
-                    dk=of_rows(gradients[0]),
-                    dv=of_rows(gradients[1]),
+                    softmax,
+                    (of_rows(dqs[call.layer]), of_rows(gradients[0]), of_rows(gradients[1])),
                 )
         if group is tables.groups[-1]:
             keys.clear()
@@ -111,13 +94,13 @@ def _room(like: Tensor, covered: bool) -> Tensor:
     return like.new_empty(like.shape) if covered else like.new_zeros(like.shape)
 
 
-def _sequences(op: AttentionOp, positions: Positions, q: Tensor) -> Iterator[tuple[_Pick, _Pick, KeepMask | None]]:
-    """How to take a kernel's [rows, heads, d] and [heads, rows] out of a batch's tensors, and what it drops."""
+def _sequences(op: AttentionOp, positions: Positions, q: Tensor) -> Iterator[tuple[_Pick, _Pick, Softmax]]:
+    """How to take a kernel's [rows, heads, d] and [heads, rows] out of a batch's tensors, and its softmax."""
     batch, heads = q.shape[1:3]
     if op.dropout is None or positions is None:
-        yield lambda x: x.flatten(1, 2), lambda x: x.flatten(0, 1), None
+        yield lambda x: x.flatten(1, 2), lambda x: x.flatten(0, 1), Softmax(op.scale)
         return
     for i in range(batch):
         number = torch.arange(i, i + 1, device=q.device)
-        keep = op.dropout.at(number, heads, *positions)
-        yield lambda x, i=i: x[:, i], lambda x, i=i: x[i], keep  # type: ignore[misc]
+        softmax = Softmax(op.scale, op.dropout.at(number, heads, *positions))
+        yield lambda x, i=i: x[:, i], lambda x, i=i: x[i], softmax  # type: ignore[misc]

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.call import Call
-from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.base import BackwardRows, Softmax
 from megatron_attn2d.attention.segmented import Positions, attend_tables, differentiate_tables
 from megatron_attn2d.attention.tables import whole_tables
-from megatron_attn2d.attention.tile import BackwardRows
 
 
 @dataclass(frozen=True)
@@ -26,34 +25,29 @@ class SingleRank:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `Schedule.forward`: the output, contiguous as on every grid, and its log-sum-exp [b, h, s]."""
-        call, op = self.call, self.call.op
+        call = self.call
         if call.sequences.plain:
-            dropped = self._dropped(q, k)
-            out, lse = op.kernel.forward(q, k, v, band=call.band, scale=op.scale, dropout=dropped)
+            out, lse = call.op.kernel.forward(q, k, v, call.band, self._softmax(q, k))
             return out.contiguous(), lse
         tables = whole_tables(call.sequences, call.band)
-        (out,), (lse,) = attend_tables(tables, op, self._positions(q, k), q, k, v, zeros=True)
+        (out,), (lse,) = attend_tables(tables, call.op, self._positions(q, k), q, k, v, zeros=True)
         return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, want_delta: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `Schedule.backward`."""
-        call, op = self.call, self.call.op
+        call, kernel = self.call, self.call.op.kernel
         delta = None
-        if want_delta or not op.kernel.needs_out:
+        if want_delta or not kernel.needs_out:
             delta = (dout.to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
+        rows = BackwardRows(q, dout, lse, delta, out)
         if call.sequences.plain:
-            dropped = self._dropped(q, k)
-            gradients = op.kernel.backward(
-                dout, q, k, v, out, lse, delta, band=call.band, scale=op.scale, dropout=dropped
-            )
-            return *gradients, delta
+            return *kernel.backward(rows, k, v, call.band, self._softmax(q, k)), delta
         tables = whole_tables(call.sequences, call.band)
-        queries = BackwardRows(*(None if x is None else x.unsqueeze(0) for x in (q, dout, lse, delta, out)))  # type: ignore[arg-type]
         found: list[Tensor] = []
         (dq,) = differentiate_tables(
-            tables, op, self._positions(q, k), queries, [k, v], lambda _, gradients: found.extend(gradients)
+            tables, call.op, self._positions(q, k), rows, [k, v], lambda _, gradients: found.extend(gradients)
         )
         dk, dv = found or (torch.zeros_like(k), torch.zeros_like(v))  # all is padding
         return dq, dk, dv, delta
@@ -64,10 +58,10 @@ class SingleRank:
         rows, keys = (torch.arange(x.size(0), device=x.device).unsqueeze(0) for x in (q, k))
         return rows, keys
 
-    def _dropped(self, q: Tensor, k: Tensor) -> KeepMask | None:
-        positions, dropout = self._positions(q, k), self.call.op.dropout
-        if dropout is None or positions is None:
-            return None
+    def _softmax(self, q: Tensor, k: Tensor) -> Softmax:
+        positions, op = self._positions(q, k), self.call.op
+        if op.dropout is None or positions is None:
+            return Softmax(op.scale)
         batch = q.size(1)
         rows, keys = (x.expand(batch, -1) for x in positions)
-        return dropout.at(torch.arange(batch, device=q.device), q.size(2), rows, keys)
+        return Softmax(op.scale, op.dropout.at(torch.arange(batch, device=q.device), q.size(2), rows, keys))

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.dropout import Dropout, KeepMask
-from megatron_attn2d.attention.kernels import Kernel
+from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.kernels.base import BackwardRows, Kernel, Softmax
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, TilePlan
-from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, sum_partials, surrogate_out
+from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, sum_partials
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.attention.partials import PartialGradients, Partials, Slots
 from megatron_attn2d.attention.segmented import FEW_CALLS, Positions, attend_tables, differentiate_tables
@@ -105,51 +105,12 @@ class Tile:
             return statistics
         return self.statistics_of_chunks(statistics, self.plan.queries_travel).unsqueeze(0)
 
+    def halves_in_order(self, rows: BackwardRows) -> BackwardRows:
+        """The same of rows that do not travel: halves of the shard as it is."""
+        return rows if self.tables is None else rows.each(_as_one, lambda x: _in_a_row(x).unsqueeze(0))
+
     def _in_order(self, chunks: Tensor, travel: bool) -> Tensor:
         return chunks if self.tables is None else self.rows(chunks, travel).unsqueeze(0)
-
-
-@dataclass(frozen=True)
-class BackwardRows:
-    """Query chunks and what the gradient of their attention needs.
-
-    Attributes:
-        q: queries [slots, n, b, h, d].
-        dout: gradient of their output, like q.
-        lse: log-sum-exp over all keys, [slots, b, h, n].
-        delta: rowsum(dout * out), like lse; None where the kernel derives it from `out`.
-        out: the output over all keys or `merge.surrogate_out`, like q; None where the kernel does not ask for it.
-    """
-
-    q: Tensor
-    dout: Tensor
-    lse: Tensor
-    delta: Tensor | None
-    out: Tensor | None
-
-    @classmethod
-    def of(cls, kernel: Kernel, statistics: Tensor, q: Tensor, dout: Tensor, out: Tensor | None = None) -> BackwardRows:
-        """With what the kernel asks for: delta, or an output, a stand-in where the true one is not at hand.
-
-        Args:
-            kernel: the one that differentiates.
-            statistics: [slots, 1 or 2, b, h, n], log-sum-exps and deltas; these may miss where `out` is asked for.
-            q, dout, out: [slots, n, b, h, head dim].
-        """
-        lse, *delta = statistics.unbind(1)
-        if not kernel.needs_out:
-            return cls(q, dout, lse, delta[0], None)
-        return cls(q, dout, lse, None, surrogate_out(dout, delta[0]) if out is None else out)
-
-    def in_a_row(self) -> BackwardRows:
-        """All chunks as one slot."""
-        return BackwardRows(
-            _as_one(self.q),
-            _as_one(self.dout),
-            _in_a_row(self.lse).unsqueeze(0),
-            None if self.delta is None else _in_a_row(self.delta).unsqueeze(0),
-            None if self.out is None else _as_one(self.out),
-        )
 
 
 @dataclass(frozen=True)
@@ -190,77 +151,48 @@ def attend_diagonal(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor
     if not tile.plan.diagonal:
         return Partials([[], []], [[], []])
     if tile.plan.diagonal_joined:
-        out, lse = op.kernel.forward(
-            *(x.flatten(0, 1) for x in (q, k, v)),
-            band=CAUSAL,
-            scale=op.scale,
-            dropout=_dropped(tile, op, pair, pair, q, k),
-        )
+        softmax = _softmax(tile, op, pair, pair, q, k)
+        out, lse = op.kernel.forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), CAUSAL, softmax)
         return Partials(_each(out.unflatten(0, (2, -1))), _each(lse.unflatten(2, (2, -1)).movedim(2, 0)))
-    out, lse = op.kernel.forward(
-        *(_side_by_side(x) for x in (q, k, v)),
-        band=_square(tile),
-        scale=op.scale,
-        dropout=_dropped_squares(tile, op, q),
-    )
+    softmax = _softmax_of_squares(tile, op, q)
+    q, k, v = (_side_by_side(x) for x in (q, k, v))
+    out, lse = op.kernel.forward(q, k, v, _square(tile), softmax)
     return Partials(_halves(out, 1), _halves(lse, 0))
 
 
-def differentiate(tile: Tile, op: AttentionOp, queries: BackwardRows, keys: list[Tensor]) -> PartialGradients:
+def differentiate(tile: Tile, op: AttentionOp, rows: BackwardRows, keys: list[Tensor]) -> PartialGradients:
     """Gradients of the tile's calls, one per slot that travels.
 
     k and v, as in `attend`, are let go once the last of them is made.
     """
     plan = tile.plan
     if tile.tables is None:
-        found = _differentiate_rectangles(tile, op, queries, *keys)
+        found = _differentiate_rectangles(tile, op, rows, *keys)
         keys.clear()
         return found.reduced(plan.queries_travel, plan.keys_travel)
     keys[:] = [x[0] for x in keys]
     # Calls that share queries or keys take another buffer for the gradients of these: for the fewer.
-    share_keys = plan.queries_travel or sum(x.numel() for x in keys) <= queries.q.numel()
+    share_keys = plan.queries_travel or sum(x.numel() for x in keys) <= rows.q.numel()
     tables = tile_tables(plan, tile.packing, tile.band, share_keys)
-    found = _differentiate_tables(tile, tables, plan.queries, plan.keys, op, queries, keys)
+    found = _differentiate_tables(tile, tables, (plan.queries, plan.keys), op, rows.each(_only, _only), keys)
     return found.reduced(plan.queries_travel, plan.keys_travel)
 
 
-def differentiate_diagonal(
-    tile: Tile, op: AttentionOp, queries: BackwardRows, k: Tensor, v: Tensor
-) -> PartialGradients:
+def differentiate_diagonal(tile: Tile, op: AttentionOp, rows: BackwardRows, k: Tensor, v: Tensor) -> PartialGradients:
     """Gradients of `attend_diagonal`, by chunk of their axis."""
     plan, pair = tile.plan, _pair(tile)
     if tile.diagonal_tables is not None:
-        rows = [x.flatten(0, 1) for x in (k, v)]
-        return _differentiate_tables(tile, tile.diagonal_tables, pair, pair, op, queries.in_a_row(), rows)
+        keys = [x.flatten(0, 1) for x in (k, v)]
+        return _differentiate_tables(tile, tile.diagonal_tables, (pair, pair), op, _as_rows(rows), keys)
     if not plan.diagonal:
         return PartialGradients([[], []], [[], []], [[], []])
     if plan.diagonal_joined:
-        one = queries.in_a_row()
-        gradients = op.kernel.backward(
-            one.dout[0],
-            one.q[0],
-            k.flatten(0, 1),
-            v.flatten(0, 1),
-            None if one.out is None else one.out[0],
-            one.lse[0],
-            None if one.delta is None else one.delta[0],
-            band=CAUSAL,
-            scale=op.scale,
-            dropout=_dropped(tile, op, pair, pair, queries.q, k),
-        )
+        softmax = _softmax(tile, op, pair, pair, rows.q, k)
+        gradients = op.kernel.backward(_as_rows(rows), k.flatten(0, 1), v.flatten(0, 1), CAUSAL, softmax)
         return PartialGradients(*(_each(x.unflatten(0, (2, -1))) for x in gradients))
-    gradients = op.kernel.backward(
-        _side_by_side(queries.dout),
-        _side_by_side(queries.q),
-        _side_by_side(k),
-        _side_by_side(v),
-        None if queries.out is None else _side_by_side(queries.out),
-        queries.lse.flatten(0, 1),
-        None if queries.delta is None else queries.delta.flatten(0, 1),
-        band=_square(tile),
-        scale=op.scale,
-        dropout=_dropped_squares(tile, op, queries.q),
-    )
+    softmax = _softmax_of_squares(tile, op, rows.q)
+    side_by_side = rows.each(_side_by_side, lambda x: x.flatten(0, 1))
+    gradients = op.kernel.backward(side_by_side, _side_by_side(k), _side_by_side(v), _square(tile), softmax)
     return PartialGradients(*(_halves(x, 1) for x in gradients))
 
 
@@ -269,39 +201,26 @@ def _attend_rectangles(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Ten
     plan, n = tile.plan, q.size(1)
     outs, lses = _no_results(len(plan.queries)), _no_results(len(plan.queries))
     for start, stop, first, last in plan.rectangles:
-        out, lse = op.kernel.forward(
-            _cut(q, start, stop).flatten(0, 1),
-            _cut(k, first, last).flatten(0, 1),
-            _cut(v, first, last).flatten(0, 1),
-            band=FULL,
-            scale=op.scale,
-            dropout=_dropped(tile, op, plan.queries[start:stop], plan.keys[first:last], q, k),
-        )
+        softmax = _softmax(tile, op, plan.queries[start:stop], plan.keys[first:last], q, k)
+        pieces = _cut(q, start, stop), _cut(k, first, last), _cut(v, first, last)
+        out, lse = op.kernel.forward(*pieces, FULL, softmax)
         _add(outs, start, out.unflatten(0, (-1, n)))
         _add(lses, start, lse.unflatten(2, (-1, n)).movedim(2, 0))
     return Partials(outs, lses)
 
 
 def _differentiate_rectangles(
-    tile: Tile, op: AttentionOp, queries: BackwardRows, k: Tensor, v: Tensor
+    tile: Tile, op: AttentionOp, rows: BackwardRows, k: Tensor, v: Tensor
 ) -> PartialGradients:
-    plan, n, key_n = tile.plan, queries.q.size(1), k.size(1)
+    plan, n, key_n = tile.plan, rows.q.size(1), k.size(1)
     dq = _no_results(len(plan.queries))
     apart, few = not (plan.queries_travel and plan.keys_travel), len(plan.rectangles) <= FEW_CALLS
     dk, dv = (_KeyGradients(x.shape, x, apart, few) for x in (k, v))
     for start, stop, first, last in plan.rectangles:
-        gradients = op.kernel.backward(
-            _cut(queries.dout, start, stop).flatten(0, 1),
-            _cut(queries.q, start, stop).flatten(0, 1),
-            _cut(k, first, last).flatten(0, 1),
-            _cut(v, first, last).flatten(0, 1),
-            None if queries.out is None else _cut(queries.out, start, stop).flatten(0, 1),
-            _in_a_row(_cut(queries.lse, start, stop)),
-            None if queries.delta is None else _in_a_row(_cut(queries.delta, start, stop)),
-            band=FULL,
-            scale=op.scale,
-            dropout=_dropped(tile, op, plan.queries[start:stop], plan.keys[first:last], queries.q, k),
-        )
+        softmax = _softmax(tile, op, plan.queries[start:stop], plan.keys[first:last], rows.q, k)
+        some = rows.each(partial(_cut, first=start, last=stop), partial(_cut_statistics, first=start, last=stop))
+        gradients = op.kernel.backward(some, _cut(k, first, last), _cut(v, first, last), FULL, softmax)
+        del some
         _add(dq, start, gradients[0].unflatten(0, (-1, n)))
         dk.add(first, gradients[1].unflatten(0, (-1, key_n)))
         dv.add(first, gradients[2].unflatten(0, (-1, key_n)))
@@ -326,14 +245,14 @@ def _partials(tile: Tile, outs: list[Tensor], lses: list[Tensor], slots: int) ->
 def _differentiate_tables(
     tile: Tile,
     tables: TileTables,
-    rows: Sequence[Chunk],
-    keys: Sequence[Chunk],
+    chunks: tuple[Sequence[Chunk], Sequence[Chunk]],
     op: AttentionOp,
-    queries: BackwardRows,
+    rows: BackwardRows,
     k_and_v: list[Tensor],
 ) -> PartialGradients:
-    """Of tables between such chunks: queries in one slot, k and v [keys, b, g, d]."""
+    """Of tables between these chunks of queries and of keys: q [rows, b, h, d], k and v [keys, b, g, d]."""
     plan, packing = tile.plan, tile.packing
+    queries, keys = chunks
     groups = len(tables.groups)
     apart = 0 < groups <= (1 if plan.keys_travel else FEW_CALLS)
     dk, dv = (
@@ -345,14 +264,14 @@ def _differentiate_tables(
         for total in (dk, dv):
             total.add(0, tile.chunks(gradients.pop(0), len(keys), plan.keys_travel, group.slots))
 
-    dqs = differentiate_tables(tables, op, _positions(tile, op, rows, keys), queries, k_and_v, add)
+    dqs = differentiate_tables(tables, op, _positions(tile, op, *chunks), rows, k_and_v, add)
     if plan.queries_travel and len(dqs) > 1:
         total = torch.empty_like(dqs[0])
         sum_partials([dqs], [total])
         dqs = [total]
-    dq = _no_results(len(rows))
+    dq = _no_results(len(queries))
     while dqs:
-        _add(dq, 0, tile.chunks(dqs.pop(0), len(rows), plan.queries_travel))
+        _add(dq, 0, tile.chunks(dqs.pop(0), len(queries), plan.queries_travel))
     return PartialGradients(dq, dk.slots(), dv.slots())
 
 
@@ -408,12 +327,12 @@ def _positions(tile: Tile, op: AttentionOp, rows: Sequence[Chunk], keys: Sequenc
     return first, second
 
 
-def _dropped(
+def _softmax(
     tile: Tile, op: AttentionOp, rows: Sequence[Chunk], keys: Sequence[Chunk], q: Tensor, k: Tensor
-) -> KeepMask | None:
-    """What a call of such chunks of one sequence drops, whose chunks are like q and k [slots, n, b, heads, d]."""
+) -> Softmax:
+    """That of a call of such chunks of one sequence, whose chunks are like q and k [slots, n, b, heads, d]."""
     if op.dropout is None:
-        return None
+        return Softmax(op.scale)
     batch, heads = q.shape[2:4]
     first, second = (
         Packing.of_one(x.size(1), tile.packing.ranks, q.device)
@@ -421,17 +340,17 @@ def _dropped(
         .expand(batch, -1)
         for x, chunks in ((q, rows), (k, keys))
     )
-    return op.dropout.at(torch.arange(batch, device=q.device), heads, first, second)
+    return Softmax(op.scale, op.dropout.at(torch.arange(batch, device=q.device), heads, first, second))
 
 
-def _dropped_squares(tile: Tile, op: AttentionOp, q: Tensor) -> KeepMask | None:
-    """What the own chunks drop side by side."""
+def _softmax_of_squares(tile: Tile, op: AttentionOp, q: Tensor) -> Softmax:
+    """That of the own chunks side by side."""
     positions = _positions(tile, op, _pair(tile), _pair(tile))
     if positions is None or op.dropout is None:
-        return None
+        return Softmax(op.scale)
     batch, heads = q.shape[2:4]
     rows = positions[0].view(2, -1).repeat_interleave(batch, 0)
-    return op.dropout.at(torch.arange(batch, device=q.device).repeat(2), heads, rows, rows)
+    return Softmax(op.scale, op.dropout.at(torch.arange(batch, device=q.device).repeat(2), heads, rows, rows))
 
 
 def _pair(tile: Tile) -> tuple[Chunk, Chunk]:
@@ -460,8 +379,24 @@ def _each(chunks: Tensor) -> Slots:
 
 
 def _cut(x: Tensor, first: int, last: int) -> Tensor:
-    """A run of the first dim. Most calls want all of it, and each operation costs a few microseconds."""
-    return x if last - first == x.size(0) else x[first:last]
+    """A run of slots in a row: [slots, n, ...] -> [(last - first) * n, ...]."""
+    # Most calls want all of them, and each operation costs a few microseconds.
+    return (x if last - first == x.size(0) else x[first:last]).flatten(0, 1)
+
+
+def _cut_statistics(x: Tensor, first: int, last: int) -> Tensor:
+    """The same of [slots, ..., n]: [..., (last - first) * n]."""
+    return _in_a_row(x if last - first == x.size(0) else x[first:last])
+
+
+def _only(x: Tensor) -> Tensor:
+    """The only slot."""
+    return x[0]
+
+
+def _as_rows(rows: BackwardRows) -> BackwardRows:
+    """All slots in a row: [slots, n, ...] -> [slots * n, ...]."""
+    return rows.each(lambda x: x.flatten(0, 1), _in_a_row)
 
 
 def _as_one(chunks: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d.attention.kernels import Kernel, choose_kernel
-from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.kernels.base import Request
 from megatron_attn2d.attention.layout import FULL
 from megatron_attn2d.inference import partial, shards
 from megatron_attn2d.inference.shards import Piece

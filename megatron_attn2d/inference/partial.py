@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.kernels import Kernel
+from megatron_attn2d.attention.kernels.base import Kernel, Softmax
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.merge import accumulation_dtype
 
@@ -44,9 +44,8 @@ class Rows:
         """Adds attention of some rows to keys k [n, g, d] and values v [n, g, dv]; `band` is FULL or CAUSAL."""
         queries = self.queries[rows]
         if k.size(0) and queries.size(0):
-            out, lse = kernel.forward(
-                queries.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), band=band, scale=scale, dropout=None
-            )
+            queries, k, v = (x.unsqueeze(1) for x in (queries, k, v))
+            out, lse = kernel.forward(queries, k, v, band, Softmax(scale))
             self.add(rows, out.squeeze(1), lse.squeeze(0).t())
 
     def attend_piece(self, first: int, k: Tensor, v: Tensor, kernel: Kernel, scale: float) -> None:

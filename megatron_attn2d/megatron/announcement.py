@@ -22,7 +22,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_attn2d.attention.kernels import choose_kernel
-from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.kernels.base import Request
 from megatron_attn2d.megatron.layer_grid import (
     ATTENTION2D,
     choose_shape,

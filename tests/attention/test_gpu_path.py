@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d
-from megatron_attn2d.attention import attention2d as api
+from megatron_attn2d.attention import call as api
 from megatron_attn2d.attention import merge, overlap
+from megatron_attn2d.attention.kernels.base import BackwardRows
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from tests import pool as rank_pool
 from tests.attention.dense import batch_first, dense_gradients, inputs, zigzag
@@ -31,11 +32,10 @@ class AsksForTheOutput(ReferenceKernel):
 
     needs_out = True
 
-    def backward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *_, out, _, delta = args
-        assert out is not None
-        assert delta is None
-        return super().backward(*args, **kwargs)
+    def backward(self, rows: BackwardRows, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        assert rows.out is not None
+        assert rows.delta is None
+        return super().backward(rows, *others)
 
 
 def kernel_of(name: str) -> Any:

@@ -19,9 +19,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels import choose_kernel
+from megatron_attn2d.attention.kernels.base import BackwardRows, Request, Softmax
 from megatron_attn2d.attention.kernels.ragged import inside, put, running
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
-from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel, _without_gaps
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.merge import surrogate_out
@@ -86,9 +86,10 @@ def test_reference_against_autograd(heads: tuple[int, int], causal: bool) -> Non
     gradients = torch.autograd.grad(expected, leaves, dout)
     q, k, v = (x.detach() for x in leaves)
     kernel = choose_kernel("reference", Request("cpu", q.dtype, 8, 6))
-    out, lse = kernel.forward(q, k, v, band=CAUSAL if causal else FULL, scale=0.3)
+    how = CAUSAL if causal else FULL, Softmax(0.3)
+    out, lse = kernel.forward(q, k, v, *how)
     delta = (dout * out).sum(-1).permute(1, 2, 0)
-    found = kernel.backward(dout, q, k, v, None, lse, delta, band=CAUSAL if causal else FULL, scale=0.3)
+    found = kernel.backward(BackwardRows(q, dout, lse, delta, None), k, v, *how)
     for a, b in zip((out, *found), (expected.detach(), *gradients), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
@@ -104,7 +105,7 @@ def test_bands_end_at_the_bottom_right(band: Band, sizes: tuple[int, int]) -> No
     )
     seen = ~unseen.all(1)  # kernels are never asked for rows without a key
     kernel = choose_kernel("reference", Request("cpu", q.dtype, 8, 6, windows=True))
-    out, lse = kernel.forward(q, k, v, band=band, scale=0.3)
+    out, lse = kernel.forward(q, k, v, band, Softmax(0.3))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     wide_k, wide_v = (x.repeat_interleave(2, 2) for x in leaves[1:])
     scores = (torch.einsum("sbhd,tbhd->bhst", leaves[0], wide_k) * 0.3).masked_fill(unseen, -torch.inf)
@@ -115,7 +116,7 @@ def test_bands_end_at_the_bottom_right(band: Band, sizes: tuple[int, int]) -> No
         gradients = torch.autograd.grad(expected, leaves, dout)
         delta = (dout * out).sum(-1).permute(1, 2, 0)
         q, k, v = (x.detach() for x in leaves)
-        found = kernel.backward(dout, q, k, v, None, lse, delta, band=band, scale=0.3)
+        found = kernel.backward(BackwardRows(q, dout, lse, delta, None), k, v, band, Softmax(0.3))
         for a, b in zip(found, gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
@@ -136,7 +137,7 @@ def test_a_table_is_its_segments_one_by_one(
 ) -> None:
     q, k, v, dout = inputs(9, 1, (4, 2), dims=(8, 6))
     kernel: Any = ReferenceKernel()
-    how = {"scale": 0.3, "dropout": None}
+    how = Softmax(0.3)
     table = Segments.of(np.array(segments).reshape(-1, 4), band, 9, 9, q.device)
     table = table if on_the_host else replace(table, host=None)
     out, lse, dq, dk, dv = (
@@ -144,19 +145,18 @@ def test_a_table_is_its_segments_one_by_one(
         q.new_full((4, 9), 9.0),
         *(torch.zeros_like(x[:, 0]) for x in (q, k, v)),
     )
-    kernel.forward_segments(q[:, 0], k[:, 0], v[:, 0], table, out=out, lse=lse, **how)
+    kernel.forward_segments(q[:, 0], k[:, 0], v[:, 0], table, how, (out, lse))
     statistics = torch.rand(2, 4, 9, dtype=q.dtype)
-    rows = dout[:, 0], q[:, 0], k[:, 0], v[:, 0]
-    kernel.backward_segments(*rows, None, *statistics, table, dq=dq, dk=dk, dv=dv, **how)
+    all_rows = BackwardRows(q, dout, *statistics, None)
+    kernel.backward_segments(all_rows.each(lambda x: x[:, 0], lambda x: x), k[:, 0], v[:, 0], table, how, (dq, dk, dv))
     for q_start, q_length, k_start, k_length in segments:
         rows, keys = slice(q_start, q_start + q_length), slice(k_start, k_start + k_length)
         if q_length:
-            expected = kernel.forward(q[rows], k[keys], v[keys], band=band, **how)
+            expected = kernel.forward(q[rows], k[keys], v[keys], band, how)
             for found, one in zip((out[rows, None], lse[None, :, rows]), expected, strict=True):
                 assert torch.equal(found, one)
-            expected = kernel.backward(
-                dout[rows], q[rows], k[keys], v[keys], None, *statistics[:, None, :, rows], band=band, **how
-            )
+            some = BackwardRows(q[rows], dout[rows], *statistics[:, None, :, rows], None)
+            expected = kernel.backward(some, k[keys], v[keys], band, how)
             for found, one in zip((dq[rows], dk[keys], dv[keys]), expected, strict=True):
                 assert torch.equal(found[:, None], one)
         out[rows], lse[:, rows], dq[rows], dk[keys], dv[keys] = 0, 9, 0, 0, 0
@@ -282,9 +282,9 @@ def test_gpu_kernels_call_the_operators_that_this_torch_has(
         q = torch.empty(64, 1, heads[0], 128, device="cuda", dtype=torch.bfloat16)
         k = torch.empty(96, 1, heads[1], 128, device="cuda", dtype=torch.bfloat16)
         for band in bands:
-            out, lse = kernel().forward(q, k, k, band=band, scale=1.0)
+            out, lse = kernel().forward(q, k, k, band, Softmax(1.0))
             assert (out.shape, lse.shape, lse.dtype) == (q.shape, (1, heads[0], 64), torch.float32)
-            gradients = kernel().backward(out, q, k, k, out, lse, lse, band=band, scale=1.0)
+            gradients = kernel().backward(BackwardRows(q, out, lse, None, out), k, k, band, Softmax(1.0))
             assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
 
 
@@ -296,8 +296,8 @@ def test_flash_attention_2_takes_tables_by_the_operators_that_this_torch_has() -
         )
         q, k = (torch.empty(n, h, 128, device="cuda", dtype=torch.bfloat16) for n, h in ((64, 8), (96, 2)))
         lse = torch.empty(8, 64, device="cuda")
-        FlashKernel().forward_segments(q, k, k, table, scale=1.0, out=q, lse=lse)
-        FlashKernel().backward_segments(q, q, k, k, q, lse, None, table, scale=1.0, dq=q, dk=k, dv=k)
+        FlashKernel().forward_segments(q, k, k, table, Softmax(1.0), (q, lse))
+        FlashKernel().backward_segments(BackwardRows(q, q, lse, None, q), k, k, table, Softmax(1.0), (q, k, k))
 
 
 def test_flash_attention_2_sees_gaps_as_sequences_without_partners() -> None:

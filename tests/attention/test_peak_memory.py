@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_attn2d import Grid, attention2d
 from megatron_attn2d.attention import attention2d as algorithm
-from megatron_attn2d.attention import call, comm, partials, tile
+from megatron_attn2d.attention import call, comm, partials
+from megatron_attn2d.attention.kernels import base
+from megatron_attn2d.attention.kernels.base import BackwardRows
 from megatron_attn2d.planner.peak import grid_shards, ring_shards
 from tests.pool import RankPool
 
@@ -31,20 +33,20 @@ class Hollow:
 
     needs_out = True
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(q), q.new_zeros((q.size(1), q.size(2), q.size(0)), dtype=torch.float32)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-        accumulated = torch.zeros_like(q, dtype=torch.float32)
-        results = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    def backward(self, rows: BackwardRows, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        accumulated = torch.zeros_like(rows.q, dtype=torch.float32)
+        results = torch.zeros_like(rows.q), torch.zeros_like(k), torch.zeros_like(v)
         del accumulated
         return results
 
-    def forward_segments(self, *_: Any, **__: Any) -> None:
+    def forward_segments(self, *_: Any) -> None:
         pass
 
-    def backward_segments(self, dout: Tensor, q: Tensor, *_: Any, **__: Any) -> None:
-        torch.zeros_like(q, dtype=torch.float32)
+    def backward_segments(self, rows: BackwardRows, *_: Any) -> None:
+        torch.zeros_like(rows.q, dtype=torch.float32)
 
 
 class Meter(TorchDispatchMode):
@@ -77,7 +79,7 @@ def as_on_gpus() -> list[Any]:
         mock.patch.object(call, "choose_kernel", return_value=Hollow()),
         *(mock.patch.object(module, name, nothing) for module, name in launches),
         mock.patch.object(algorithm, "row_statistics", lambda dout, out, lse: torch.stack((lse, lse), 1)),
-        mock.patch.object(tile, "surrogate_out", lambda dout, delta: torch.zeros_like(dout)),
+        mock.patch.object(base, "surrogate_out", lambda dout, delta: torch.zeros_like(dout)),
     ]
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
-from megatron_attn2d.attention import attention2d as api
+from megatron_attn2d.attention import call as api
 from megatron_attn2d.attention import overlap
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from tests.attention.dense import batch_first, dense_gradients, inputs, packed_gradients, packed_zigzag, zigzag

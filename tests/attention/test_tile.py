@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_attn2d.attention.kernels.base import BackwardRows
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band, place_ranks, tile_plan
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.attention.partials import Slots
 from megatron_attn2d.attention.tile import (
     AttentionOp,
-    BackwardRows,
     Tile,
     attend,
     attend_diagonal,

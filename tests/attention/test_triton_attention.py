@@ -11,13 +11,13 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_attn2d.attention.dropout import Dropout
+from megatron_attn2d.attention.kernels.base import BackwardRows, Softmax
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.triton.kernel import TritonKernel
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
@@ -52,11 +52,13 @@ def compare(case: str) -> None:
             torch.arange(batch), heads, rows.expand(batch, -1), keys.expand(batch, -1)
         )
     reference, wide = ReferenceKernel(), [x.double() for x in (q, k, v, dout)]
-    out, lse = reference.forward(*wide[:3], band=band, scale=0.3, dropout=dropped)
-    delta = (out * wide[3]).sum(-1).permute(1, 2, 0)
-    expected = reference.backward(wide[3], *wide[:3], None, lse, delta, band=band, scale=0.3, dropout=dropped)
-    found = kernel.forward(q, k, v, band=band, scale=0.3, dropout=dropped)
-    gradients = kernel.backward(dout, q, k, v, None, lse.float(), delta.float(), band=band, scale=0.3, dropout=dropped)
+    wide_q, wide_k, wide_v, wide_dout = wide
+    how = band, Softmax(0.3, dropped)
+    out, lse = reference.forward(wide_q, wide_k, wide_v, *how)
+    delta = (out * wide_dout).sum(-1).permute(1, 2, 0)
+    expected = reference.backward(BackwardRows(wide_q, wide_dout, lse, delta, None), wide_k, wide_v, *how)
+    found = kernel.forward(q, k, v, *how)
+    gradients = kernel.backward(BackwardRows(q, dout, lse.float(), delta.float(), None), k, v, *how)
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), (*found, *gradients), (out, lse, *expected), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
 
@@ -96,15 +98,15 @@ def compare_table(case: str) -> None:
     dropped = None
     if p:
         dropped = Dropout(p, 77).at(torch.arange(1), heads, torch.arange(rows)[None] + 9, torch.arange(keys)[None])
-    how: dict[str, Any] = {"scale": 0.3, "dropout": dropped}
+    how = Softmax(0.3, dropped)
     results = []
     for kernel, dtype in ((ReferenceKernel(), torch.float64), (TritonKernel(), torch.float32)):
         q, k, v, dout = (x.to(dtype) for x in (q, k, v, dout))
         out, dq, dk, dv_ = (torch.full(x.shape, 5, dtype=dtype) for x in (dout, q, k, v))
         lse = torch.full((2 * heads, rows), 5, dtype=dtype)[heads:]
-        kernel.forward_segments(q, k, v, table, out=out, lse=lse, **how)
+        kernel.forward_segments(q, k, v, table, how, (out, lse))
         delta = (out * dout).sum(-1).t().contiguous()
-        kernel.backward_segments(dout, q, k, v, None, lse, delta, table, dq=dq, dk=dk, dv=dv_, **how)
+        kernel.backward_segments(BackwardRows(q, dout, lse, delta, None), k, v, table, how, (dq, dk, dv_))
         results.append((out, lse, dq, dk, dv_))
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results[::-1], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
@@ -143,12 +145,13 @@ def compare_short(case: str) -> None:
         lse = torch.full((2 * heads, rows), 5, dtype=dtype)[heads:]
         if dtype == torch.float64:
             kernel = ReferenceKernel()
-            kernel.forward_segments(q, k, v, table, scale=0.3, out=out, lse=lse)
+            kernel.forward_segments(q, k, v, table, Softmax(0.3), (out, lse))
             delta = (out * dout).sum(-1).t().contiguous()
-            kernel.backward_segments(dout, q, k, v, None, lse, delta, table, scale=0.3, dq=dq, dk=dk, dv=dv_)
+            given = BackwardRows(q, dout, lse, delta, None)
+            kernel.backward_segments(given, k, v, table, Softmax(0.3), (dq, dk, dv_))
         else:
-            short.forward(q, k, v, table, 0.3, out, lse)
-            short.backward(dout, q, k, v, out, lse, table, 0.3, dq, dk, dv_)
+            short.attend(q, k, v, table, 0.3, (out, lse))
+            short.differentiate(BackwardRows(q, dout, lse, None, out), k, v, table, 0.3, (dq, dk, dv_))
         results.append((out, lse, dq, dk, dv_))
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results[::-1], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
@@ -157,7 +160,7 @@ def compare_short(case: str) -> None:
 def scale_by(scale: float) -> None:
     """Scales that are not above 0 are legal."""
     q, k, v = (torch.randn(70, 1, 1, 16) for _ in range(3))
-    found, expected = (x.forward(q, k, v, band=CAUSAL, scale=scale) for x in (TritonKernel(), ReferenceKernel()))
+    found, expected = (x.forward(q, k, v, CAUSAL, Softmax(scale)) for x in (TritonKernel(), ReferenceKernel()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -167,7 +170,7 @@ def plant(value: float) -> None:
     for planted in (k, v):
         where = planted.clone()
         where[40, 0, 0, 3] = value
-        out, _ = TritonKernel().forward(q, *((where, v) if planted is k else (k, where)), band=CAUSAL, scale=0.3)
+        out, _ = TritonKernel().forward(q, *((where, v) if planted is k else (k, where)), CAUSAL, Softmax(0.3))
         finite = out.isfinite().all(-1).flatten()
         if planted is v or value != value:
             assert not finite[40:].any()

@@ -11,8 +11,8 @@ import torch
 
 from megatron_attn2d.attention.dropout import Dropout, KeepMask
 from megatron_attn2d.attention.kernels import Kernel, choose_kernel
+from megatron_attn2d.attention.kernels.base import BackwardRows, Request, Softmax
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
-from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.segments import Segments
 
@@ -59,18 +59,18 @@ def errors(
         torch.randn(s, batch, parts * h, d, device="cuda", generator=generator).to(dtype).chunk(parts, 2)[-1]
         for s, h, d in sizes
     )
-    wide = [x.double() for x in (q, k, v, dout)]
+    wide_q, wide_k, wide_v, wide_dout = (x.double() for x in (q, k, v, dout))
     reference, scale = ReferenceKernel(), dims[0] ** -0.5
     mask: KeepMask | None = None
     if dropped:
         rows, keys = (torch.arange(n, device="cuda").expand(batch, -1) for n in (sq, sk))
         mask = Dropout(dropped, 99, first_head=1).at(torch.arange(batch, device="cuda"), heads, rows + 70_000, keys)
-    how: dict[str, Any] = {"band": band, "scale": scale, "dropout": mask}
-    true_out, true_lse = reference.forward(*wide[:3], **how)
-    delta = (wide[3] * true_out).sum(-1).permute(1, 2, 0)
-    expected = reference.backward(wide[3], *wide[:3], None, true_lse, delta, **how)
-    out, lse = kernel.forward(q, k, v, **how)
-    found = kernel.backward(dout, q, k, v, out, lse, delta.float(), **how)
+    how = band, Softmax(scale, mask)
+    true_out, true_lse = reference.forward(wide_q, wide_k, wide_v, *how)
+    delta = (wide_dout * true_out).sum(-1).permute(1, 2, 0)
+    expected = reference.backward(BackwardRows(wide_q, wide_dout, true_lse, delta, None), wide_k, wide_v, *how)
+    out, lse = kernel.forward(q, k, v, *how)
+    found = kernel.backward(BackwardRows(q, dout, lse, delta.float(), out), k, v, *how)
     pairs = zip((out, lse, *found), (true_out, true_lse, *expected), strict=True)
     # One key has probability 1 and its scores no gradient: a difference of two terms of delta's size, which round. In
     # fp32 sums of 128 products leave 2e-6 to 8e-6 of terms with norm 22.
@@ -168,22 +168,22 @@ def table_errors(kernel: Any, case: str, dtype: torch.dtype, dropped: float = 0.
             (rows, heads, dims[1]),
         )
     )
-    how: dict[str, Any] = {"scale": dims[0] ** -0.5, "dropout": None}
+    how = Softmax(dims[0] ** -0.5)
     if dropped:
         positions = [torch.arange(n, device="cuda")[None] + 70_000 for n in (rows, keys)]
-        how["dropout"] = Dropout(dropped, 99).at(torch.zeros(1, dtype=torch.int64, device="cuda"), heads, *positions)
+        mask = Dropout(dropped, 99).at(torch.zeros(1, dtype=torch.int64, device="cuda"), heads, *positions)
+        how = Softmax(dims[0] ** -0.5, mask)
     results, delta, given = [], torch.empty(0), torch.empty(0)
     for each, into in ((ReferenceKernel(), torch.float64), (kernel, dtype)):
         exact = into == torch.float64
         qs, ks, vs, douts = (x.to(into) for x in (q, k, v, dout))
         out, dq, dk, dv = (torch.full(x.shape, 9, dtype=into, device="cuda") for x in (douts, qs, ks, vs))
         lse = torch.full((2 * heads, rows), 9, dtype=torch.float64 if exact else torch.float32, device="cuda")[heads:]
-        each.forward_segments(qs, ks, vs, table, out=out, lse=lse, **how)
+        each.forward_segments(qs, ks, vs, table, how, (out, lse))
         if exact:
             delta, given = (douts * out).sum(-1).t().contiguous(), lse
-        each.backward_segments(
-            douts, qs, ks, vs, out, given.to(lse.dtype), delta.to(lse.dtype), table, dq=dq, dk=dk, dv=dv, **how
-        )
+        some = BackwardRows(qs, douts, given.to(lse.dtype), delta.to(lse.dtype), out)
+        each.backward_segments(some, ks, vs, table, how, (dq, dk, dv))
         results.append((out, lse.t(), dq, dk, dv))
     inside_q, inside_k = (
         torch.cat([torch.arange(start, start + n) for start, n in (each[i : i + 2] for each in segments)])
@@ -224,8 +224,9 @@ def test_deterministic_backward(backend: str) -> None:
     try:
         kernel = kernel_for(backend, torch.bfloat16, (128, 128))
         q, k = (torch.randn(n, 1, 4, 128, device="cuda", dtype=torch.bfloat16) for n in (2048, 4096))
-        out, lse = kernel.forward(q, k, k, band=FULL, scale=0.1)
-        runs = [kernel.backward(q, q, k, k, out, lse, lse, band=FULL, scale=0.1) for _ in range(3)]
+        out, lse = kernel.forward(q, k, k, FULL, Softmax(0.1))
+        rows = BackwardRows(q, q, lse, lse, out)
+        runs = [kernel.backward(rows, k, k, FULL, Softmax(0.1)) for _ in range(3)]
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
         tables = [table_errors(kernel, "grouped rectangles", torch.bfloat16) for _ in range(3)]
         assert tables[1:] == tables[:1] * 2

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d, ring_attention
+from megatron_attn2d.attention.kernels.base import BackwardRows, Softmax
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.layout import Band
 from tests.attention.dense import packed_zigzag, zigzag
@@ -60,19 +61,19 @@ def dense(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, sink: Tenso
     """
     reference, group, scale = ReferenceKernel(), q.size(2) // k.size(2), q.size(3) ** -0.5
     left, right = (None if side < 0 else side for side in case.window)
-    how: dict[str, Any] = {"band": Band(left, 0 if case.causal else right), "scale": scale}
+    how = Band(left, 0 if case.causal else right), Softmax(scale)
     results = [torch.zeros_like(x, dtype=torch.float64) for x in (dout, q, k, v)]
     places = [*product(range(q.size(1)), range(q.size(2)))]
     for batch, head in places[dist.get_rank() :: dist.get_world_size()]:
         rows, keys = ((slice(batch, batch + 1), slice(i, i + 1)) for i in (head, head // group))
-        wide = [x[:, *place].double() for x, place in ((q, rows), (k, keys), (v, keys))]
+        wide_q, wide_k, wide_v = (x[:, *place].double() for x, place in ((q, rows), (k, keys), (v, keys)))
         wide_dout = dout[:, *rows].double()
-        out, lse = reference.forward(*wide, **how)
+        out, lse = reference.forward(wide_q, wide_k, wide_v, *how)
         if case.softmax != "vanilla":  # one more key of value 0
             with_sink = torch.logaddexp(lse, sink[rows[1]].double()[:, None])
             out, lse = out * torch.exp(lse - with_sink).permute(2, 0, 1)[..., None], with_sink
         delta = (wide_dout * out).sum(-1).permute(1, 2, 0)
-        dq, dk, dv = reference.backward(wide_dout, *wide, None, lse, delta, **how)
+        dq, dk, dv = reference.backward(BackwardRows(wide_q, wide_dout, lse, delta, None), wide_k, wide_v, *how)
         results[0][:, *rows], results[1][:, *rows] = out, dq
         results[2][:, *keys] += dk
         results[3][:, *keys] += dv

@@ -13,122 +13,20 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.base import Kernel, Request
 from megatron_attn2d.attention.kernels.flash_attn import FlashAttention4Kernel
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
-from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel
 from megatron_attn2d.attention.kernels.transformer_engine import TransformerEngineKernel
 from megatron_attn2d.attention.kernels.triton.kernel import TritonKernel
-from megatron_attn2d.attention.layout import Band
-from megatron_attn2d.attention.segments import Segments
+
+__all__ = ["Kernel", "choose_kernel"]
 
 logger = logging.getLogger(__name__)
-
-
-class Kernel(Protocol):
-    """One implementation of attention on one device."""
-
-    @property
-    def name(self) -> str:
-        """The name by which a user asks for it."""
-        ...
-
-    @property
-    def needs_out(self) -> bool:
-        """Whether `backward` wants the output, to derive delta from it; else delta suffices."""
-        ...
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether two backward passes agree bit for bit under torch.use_deterministic_algorithms."""
-        ...
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Attend q [sq, b, h, d] to k [sk, b, g, d] and v [sk, b, g, dv], h a multiple of g.
-
-        `band` says who sees whom; CAUSAL comes with sq = sk only. Returns the output [sq, b, h, dv] and the log-sum-exp
-        [b, h, sq] of the scaled scores, natural logarithm, fp32 (fp64 for fp64 inputs). Probabilities are those over
-        all keys of a row, dropped ones included.
-        """
-        ...
-
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        *,
-        band: Band,
-        scale: float,
-        dropout: KeepMask | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients dq, dk, dv of the scores between q and these keys, like q, k and v.
-
-        Args:
-            dout: gradient of the output over all keys, [sq, b, h, dv].
-            out: that output or a stand-in for it with rowsum(dout * out) = delta; may be None unless `needs_out`.
-            lse: log-sum-exp over all keys, [b, h, sq].
-            delta: rowsum(dout * output), [b, h, sq]; may be None where `needs_out`.
-        """
-        ...
-
-    def forward_segments(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        out: Tensor,
-        lse: Tensor,
-    ) -> None:
-        """Attend the segments of a table, for kernels that serve requests with `segments`.
-
-        Args:
-            q, k, v: [rows, h, d], [keys, g, d] and [keys, g, dv], the last dim contiguous.
-            table: who attends whom; its band is FULL, CAUSAL on squares, or for requests with `windows` any.
-            scale, dropout: as in `forward`; a mask of one sequence, the rows and keys being all of the two buffers.
-            out: [rows, h, dv]; receives the output of the table's query rows, and keeps all others.
-            lse: [h, rows], fp32 (fp64 for fp64 inputs), the last dim contiguous; likewise.
-        """
-        ...
-
-    def backward_segments(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-    ) -> None:
-        """Gradients of a table's segments; arguments as in `forward_segments` and `backward`, lse and delta [h, rows].
-
-        `dq`, `dk` and `dv`, like q, k and v, receive those of the table's query rows and key rows and keep all others.
-        """
-        ...
 
 
 # In the order in which "auto" prefers them, but for `_preferred`.

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.dropout import KeepMask
-from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
 from megatron_attn2d.attention.kernels.triton.kernel import installed as triton_installed
 from megatron_attn2d.attention.layout import CAUSAL, Band
 from megatron_attn2d.attention.segments import Segments
@@ -60,41 +59,27 @@ class FlashAttention4Kernel:
             return "serves Hopper GPUs so far"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
         """See `Kernel.forward`."""
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out = torch.empty((*q.shape[:3], v.size(3)), dtype=q.dtype, device=q.device)
         _, lse, *_ = _flash_attn_fwd(
-            *map(_bshd, (q, k, v)), softmax_scale=scale, return_lse=True, out=_bshd(out), **_mask(band)
+            *map(_bshd, (q, k, v)), softmax_scale=softmax.scale, return_lse=True, out=_bshd(out), **_mask(band)
         )
         return out, lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        *,
-        band: Band,
-        scale: float,
-        dropout: KeepMask | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, rows: BackwardRows, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Gradients:
         """See `Kernel.backward`."""
         from flash_attn.cute.interface import _flash_attn_bwd
 
+        q, dout, lse, _, out = rows
         assert out is not None
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         _flash_attn_bwd(
             *map(_bshd, (q, k, v, out, dout)),
             lse.contiguous(),
-            softmax_scale=scale,
+            softmax_scale=softmax.scale,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             dq=_bshd(dq),
             dk=_bshd(dk),
@@ -104,55 +89,40 @@ class FlashAttention4Kernel:
         return dq, dk, dv
 
     def forward_segments(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        out: Tensor,
-        lse: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
     ) -> None:
         """See `Kernel.forward_segments`."""
-        long, short = _by_length(table, q, k, scale)
+        long, short = _by_length(table, q, k, softmax.scale)
         if short is not None:
             from megatron_attn2d.attention.kernels.triton import short as short_segments
 
-            short_segments.forward(q, k, v, short, scale, out, lse)
+            short_segments.attend(q, k, v, short, softmax.scale, into)
         if long is None or long.most_q == 0:
             return
         from flash_attn.cute.interface import _flash_attn_fwd
 
+        out, lse = into
         _flash_attn_fwd(
-            q, k, v, softmax_scale=scale, return_lse=True, out=out, lse=lse, **_places(long), **_mask(long.band)
+            *(q, k, v),
+            softmax_scale=softmax.scale,
+            return_lse=True,
+            out=out,
+            lse=lse,
+            **_places(long),
+            **_mask(long.band),
         )
 
     def backward_segments(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
+        self, rows: BackwardRows, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Gradients
     ) -> None:
         """See `Kernel.backward_segments`."""
+        q, dout, lse, _, out = rows
         assert out is not None
-        long, short = _by_length(table, q, k, scale)
+        long, short = _by_length(table, q, k, softmax.scale)
         if short is not None:
             from megatron_attn2d.attention.kernels.triton import short as short_segments
 
-            short_segments.backward(dout, q, k, v, out, lse, short, scale, dq, dk, dv)
+            short_segments.differentiate(rows, k, v, short, softmax.scale, into)
         if long is None or long.most_q == 0:
             return
         from flash_attn.cute.interface import _flash_attn_bwd
@@ -163,11 +133,11 @@ class FlashAttention4Kernel:
         bounds = (max(long.most_q, _BLOCKS), max(long.most_k, _BLOCKS)) if deterministic else (None, None)
         _flash_attn_bwd(
             *(q, k, v, out, dout, lse),
-            softmax_scale=scale,
+            softmax_scale=softmax.scale,
             deterministic=deterministic,
             max_seqlen_q=bounds[0],
             max_seqlen_k=bounds[1],
-            **{"dq": dq, "dk": dk, "dv": dv},
+            **dict(zip(("dq", "dk", "dv"), into, strict=True)),
             **_places(long),
             **_mask(long.band),
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
-from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
 from megatron_attn2d.attention.layout import FULL, Band
 from megatron_attn2d.attention.merge import accumulation_dtype
 from megatron_attn2d.attention.segments import Segments
@@ -46,34 +46,21 @@ class ReferenceKernel:
         return None if request.dtype in _DTYPES else "serves fp16, bf16, fp32 and fp64"
 
     @_outside_autocast
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
         """See `Kernel.forward`."""
-        scores = _scores(q, k, band, scale)
+        scores = _scores(q, k, band, softmax.scale)
         lse = scores.logsumexp(-1)
         probabilities = torch.exp(scores.sub_(lse.unsqueeze(-1)))
-        if dropout is not None:
-            probabilities *= _kept(dropout, k.size(2), probabilities.dtype)
+        if softmax.dropout is not None:
+            probabilities *= _kept(softmax.dropout, k.size(2), probabilities.dtype)
         out = _unfold(probabilities @ _keys(v), q)
         return out.to(q.dtype), _unfold_rows(lse, q)
 
     @_outside_autocast
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        *,
-        band: Band,
-        scale: float,
-        dropout: KeepMask | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, rows: BackwardRows, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Gradients:
         """See `Kernel.backward`."""
+        q, dout, lse, delta, out = rows
+        scale, dropout = softmax
         if delta is None:
             assert out is not None
             delta = (dout.to(lse.dtype) * out).sum(-1).permute(1, 2, 0)
@@ -92,61 +79,25 @@ class ReferenceKernel:
         return dq.to(q.dtype), dk.permute(2, 0, 1, 3).to(k.dtype), dv.permute(2, 0, 1, 3).to(v.dtype)
 
     def forward_segments(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        out: Tensor,
-        lse: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
     ) -> None:
         """See `Kernel.forward_segments`; one segment after the other."""
+        out, lse = into
         for rows, keys in _slices(table):
-            found, found_lse = self.forward(
-                q[rows].unsqueeze(1),
-                k[keys].unsqueeze(1),
-                v[keys].unsqueeze(1),
-                band=table.band,
-                scale=scale,
-                dropout=_of(dropout, rows, keys),
-            )
+            pieces = q[rows].unsqueeze(1), k[keys].unsqueeze(1), v[keys].unsqueeze(1)
+            found, found_lse = self.forward(*pieces, table.band, _of(softmax, rows, keys))
             out[rows], lse[:, rows] = found.squeeze(1), found_lse.squeeze(0)
 
     def backward_segments(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
+        self, rows: BackwardRows, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Gradients
     ) -> None:
         """See `Kernel.backward_segments`."""
-        for rows, keys in _slices(table):
-            found = self.backward(
-                dout[rows].unsqueeze(1),
-                q[rows].unsqueeze(1),
-                k[keys].unsqueeze(1),
-                v[keys].unsqueeze(1),
-                None if out is None else out[rows].unsqueeze(1),
-                lse[:, rows].unsqueeze(0),
-                None if delta is None else delta[:, rows].unsqueeze(0),
-                band=table.band,
-                scale=scale,
-                dropout=_of(dropout, rows, keys),
-            )
-            dq[rows], dk[keys], dv[keys] = (x.squeeze(1) for x in found)
+        dq, dk, dv = into
+        for some, keys in _slices(table):
+            piece = rows.each(lambda x, i=some: x[i].unsqueeze(1), lambda x, i=some: x[:, i].unsqueeze(0))  # type: ignore[misc]
+            pair = k[keys].unsqueeze(1), v[keys].unsqueeze(1)
+            found = self.backward(piece, *pair, table.band, _of(softmax, some, keys))
+            dq[some], dk[keys], dv[keys] = (x.squeeze(1) for x in found)
 
 
 def _slices(table: Segments) -> Iterator[tuple[slice, slice]]:
@@ -155,9 +106,12 @@ def _slices(table: Segments) -> Iterator[tuple[slice, slice]]:
         yield slice(q_start, q_start + q_length), slice(k_start, k_start + k_length)
 
 
-def _of(dropout: KeepMask | None, rows: slice, keys: slice) -> KeepMask | None:
-    """The mask of one segment."""
-    return None if dropout is None else replace(dropout, rows=dropout.rows[:, rows], keys=dropout.keys[:, keys])
+def _of(softmax: Softmax, rows: slice, keys: slice) -> Softmax:
+    """That of one segment."""
+    scale, dropout = softmax
+    if dropout is None:
+        return softmax
+    return Softmax(scale, replace(dropout, rows=dropout.rows[:, rows], keys=dropout.keys[:, keys]))
 
 
 def _scores(q: Tensor, k: Tensor, band: Band, scale: float) -> Tensor:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
 from megatron_attn2d.attention.kernels.ragged import inside, put
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
-from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, Band
 from megatron_attn2d.attention.segments import Segments
 
@@ -46,35 +45,21 @@ class CudnnKernel:
             return "needs cuDNN"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
         """See `Kernel.forward`."""
         if q.size(0) == k.size(0) == 1:  # which cuDNN refuses
-            return ReferenceKernel().forward(q, k, v, band=band, scale=scale)
+            return ReferenceKernel().forward(q, k, v, band, softmax)
         causal = band == CAUSAL
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            _bhsd(q), _bhsd(k), _bhsd(v), None, True, 0.0, causal, False, scale=scale
+            _bhsd(q), _bhsd(k), _bhsd(v), None, True, 0.0, causal, False, scale=softmax.scale
         )
         return _sbhd(out), lse.squeeze(-1)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        *,
-        band: Band,
-        scale: float,
-        dropout: KeepMask | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, rows: BackwardRows, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Gradients:
         """See `Kernel.backward`."""
+        q, dout, lse, _, out = rows
         if q.size(0) == k.size(0) == 1:
-            return ReferenceKernel().backward(dout, q, k, v, out, lse, delta, band=band, scale=scale)
+            return ReferenceKernel().backward(rows, k, v, band, softmax)
         causal = band == CAUSAL
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
@@ -94,7 +79,7 @@ class CudnnKernel:
             k.size(0),
             0.0,
             causal,
-            scale=scale,
+            scale=softmax.scale,
         )
         return _sbhd(dq), _sbhd(dk), _sbhd(dv)
 
@@ -120,9 +105,7 @@ class FlashKernel:
             return "is not part of this torch build"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
         """See `Kernel.forward`."""
         out, lse, *_ = _aten._flash_attention_forward(
             *map(_bshd, (q, k, v)),
@@ -133,26 +116,14 @@ class FlashKernel:
             0.0,
             band == CAUSAL,
             False,
-            scale=scale,
+            scale=softmax.scale,
             **_window(band),
         )
         return _bshd(out), lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        *,
-        band: Band,
-        scale: float,
-        dropout: KeepMask | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, rows: BackwardRows, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Gradients:
         """See `Kernel.backward`."""
+        q, dout, lse, _, out = rows
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
         dq, dk, dv = _aten._flash_attention_backward(
@@ -170,22 +141,13 @@ class FlashKernel:
             band == CAUSAL,
             unused,
             unused,
-            scale=scale,
+            scale=softmax.scale,
             **_window(band),
         )
         return _bshd(dq), _bshd(dk), _bshd(dv)
 
     def forward_segments(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        out: Tensor,
-        lse: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
     ) -> None:
         """See `Kernel.forward_segments`."""
         if table.most_q == 0:
@@ -193,46 +155,35 @@ class FlashKernel:
         places = _without_gaps(table)
         found, found_lse, *_ = _aten._flash_attention_forward(
             *(q, k, v, *places, table.most_q, table.most_k, 0.0, table.band == CAUSAL, False),
-            scale=scale,
+            scale=softmax.scale,
             **_window(table.band),
         )
+        out, lse = into
         rows = inside(table.q_starts, table.q_lengths, q.size(0))
         put(out, found, rows)
         put(lse.t(), found_lse.t(), rows)
 
     def backward_segments(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
+        self, rows: BackwardRows, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Gradients
     ) -> None:
         """See `Kernel.backward_segments`."""
         if table.most_q == 0:
             return
+        q, dout, lse, _, out = rows
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
         places = _without_gaps(table)
         found_q, *found_kv = _aten._flash_attention_backward(
             *(dout, q, k, v, out, lse.contiguous(), *places, table.most_q, table.most_k, 0.0, table.band == CAUSAL),
             *(unused, unused),
-            scale=scale,
+            scale=softmax.scale,
             **_window(table.band),
         )
+        dq, *dkv = into
         put(dq, found_q, inside(table.q_starts, table.q_lengths, q.size(0)))
         keys = inside(table.k_starts, table.k_lengths, k.size(0))
-        for into, found in zip((dk, dv), found_kv, strict=True):
-            put(into, found, keys)
+        for room, found in zip(dkv, found_kv, strict=True):
+            put(room, found, keys)
 
 
 def _without_gaps(table: Segments) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
 from megatron_attn2d.attention.kernels.ragged import inside, put, running
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
-from megatron_attn2d.attention.kernels.request import Request
 from megatron_attn2d.attention.layout import CAUSAL, Band
 from megatron_attn2d.attention.segments import Segments
 
@@ -51,12 +50,10 @@ class TransformerEngineKernel:
             return "needs Transformer Engine 2.20 or a version with its arguments"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
         """See `Kernel.forward`."""
         if q.size(0) == k.size(0) == 1:  # which cuDNN refuses
-            return ReferenceKernel().forward(q, k, v, band=band, scale=scale)
+            return ReferenceKernel().forward(q, k, v, band, softmax)
         causal = band == CAUSAL
         te = _functions()
         q, k, v = (x.contiguous() for x in (q, k, v))
@@ -70,30 +67,18 @@ class TransformerEngineKernel:
             v,
             q.dtype,
             te.FusedAttnBackend["F16_arbitrary_seqlen"],
-            attn_scale=scale,
+            attn_scale=softmax.scale,
             qkv_layout="sbhd_sbhd_sbhd",
             o_format="sbhd",
             **_mask(causal),
         )
         return out.view(*q.shape[:3], v.size(3)), lse.squeeze(-1)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        *,
-        band: Band,
-        scale: float,
-        dropout: KeepMask | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, rows: BackwardRows, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Gradients:
         """See `Kernel.backward`."""
+        q, dout, lse, _, out = rows
         if q.size(0) == k.size(0) == 1:
-            return ReferenceKernel().backward(dout, q, k, v, out, lse, delta, band=band, scale=scale)
+            return ReferenceKernel().backward(rows, k, v, band, softmax)
         causal = band == CAUSAL
         assert out is not None
         te = _functions()
@@ -111,7 +96,7 @@ class TransformerEngineKernel:
             # log-sum-exp and the state of the random numbers, which only dropout reads
             [lse.contiguous().unsqueeze(-1), torch.zeros(2, dtype=torch.int64, device=q.device)],
             te.FusedAttnBackend["F16_arbitrary_seqlen"],
-            attn_scale=scale,
+            attn_scale=softmax.scale,
             qkv_layout="sbhd_sbhd_sbhd",
             o_format="sbhd",
             do_format="sbhd",
@@ -121,16 +106,7 @@ class TransformerEngineKernel:
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
     def forward_segments(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        out: Tensor,
-        lse: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
     ) -> None:
         """See `Kernel.forward_segments`."""
         if table.most_q == 0:
@@ -143,35 +119,23 @@ class TransformerEngineKernel:
             *_totals(table),
             *(q, k, v, q.dtype),
             te.FusedAttnBackend["F16_arbitrary_seqlen"],
-            attn_scale=scale,
+            attn_scale=softmax.scale,
             qkv_layout="thd_thd_thd",
             o_format="thd",
             **_places(table),
         )
+        out, lse = into
         rows = inside(table.q_starts, table.q_lengths, q.size(0))
         put(out, found.view(out.shape), rows)
         put(lse.t(), found_lse.squeeze(-1), rows)
 
     def backward_segments(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
+        self, rows: BackwardRows, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Gradients
     ) -> None:
         """See `Kernel.backward_segments`."""
         if table.most_q == 0:
             return
+        q, dout, lse, _, out = rows
         assert out is not None
         te = _functions()
         q, k, v, out, dout = (x.contiguous() for x in (q, k, v, out, dout))
@@ -181,17 +145,18 @@ class TransformerEngineKernel:
             *(q, k, v, out, dout, dout.dtype),
             [lse.t().contiguous().unsqueeze(-1), torch.zeros(2, dtype=torch.int64, device=q.device)],
             te.FusedAttnBackend["F16_arbitrary_seqlen"],
-            attn_scale=scale,
+            attn_scale=softmax.scale,
             qkv_layout="thd_thd_thd",
             o_format="thd",
             do_format="thd",
             dqkv_layout="thd_thd_thd",
             **_places(table),
         )[:3]
+        dq, *dkv = into
         put(dq, found_q.view(dq.shape), inside(table.q_starts, table.q_lengths, q.size(0)))
         keys = inside(table.k_starts, table.k_lengths, k.size(0))
-        for into, found in zip((dk, dv), found_kv, strict=True):
-            put(into, found.view(into.shape), keys)
+        for room, found in zip(dkv, found_kv, strict=True):
+            put(room, found.view(room.shape), keys)
 
 
 def _totals(table: Segments) -> tuple[Tensor, Tensor]:

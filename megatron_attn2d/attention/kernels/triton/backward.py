@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Softmax
 from megatron_attn2d.attention.kernels.triton.blocks import (
     LOG2E,
     blocks_seen,
@@ -187,24 +187,21 @@ def _backward_keys(
 
 
 def differentiate(
-    dout: Tensor,
-    q: Tensor,
+    rows: BackwardRows,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
     band: Band,
-    scale: float,
-    dropout: KeepMask | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    softmax: Softmax,
+    into: Gradients,
     table: Segments | None = None,
 ) -> None:
     """See `Kernel.backward` and, with a table and a batch of one, `Kernel.backward_segments`.
 
     lse and delta are [b * h, sq], the last dim contiguous.
     """
+    q, dout, lse, delta, _ = rows
+    assert delta is not None
+    (scale, dropout), (dq, dk, dv) = softmax, into
     (sq, batch, heads, d), (sk, _, key_heads, v_dim) = q.shape, v.shape
     inputs = (*map(with_strides, (dout, q, k, v)), lse, delta, (lse.stride(0), delta.stride(0)))
     same = (

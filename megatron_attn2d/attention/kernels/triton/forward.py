@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_attn2d.attention.dropout import KeepMask
+from megatron_attn2d.attention.kernels.base import Results, Softmax
 from megatron_attn2d.attention.kernels.triton.blocks import (
     LN2,
     LOG2E,
@@ -113,13 +113,12 @@ def attend(
     k: Tensor,
     v: Tensor,
     band: Band,
-    scale: float,
-    dropout: KeepMask | None,
-    out: Tensor,
-    lse: Tensor,
+    softmax: Softmax,
+    into: Results,
     table: Segments | None = None,
 ) -> None:
     """See `Kernel.forward` and, with a table and a batch of one, `Kernel.forward_segments`; lse is [b * h, sq]."""
+    (scale, dropout), (out, lse) = softmax, into
     (sq, batch, heads, d), dv = q.shape, v.size(3)
     # Kernels scale in the exponent alone, where the largest score must be the largest scaled one too.
     if scale < 0:

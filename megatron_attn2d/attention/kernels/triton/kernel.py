@@ -8,8 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.dropout import KeepMask
-from megatron_attn2d.attention.kernels.request import Request
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
 from megatron_attn2d.attention.layout import Band
 from megatron_attn2d.attention.segments import Segments
 
@@ -37,9 +36,7 @@ class TritonKernel:
                 return "needs a GPU with the shared memory of an A100"
         return None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, band: Band, scale: float, dropout: KeepMask | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
         """See `Kernel.forward`."""
         from megatron_attn2d.attention.kernels.triton.forward import attend
 
@@ -47,80 +44,46 @@ class TritonKernel:
         out = q.new_empty((sq, batch, heads, v.size(3)))
         lse = q.new_empty((batch, heads, sq), dtype=torch.float32)
         q, k, v = map(_rows_contiguous, (q, k, v))
-        attend(q, k, v, band, scale, dropout, out, lse.flatten(0, 1))
+        attend(q, k, v, band, softmax, (out, lse.flatten(0, 1)))
         return out, lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        *,
-        band: Band,
-        scale: float,
-        dropout: KeepMask | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, rows: BackwardRows, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Gradients:
         """See `Kernel.backward`."""
         from megatron_attn2d.attention.kernels.triton.backward import differentiate
 
-        assert delta is not None
-        lse, delta = (x.contiguous().flatten(0, 1) for x in (lse, delta))
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        dout, q, k, v = map(_rows_contiguous, (dout, q, k, v))
-        differentiate(dout, q, k, v, lse, delta, band, scale, dropout, dq, dk, dv)
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (rows.q, k, v))
+        rows = rows.each(_rows_contiguous, lambda x: x.contiguous().flatten(0, 1))
+        differentiate(rows, _rows_contiguous(k), _rows_contiguous(v), band, softmax, (dq, dk, dv))
         return dq, dk, dv
 
     def forward_segments(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        out: Tensor,
-        lse: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
     ) -> None:
         """See `Kernel.forward_segments`."""
         from megatron_attn2d.attention.kernels.triton.forward import attend
 
-        q, k, v = (_rows_contiguous(x).unsqueeze(1) for x in (q, k, v))
-        attend(q, k, v, table.band, scale, dropout, out.unsqueeze(1), lse, table)
+        (out, lse), (q, k, v) = into, map(_of_one, (q, k, v))
+        attend(q, k, v, table.band, softmax, (out.unsqueeze(1), lse), table)
 
     def backward_segments(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        delta: Tensor | None,
-        table: Segments,
-        *,
-        scale: float,
-        dropout: KeepMask | None = None,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
+        self, rows: BackwardRows, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Gradients
     ) -> None:
         """See `Kernel.backward_segments`."""
         from megatron_attn2d.attention.kernels.triton.backward import differentiate
 
-        assert delta is not None
-        dout, q, k, v = (_rows_contiguous(x).unsqueeze(1) for x in (dout, q, k, v))
-        dq, dk, dv = (x.unsqueeze(1) for x in (dq, dk, dv))
-        differentiate(dout, q, k, v, lse, delta, table.band, scale, dropout, dq, dk, dv, table)
+        dq, dk, dv = (x.unsqueeze(1) for x in into)
+        rows = rows.each(_of_one, lambda x: x)
+        differentiate(rows, _of_one(k), _of_one(v), table.band, softmax, (dq, dk, dv), table)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     """Itself or a copy whose last dim is contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _of_one(x: Tensor) -> Tensor:
+    """[rows, heads, d] -> [rows, 1, heads, d], the last dim contiguous."""
+    return _rows_contiguous(x).unsqueeze(1)
 
 
 @cache

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Results
 from megatron_attn2d.attention.kernels.triton.blocks import LN2, LOG2E
 from megatron_attn2d.attention.kernels.triton.launch import Table, run, tuned, with_strides
 from megatron_attn2d.attention.segments import Segments
@@ -207,8 +208,9 @@ def _backward_keys(
     _store(_head(dv_, key_head), first, mine, dv, dv_acc, N, DV)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, table: Segments, scale: float, out: Tensor, lse: Tensor) -> None:
+def attend(q: Tensor, k: Tensor, v: Tensor, table: Segments, scale: float, into: Results) -> None:
     """See `Kernel.forward_segments`; scale is above 0."""
+    out, lse = into
     q, k, v, out = (x.unsqueeze(1) for x in (q, k, v, out))
     blocks, how = tuned(q, v, FORWARD)
     sizes = q.size(0), k.size(0)
@@ -220,34 +222,24 @@ def forward(q: Tensor, k: Tensor, v: Tensor, table: Segments, scale: float, out:
     run(_forward, (-(-sizes[0] // blocks[0]), q.size(2)), arguments, blocks, how, q, False)
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    table: Segments,
-    scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
+def differentiate(rows: BackwardRows, k: Tensor, v: Tensor, table: Segments, scale: float, into: Gradients) -> None:
     """See `Kernel.backward_segments`; delta is derived from `out`."""
+    (q, dout, lse, _, out), (dq, dk, dv) = rows, into
+    assert out is not None
     dout, q, k, v, out, dq, dk, dv = (x.unsqueeze(1) for x in (dout, q, k, v, out, dq, dk, dv))
-    (rows, _, heads, d), (keys, _, key_heads, v_dim) = q.shape, v.shape
-    delta = lse.new_empty((heads, rows))
+    (sq, _, heads, d), (sk, _, key_heads, v_dim) = q.shape, v.shape
+    delta = lse.new_empty((heads, sq))
     inputs = [*map(with_strides, (dout, q, k, v))]
     same = (
         *(scale, scale * LOG2E.value, heads // key_heads),
-        *(*_seen_of(table, rows, keys), (rows, keys), d, v_dim),
+        *(*_seen_of(table, sq, sk), (sq, sk), d, v_dim),
     )
     blocks, how = tuned(q, v, BACKWARD_ROWS)
     arguments = (*inputs, with_strides(out), lse, lse.stride(0), delta, with_strides(dq), *same)
-    run(_backward_rows, (-(-rows // blocks[0]), heads), arguments, blocks, how, q, False)
+    run(_backward_rows, (-(-sq // blocks[0]), heads), arguments, blocks, how, q, False)
     blocks, how = tuned(q, v, BACKWARD_KEYS)
     arguments = (*inputs, lse, lse.stride(0), delta, with_strides(dk), with_strides(dv), *same)
-    run(_backward_keys, (-(-keys // blocks[1]), key_heads), arguments, blocks, how, q, False)
+    run(_backward_keys, (-(-sk // blocks[1]), key_heads), arguments, blocks, how, q, False)
 
 
 def _seen_of(table: Segments, rows: int, keys: int) -> tuple[Tensor, Tensor]:
