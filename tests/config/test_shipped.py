@@ -40,6 +40,7 @@ with compat.applied_fixes(), cpu.seam(), contextlib.redirect_stdout(io.StringIO(
                 validate_args(args)
             padded = vocab_size_with_padding(run.data.vocab_size, args, logging_enabled=False)
             unsharded = Namespace(**vars(args) | {"use_distributed_optimizer": False, "padded_vocab_size": padded})
+            unsharded.num_layers = run.model.num_layers  # counted as a GPT's
             held[run.run.name] = compute_weight_and_optimizer_memory(unsharded) / 18  # bytes a weight
             found[f"{run.run.name} {mode}"] = [
                 args.data_parallel_size, args.context_parallel_size, args.cp_comm_type,

@@ -14,7 +14,8 @@ __all__ = ["text"]
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml"
 _TINY = (
-    *("model.num_layers=2", "model.hidden_size=64", "model.num_query_groups=2", "model.ffn_hidden_size=128"),
+    *("model.kind=gpt", "model.num_layers=2", "model.hidden_size=64"),
+    *("model.num_query_groups=2", "model.ffn_hidden_size=128"),
     *("parallelism.pipeline=1", "context_parallel.size=1", "training.seq_length=64", "training.train_iters=1"),
     *("optimizer.lr=1e-9", "optimizer.min_lr=0", "optimizer.lr_warmup_iters=0", "optimizer.lr_decay_iters=1"),
     "model.init_method_std=0.1",  # a model that says something else each time

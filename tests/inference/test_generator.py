@@ -144,7 +144,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "megatron_args.moe_router_topk=2",
         "megatron_args.moe_ffn_hidden_size=64",
     ),
-    "hybrid": ("model.num_layers=4", "megatron_args.hybrid_layer_pattern='*-*-'"),
+    "hybrid": ("model.kind=hybrid",),
     "multi-token prediction": ("megatron_args.mtp_num_layers=1", "model.untie_embeddings_and_output_weights=true"),
 }
 

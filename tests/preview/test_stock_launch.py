@@ -17,7 +17,7 @@ RUNS = Path(__file__).parents[2] / "configs" / "runs"
     [
         (
             "llama_8b_128k",
-            ["context_parallel.head_groups=2", "environment.variables={NCCL_DEBUG: WARN}"],
+            ["model.kind=gpt", "context_parallel.head_groups=2", "environment.variables={NCCL_DEBUG: WARN}"],
             [
                 "train alone has them: --attention2d-head-groups --peak-tflops --run-dir\n"
                 "env NCCL_DEBUG=WARN CUDA_DEVICE_MAX_CONNECTIONS=1 \\\n"

@@ -37,7 +37,8 @@ def run_dir(pool: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory
     run = load_run(
         QUICKSTART,
         [
-            *("model.num_layers=2", "model.hidden_size=64", "model.num_query_groups=2", "model.ffn_hidden_size=128"),
+            *("model.kind=gpt", "model.num_layers=2", "model.hidden_size=64"),
+            *("model.num_query_groups=2", "model.ffn_hidden_size=128"),
             *("training.seq_length=64", "training.train_iters=2", "optimizer.lr_warmup_iters=0"),
             *("parallelism.pipeline=1", "context_parallel.size=1", "checkpoint.save=true", "checkpoint.keep_last=3"),
             *(f"data.paths=[{text}]", f"run.dir={directory}", "optimizer.use_distributed_optimizer=true"),
