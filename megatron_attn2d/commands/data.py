@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_attn2d.data.indexed import prefix_fault
+from megatron_attn2d.config.prefixes import prefix_fault
 from megatron_attn2d.errors import UsageError
 
 TOKENIZERS = ("bytes", "huggingface", "sentencepiece", "tiktoken")

@@ -14,7 +14,7 @@ from megatron_attn2d.config import RunConfig
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.inference import configuration, long_context
 from megatron_attn2d.inference.tasks import catalogue
-from megatron_attn2d.inference.tasks.text import Text, from_files
+from megatron_attn2d.inference.tasks.filler import Text, from_files
 from megatron_attn2d.launch import environment
 from megatron_attn2d.run import checkpoints
 

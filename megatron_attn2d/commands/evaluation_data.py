@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_attn2d.config import RunConfig
-from megatron_attn2d.data.indexed import prefix_fault
+from megatron_attn2d.config.prefixes import prefix_fault
 from megatron_attn2d.errors import ConfigErrors, UsageError
 
 

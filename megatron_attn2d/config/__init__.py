@@ -2,7 +2,7 @@
 
 loading.py    files that extend each other, command-line overrides -> one mapping
 schema.py     the keys and their types
-checks.py     whether the values fit together
+check.py      whether the values fit together
 arguments.py  Megatron's arguments
 """
 

@@ -6,6 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from megatron_attn2d.config.continued import check_continued
+from megatron_attn2d.config.prefixes import is_complete
 from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.errors import ConfigError, ConfigErrors
 from megatron_attn2d.run import checkpoints
@@ -19,8 +20,6 @@ def check_files(run: RunConfig) -> None:
 
 
 def _data(run: RunConfig) -> Iterator[ConfigError]:
-    from megatron_attn2d.data.indexed import is_complete
-
     for prefix in run.data.paths:
         if not is_complete(Path(prefix)):
             reason = f"{prefix}.bin and {prefix}.idx are not both there"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
-from megatron_attn2d.config.checks import UNEVEN
+from megatron_attn2d.config.check import UNEVEN
 from megatron_attn2d.config.keys import changed, value
 from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.errors import ConfigError, ConfigErrors, show

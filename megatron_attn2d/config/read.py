@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_attn2d.config.auto import with_grid
-from megatron_attn2d.config.checks import check
+from megatron_attn2d.config.check import check
 from megatron_attn2d.config.explain import explain
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.schema import RunConfig

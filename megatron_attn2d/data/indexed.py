@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_attn2d.config.prefixes import is_complete
 from megatron_attn2d.megatron.upstream.quiet_imports import indexed_dataset
 
 END_OF_DOCUMENT = 256
@@ -35,18 +36,6 @@ def standard_library_sources() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
-
-
-def prefix_fault(prefix: str) -> tuple[str, str] | None:
-    """Why `prefix` can't be that of PREFIX.bin and PREFIX.idx, and what to write instead; None where it can."""
-    if prefix.rpartition("/")[2].strip("."):
-        return None
-    return "a folder, whose files need a name to begin with", f"write {prefix.rstrip('/')}/NAME"
-
-
-def is_complete(prefix: Path) -> bool:
-    """Whether both files of the data set `prefix` exist."""
-    return all(prefix.with_name(prefix.name + suffix).is_file() for suffix in (".bin", ".idx"))
 
 
 def is_sealed(prefix: Path) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_attn2d.config.prefixes import is_complete
 from megatron_attn2d.data import tokenizers
 from megatron_attn2d.data.build import counted
-from megatron_attn2d.data.indexed import is_complete
 from megatron_attn2d.data.tokenizers import TokenizerChoice
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.megatron.upstream.quiet_imports import hushed, indexed_dataset

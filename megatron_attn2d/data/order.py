@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_attn2d.config.arguments import data_blend, embedded_data
+from megatron_attn2d.config.prefixes import is_complete
 from megatron_attn2d.config.schema import RunConfig
-from megatron_attn2d.data.indexed import is_complete
 from megatron_attn2d.data.inspect import open_indexed
 from megatron_attn2d.megatron.upstream.quiet_imports import hushed
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from megatron_attn2d.config import RunConfig
 from megatron_attn2d.inference.sampling import Sampling
 from megatron_attn2d.inference.tasks import catalogue
+from megatron_attn2d.inference.tasks.filler import Text
 from megatron_attn2d.inference.tasks.haystack import Haystack, Question, Task, fit
-from megatron_attn2d.inference.tasks.text import Text
 
 if TYPE_CHECKING:  # it imports torch, which a command line that is wrong should not wait for
     from megatron_attn2d.inference.generator import Generator

@@ -40,9 +40,8 @@ from megatron_attn2d.megatron import cuda_graphs
 from megatron_attn2d.megatron.announcement import launched_with, tell_unread_mask
 from megatron_attn2d.megatron.layer_grid import layer_grid, split_mode
 from megatron_attn2d.megatron.recomputation import attentions
+from megatron_attn2d.megatron.upstream.compat import ROLLS_WITHIN_PADDING
 
-ROLLS_WITHIN_PADDING = "rolls_within_padding"
-"""Marks the function that shifts packed tokens for multi-token prediction once it minds padding; see compat.py."""
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 _CAUSAL_PACKED = {**_CAUSAL, AttnMaskType.padding_causal: True, AttnMaskType.padding: False}
 

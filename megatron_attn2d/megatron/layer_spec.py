@@ -13,7 +13,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
@@ -31,8 +30,8 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron_attn2d.megatron.announcement import introduce
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 from megatron_attn2d.megatron.layer_grid import ATTENTION2D, split_mode
-from megatron_attn2d.megatron.upstream.compat import ATTENDING_IN_CONTEXT
-from megatron_attn2d.megatron.upstream.patching import install
+from megatron_attn2d.megatron.upstream.patching import Patch, install
+from megatron_attn2d.megatron.upstream.torch_norm import SequenceParallelTorchNorm
 
 
 class CoreAttention:
@@ -58,24 +57,6 @@ class CoreAttention:
         if HAVE_TE and split_mode(mode)[0] != ATTENTION2D:
             return TEDotProductAttention(config=config, layer_number=layer_number, cp_comm_type=cp_comm_type, **kwargs)
         return ContextParallelAttention(config=config, layer_number=layer_number, cp_comm_type=mode, **kwargs)
-
-
-class SequenceParallelTorchNorm:
-    """Builds torch's norm, as upstream does without Apex and Transformer Engine, also under sequence parallelism.
-
-    Upstream's wrapper refuses that, since nothing marks the parameters of torch's norm for the summation of their
-    gradients over the tensor-parallel ranks, which see different tokens. Here they carry that mark.
-    """
-
-    def __new__(cls, config: TransformerConfig, *args: Any, **kwargs: Any) -> Any:
-        """The norm, constructed with the arguments of upstream's `WrappedTorchNorm`."""
-        without = copy.copy(config)
-        without.sequence_parallel = False
-        norm = WrappedTorchNorm(without, *args, **kwargs)
-        assert isinstance(norm, torch.nn.Module)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
 
 
 def with_context_parallelism(spec: Any) -> Any:
@@ -198,3 +179,22 @@ def _model_of(config: TransformerConfig) -> GPTModelConfig:
         restore_modelopt_state=getattr(config, "restore_modelopt_state", False),
         use_arbitrary_attention_mask=getattr(config, "use_arbitrary_attention_mask", None),
     )
+
+
+def _attending_in_context(init: Any) -> Any:
+    """`MultiTokenPredictionBlock.__init__` with our attention in its layers where the model's own layers have it."""
+
+    @functools.wraps(init)
+    def build(self: Any, config: Any, spec: Any, *args: Any, **kwargs: Any) -> None:
+        described = with_context_parallelism(spec) if is_spread(config) else spec
+        init(self, config, described, *args, **kwargs)
+
+    return build
+
+
+ATTENDING_IN_CONTEXT = Patch(
+    "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock.__init__",
+    _attending_in_context,
+    "builders describe the layers of multi-token prediction anew, whatever the spec of the other layers says",
+)
+"""Installed by the layer spec for a model with such layers, so that every launcher gets it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil, log2
 
 from megatron_attn2d.config.auto import workload
-from megatron_attn2d.config.checks import UNEVEN
+from megatron_attn2d.config.check import UNEVEN
 from megatron_attn2d.config.schema import Model, RunConfig
 from megatron_attn2d.data import tokenizers
 from megatron_attn2d.errors import UsageError

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 
+from megatron_attn2d.config.prefixes import is_complete
 from megatron_attn2d.data import indexed
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.megatron.upstream import compat, cpu
@@ -193,7 +194,7 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
     prefixes = [Path(prefix) for prefix in args.data_path or []]  # and weights, which are no data sets
     for prefix in prefixes:
         indexed.verify_index(prefix)
-        if args.rank == 0 and indexed.is_complete(prefix):
+        if args.rank == 0 and is_complete(prefix):
             _check_vocabulary(largest_id(prefix), str(prefix))
     indices = f"cache/{kind.__name__}_indices"  # beside the data
     caches = [Path(args.data_cache_path)] if args.data_cache_path else [prefix / indices for prefix in prefixes]

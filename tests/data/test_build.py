@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_attn2d.config.prefixes import is_complete
 from megatron_attn2d.data.build import build
-from megatron_attn2d.data.indexed import is_complete
 from megatron_attn2d.data.inspect import open_indexed, report
 from megatron_attn2d.data.tokenizers import TokenizerChoice, load
 from megatron_attn2d.errors import UsageError

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_attn2d.config.prefixes import is_complete
 from megatron_attn2d.data import indexed
 
 
@@ -47,15 +48,15 @@ def test_an_interrupted_build_leaves_nothing(files: list[Path], tmp_path: Path) 
     with pytest.raises(FileNotFoundError):
         indexed.build([*files, tmp_path / "missing"], tmp_path / "out" / "set")
     assert not list((tmp_path / "out").iterdir())
-    assert not indexed.is_complete(tmp_path / "out" / "set")
+    assert not is_complete(tmp_path / "out" / "set")
 
 
 @pytest.mark.parametrize("missing", [".bin", ".idx"])
 def test_half_a_set_is_not_complete(missing: str, files: list[Path], tmp_path: Path) -> None:
     prefix = indexed.build(files, tmp_path / "set")
-    assert indexed.is_complete(prefix)
+    assert is_complete(prefix)
     (tmp_path / f"set{missing}").unlink()
-    assert not indexed.is_complete(prefix)
+    assert not is_complete(prefix)
 
 
 def test_processes_that_build_at_once_leave_one_whole_set(files: list[Path], tmp_path: Path) -> None:

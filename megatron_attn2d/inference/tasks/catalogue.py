@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_attn2d.errors import UsageError, nearest
-from megatron_attn2d.inference.tasks import documents
+from megatron_attn2d.inference.tasks import question_answering
 from megatron_attn2d.inference.tasks.counting import CommonWords, FrequentWords
+from megatron_attn2d.inference.tasks.filler import NOISE, Text
 from megatron_attn2d.inference.tasks.haystack import Task
 from megatron_attn2d.inference.tasks.needle import Needles
-from megatron_attn2d.inference.tasks.text import NOISE, Text
 from megatron_attn2d.inference.tasks.tracking import VariableTracking
 
 RULER = (
@@ -62,7 +62,7 @@ def ruler(name: str, text: Text | None, questions: Path | None) -> Task:
             raise UsageError(
                 "--tasks qa: asks about documents of yours; give --questions FILE.jsonl, or name other tasks"
             )
-        return documents.DocumentQuestions(documents.from_file(questions))
+        return question_answering.DocumentQuestions(question_answering.from_file(questions))
     if name in IN_TEXT and text is None:
         raise UsageError(
             f"--tasks {name}: hides its needle in a text of yours; give --haystack FILE, or name other tasks"

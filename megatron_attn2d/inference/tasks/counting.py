@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from random import Random
 from string import ascii_lowercase
 
+from megatron_attn2d.inference.tasks.filler import distinct
 from megatron_attn2d.inference.tasks.haystack import Haystack, Question
-from megatron_attn2d.inference.tasks.text import distinct
 
 
 @dataclass(frozen=True)

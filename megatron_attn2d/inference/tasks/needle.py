@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+from megatron_attn2d.inference.tasks.filler import Kind, Text, distinct
 from megatron_attn2d.inference.tasks.haystack import Haystack, Question, spread
-from megatron_attn2d.inference.tasks.text import Kind, Text, distinct
 
 _INTRODUCTION = "Secret {kind} are hidden in the following text. Remember them.\n"
 

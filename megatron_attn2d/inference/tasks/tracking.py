@@ -7,8 +7,8 @@ from itertools import pairwise
 from random import Random
 from string import ascii_uppercase
 
+from megatron_attn2d.inference.tasks.filler import NOISE, Text, distinct
 from megatron_attn2d.inference.tasks.haystack import Haystack, Question, spread
-from megatron_attn2d.inference.tasks.text import NOISE, Text, distinct
 
 _WORKED = 4
 """Sentences of the worked example."""

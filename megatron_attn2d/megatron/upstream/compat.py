@@ -92,21 +92,8 @@ def _without_step(set_states: Any) -> Any:
     return set_all_but_step
 
 
-def _attending_in_context(init: Any) -> Any:
-    """`MultiTokenPredictionBlock.__init__` with our attention in its layers where the model's own layers have it."""
-    layer_spec = importlib.import_module("megatron_attn2d.megatron.layer_spec")
-
-    @functools.wraps(init)
-    def build(self: Any, config: Any, spec: Any, *args: Any, **kwargs: Any) -> None:
-        described = layer_spec.with_context_parallelism(spec) if layer_spec.is_spread(config) else spec
-        init(self, config, described, *args, **kwargs)
-
-    return build
-
-
 def _within_padded_sequences(roll_packed: Any) -> Any:
     """`_roll_tensor_packed_seq` that finds each sequence where it lies: by the totals that count its padding."""
-    from megatron_attn2d.megatron.core_attention import ROLLS_WITHIN_PADDING
 
     @functools.wraps(roll_packed)
     def roll(tensor: Any, shifts: int, dims: int, packed_seq_params: Any, cp_group: Any = None) -> Any:
@@ -133,8 +120,8 @@ def _divisible_by_ranks(set_cache: Any) -> Any:
 
 def _norm_of_torch(norm: Any) -> Any:
     """Torch's norm where Transformer Engine's is not there to be built."""
-    layer_spec = importlib.import_module("megatron_attn2d.megatron.layer_spec")
-    return norm if layer_spec.HAVE_TE else layer_spec.SequenceParallelTorchNorm
+    torch_norm = importlib.import_module("megatron_attn2d.megatron.upstream.torch_norm")
+    return norm if torch_norm.HAVE_TE else torch_norm.SequenceParallelTorchNorm
 
 
 def _of_any_module(get_layer_static_inputs: Any) -> Any:
@@ -153,6 +140,8 @@ def _without_making_masks(get_replay_args: Any) -> Any:
     return arguments
 
 
+ROLLS_WITHIN_PADDING = "rolls_within_padding"
+"""Marks the function that shifts packed tokens for multi-token prediction once it minds padding."""
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
 REFUSING_NO_TOKENS = Patch(
@@ -160,12 +149,6 @@ REFUSING_NO_TOKENS = Patch(
     _refusing_no_tokens,
     "a split with a weight but without documents would be counted through for ever",
 )
-ATTENDING_IN_CONTEXT = Patch(
-    "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock.__init__",
-    _attending_in_context,
-    "builders describe the layers of multi-token prediction anew, whatever the spec of the other layers says",
-)
-"""Installed by the layer spec for a model with such layers, so that every launcher gets it."""
 FIXES = (
     Patch(
         "megatron.core.datasets.utils:compile_helpers",

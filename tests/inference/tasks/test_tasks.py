@@ -6,11 +6,11 @@ from random import Random
 import pytest
 
 from megatron_attn2d.errors import UsageError
-from megatron_attn2d.inference.tasks import catalogue, documents
+from megatron_attn2d.inference.tasks import catalogue, question_answering
 from megatron_attn2d.inference.tasks.counting import CommonWords, FrequentWords
+from megatron_attn2d.inference.tasks.filler import NOISE, Text, distinct, split_sentences
 from megatron_attn2d.inference.tasks.haystack import Question, fit, spread
 from megatron_attn2d.inference.tasks.needle import Needles
-from megatron_attn2d.inference.tasks.text import NOISE, Text, distinct, split_sentences
 from megatron_attn2d.inference.tasks.tracking import VariableTracking
 
 TEXT = Text([f"Sentence {number} of a book says nothing." for number in range(300)])
@@ -151,7 +151,7 @@ def test_questions_that_are_none_are_told(content, told, tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text(content)
     with pytest.raises(UsageError, match=told):
-        documents.from_file(path)
+        question_answering.from_file(path)
 
 
 def test_names():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.errors import UsageError
+from megatron_attn2d.megatron import layer_spec
 from megatron_attn2d.megatron.upstream import compat, cpu
 from megatron_attn2d.megatron.upstream.patching import Patch, UpstreamChangedError, applied
 from tests.attention.dense import packed_zigzag
@@ -24,7 +25,7 @@ from tests.megatron.runs import Tensors, arguments, train_states
 from tests.pool import RankPool
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the seam is for hosts without a GPU")
-BY_TARGET = {patch.target: patch for patch in (*cpu.PATCHES, *compat.FIXES, compat.ATTENDING_IN_CONTEXT)}
+BY_TARGET = {patch.target: patch for patch in (*cpu.PATCHES, *compat.FIXES, layer_spec.ATTENDING_IN_CONTEXT)}
 
 RAISES_WITHOUT_A_DEVICE: dict[str, Callable[[], Any]] = {
     "torch.cuda:current_device": lambda: torch.cuda.current_device(),

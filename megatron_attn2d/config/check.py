@@ -8,8 +8,8 @@ from math import prod
 from megatron_attn2d.config import keys
 from megatron_attn2d.config.auto import with_grid
 from megatron_attn2d.config.layer_pattern import ATTENTION, PIPE, is_hybrid, main_layers
+from megatron_attn2d.config.prefixes import prefix_fault
 from megatron_attn2d.config.schema import GRAPH_IMPLEMENTATIONS, RunConfig
-from megatron_attn2d.data.indexed import prefix_fault
 from megatron_attn2d.errors import ConfigError, ConfigErrors
 from megatron_attn2d.megatron.upstream.graph_environment import graph_fault
 from megatron_attn2d.planner import factorisations
