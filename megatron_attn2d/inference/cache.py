@@ -13,7 +13,7 @@ Legend: B sequences, P context ranks, t tokens that this rank computes in a pass
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -24,9 +24,15 @@ from torch import Tensor
 from megatron_attn2d.attention.kernels import Kernel, choose_kernel
 from megatron_attn2d.attention.kernels.base import Request
 from megatron_attn2d.attention.layout import FULL
+from megatron_attn2d.attention.merge import accumulation_dtype
 from megatron_attn2d.inference import partial, shards
 from megatron_attn2d.inference.shards import Piece
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+
+type Place = tuple[slice, int | Tensor, slice | Tensor]
+"""Rows of a pass, the sequence or sequences that they belong to, and where they are kept."""
+_EXPANDED = 8192
+"""Keys of latent attention that are made for all heads at once."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Cache:
         filled: tokens of each sequence that each rank keeps, [B][P].
         capacity: tokens of one sequence for which a rank has room.
         positions: where the kept tokens stand in their sequence, [B, capacity + 1].
+        layers: keys and values of this rank by the layer's number, [B, capacity + 1, g, d] each.
         logits: of the token after the last one of each sequence, [B, vocabulary], fp32; None before the first pass.
     """
 
@@ -62,7 +69,8 @@ class Cache:
         self.filled = [[0] * self.ranks for _ in range(sequences)]
         self.positions = torch.zeros(sequences, capacity + 1, dtype=torch.long, device=device)
         self.logits: Tensor | None = None
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
+        self._counts: Tensor | None = None
         self._pass: _Fill | _Decode | None = None
 
     @property
@@ -73,7 +81,7 @@ class Cache:
     @property
     def bytes(self) -> int:
         """Of the keys and values that this rank has allocated."""
-        return sum(x.numel() * x.element_size() for layer in self._layers.values() for x in layer)
+        return sum(x.numel() * x.element_size() for layer in self.layers.values() for x in layer)
 
     def snapshot(self) -> Snapshot:
         """What `roll_back` needs to come back here: no keys are copied."""
@@ -93,7 +101,7 @@ class Cache:
             raise ValueError(
                 "the snapshot holds tokens that the cache has forgotten: take a new one after rolling back"
             )
-        self.filled = [list(kept) for kept in snapshot.filled]
+        self.filled, self._counts = [list(kept) for kept in snapshot.filled], None
         self.logits = snapshot.logits
 
     def fill(self, chunk: Sequence[Piece]) -> _Fill:
@@ -103,11 +111,30 @@ class Cache:
         self._pass = _Fill(self, chunk)
         return self._pass
 
-    def decode(self, active: Sequence[bool]) -> _Decode:
-        """Begins a pass over one more token of each active sequence, computed by all ranks alike."""
-        self._grow(max(min(kept) + 1 for kept in self.filled))
+    @property
+    def counts(self) -> Tensor:
+        """`filled` on the device, [P, B]; single tokens are counted there too."""
+        if self._counts is None:
+            self._counts = torch.tensor(self.filled, device=self.positions.device).T.contiguous()
+        return self._counts
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many more single tokens of each sequence."""
+        self._grow(max(max(*kept, -(-(sum(kept) + tokens) // self.ranks)) for kept in self.filled))
+
+    def decode(self, active: Tensor) -> _Decode:
+        """Begins a pass over one more token of each sequence that is `active` [B], computed by all ranks alike.
+
+        There must be room (`reserve`), and `count_decoded` must follow `finish`.
+        """
         self._pass = _Decode(self, active)
         return self._pass
+
+    def count_decoded(self, active: Sequence[bool]) -> None:
+        """Counts on the host what a pass over single tokens has counted on the device."""
+        for kept, on in zip(self.filled, active, strict=True):
+            if on:
+                kept[shards.owner(kept)] += 1
 
     def finish(self) -> None:
         """Ends the pass: the new tokens count."""
@@ -121,24 +148,35 @@ class Cache:
         out = self._pass.attend(layer, query.squeeze(1), key.squeeze(1), value.squeeze(1))
         return out.flatten(1).unsqueeze(1)
 
-    def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, layer: ContextParallelAttention) -> tuple[Tensor, Tensor]:
         """Room for keys and values of a layer, [B, capacity + 1, g, d]; what is not to be kept goes to the last place.
 
-        `key` and `value` are some of that layer.
+        Of latent attention both are views of [B, capacity + 1, 1, r + p].
         """
-        if number not in self._layers:
-            shape = len(self.filled), self.capacity + 1
+        latent = layer.latent
+        if layer.layer_number not in self.layers:
+            heads, widths = (1, [latent.width]) if latent else (layer.kept_heads, layer.head_dims)
+            shape = len(self.filled), self.capacity + 1, heads
+            like = {"dtype": layer.config.params_dtype, "device": self.positions.device}
             # zeros: what was never written is masked, but NaN times 0 is NaN
-            self._layers[number] = key.new_zeros(*shape, *key.shape[1:]), value.new_zeros(*shape, *value.shape[1:])
-        return self._layers[number]
+            self.layers[layer.layer_number] = tuple(torch.zeros(*shape, width, **like) for width in widths)
+        held = self.layers[layer.layer_number]
+        return (held[0], held[0][..., : latent.rank]) if latent else (held[0], held[1])
+
+    def keep(self, layer: ContextParallelAttention, key: Tensor, value: Tensor, at: Sequence[Place]) -> None:
+        """Keeps rows of key [t, g, d] and value [t, g, dv] at places of the cache."""
+        news = [key, value] if layer.latent is None else [layer.latent.kept(key)]
+        self.layer(layer)
+        for held, new in zip(self.layers[layer.layer_number], news, strict=True):
+            for rows, sequence, places in at:
+                held[sequence, places] = new[rows].to(held.dtype)
 
     def _grow(self, capacity: int) -> None:
         if capacity <= self.capacity:
             return
         more = max(capacity, self.capacity + self.capacity // 4) - self.capacity
-        for number, held in self._layers.items():
-            keys, values = (_longer(x, more) for x in held)
-            self._layers[number] = keys, values
+        for number, held in self.layers.items():
+            self.layers[number] = tuple(_longer(x, more) for x in held)
         self.positions = _longer(self.positions, more)
         self.capacity += more
 
@@ -178,14 +216,14 @@ class _Fill:
         return runs
 
     def attend(self, layer: ContextParallelAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.layer(layer.layer_number, k, v)
+        at: list[Place] = []
         offset = 0
         for piece in self.chunk:
-            for rows, places in self._kept(piece, offset):
-                keys[piece.sequence, places], values[piece.sequence, places] = k[rows], v[rows]
+            at += [(rows, piece.sequence, places) for rows, places in self._kept(piece, offset)]
             offset += 2 * piece.part
+        self.cache.keep(layer, k, v, at)
         if any(self.cache.lengths[piece.sequence] for piece in self.chunk):
-            return self._attend_cached(layer, q, keys, values)
+            return self._attend_cached(layer, q)
         return layer.attend(q, k, v, causal=True, **self._totals()).unflatten(-1, (q.size(1), -1))
 
     def _totals(self) -> dict[str, list[int]]:
@@ -195,24 +233,20 @@ class _Fill:
             padded.append(padded[-1] + piece.padded)
         return {"cu_seqlens": real, "cu_seqlens_padded": padded}
 
-    def _attend_cached(self, layer: ContextParallelAttention, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend_cached(self, layer: ContextParallelAttention, q: Tensor) -> Tensor:
         """All queries to this rank's shard, and back: [t, h, dv]."""
-        cache = self.cache
-        scale = layer.softmax_scale or 1 / sqrt(q.size(-1))
-        kernel = None if layer.window else _kernel(q, values)
+        cache, wide = self.cache, accumulation_dtype(q.dtype)
         gathered = _gathered(q, cache.group)  # [P, t, h, d]
-        out = q.new_zeros(cache.ranks, q.size(0), q.size(1), values.size(-1))
-        lse = q.new_full(
-            (cache.ranks, q.size(0), q.size(1)), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)
-        )
+        out = q.new_zeros(*gathered.shape[:3], layer.head_dims[1])
+        lse = q.new_full(gathered.shape[:3], -torch.inf, dtype=wide)
         offset = 0
         for piece in self.chunk:
             ranks, rows = self._order(piece, offset)
-            result = partial.Rows(gathered[ranks, rows], values.size(-1))
-            self._attend_shard(layer, piece, result, keys[piece.sequence], values[piece.sequence], kernel, scale)
+            result = partial.Rows(gathered[ranks, rows], layer.head_dims[1])
+            self._attend_shard(layer, piece, result)
             out[ranks, rows], lse[ranks, rows] = result.out.to(out.dtype), result.lse
             offset += 2 * piece.part
-        merged, total = partial.merged(_exchanged(out, cache.group).to(lse.dtype), _exchanged(lse, cache.group))
+        merged, total = partial.merged(_exchanged(out, cache.group).to(wide), _exchanged(lse, cache.group))
         return partial.with_sink(merged, total, layer.softmax_offset).to(q.dtype)
 
     def _order(self, piece: Piece, offset: int) -> tuple[Tensor, Tensor]:
@@ -220,34 +254,40 @@ class _Fill:
         places = torch.tensor([piece.place(token) for token in range(piece.length)], device=self.positions.device)
         return places[:, 0], places[:, 1] + offset
 
-    def _attend_shard(
-        self,
-        layer: ContextParallelAttention,
-        piece: Piece,
-        rows: partial.Rows,
-        keys: Tensor,
-        values: Tensor,
-        kernel: Kernel | None,
-        scale: float,
-    ) -> None:
+    def _attend_shard(self, layer: ContextParallelAttention, piece: Piece, rows: partial.Rows) -> None:
+        """Adds to all rows of a piece what they find in this rank's shard of its sequence."""
         filled = self.cache.filled[piece.sequence][self.cache.rank]
-        new = piece.kept(self.cache.rank)
-        if kernel is None:
-            assert layer.window is not None
-            end = filled + new
-            window = layer.window[0]
+        scale, window = layer.softmax_scale or 1 / sqrt(rows.queries.size(-1)), _window_of(layer)
+        if window is not None:
+            end = filled + piece.kept(self.cache.rank)
             positions = self.cache.positions[piece.sequence, :end]
-            before = window if window is not None and window >= 0 else piece.start + piece.length
-            rows.attend_window(piece.start, keys[:end], values[:end], positions, before, scale)
+            for keys, values, places in self._blocks(layer, piece.sequence, 0, end):
+                rows.attend_window(piece.start, keys, values, positions[places], window, scale)
             return
-        rows.attend(slice(None), keys[:filled], values[:filled], FULL, kernel, scale)
+        kernel: Kernel | None = None
+        for keys, values, _ in self._blocks(layer, piece.sequence, 0, filled):
+            kernel = kernel or _kernel(rows.queries, values)
+            rows.attend(slice(None), keys, values, FULL, kernel, scale)
         place = filled
         for first, number in piece.spans(self.cache.rank):
-            held = slice(place, place + number)
-            rows.attend_piece(first, keys[held], values[held], kernel, scale)
+            for keys, values, places in self._blocks(layer, piece.sequence, place, place + number):
+                kernel = kernel or _kernel(rows.queries, values)
+                rows.attend_piece(first + places.start - place, keys, values, kernel, scale)
             place += number
 
+    def _blocks(
+        self, layer: ContextParallelAttention, sequence: int, begin: int, end: int
+    ) -> Iterator[tuple[Tensor, Tensor, slice]]:
+        """Keys [n, g, d] and values [n, g, dv] of places of the cache; those of latent attention are made by blocks."""
+        keys, values = (x[sequence] for x in self.cache.layer(layer))
+        step = max(1, end - begin) if layer.latent is None else _EXPANDED
+        for first in range(begin, end, step):
+            places = slice(first, min(first + step, end))
+            found = (keys[places], values[places]) if layer.latent is None else layer.latent.expanded(keys[places])
+            yield *found, places
+
     def count(self) -> None:
+        self.cache._counts = None
         for piece in self.chunk:
             for rank, kept in enumerate(self.cache.filled[piece.sequence]):
                 self.cache.filled[piece.sequence][rank] = kept + piece.kept(rank)
@@ -256,44 +296,72 @@ class _Fill:
 class _Decode:
     """A pass over one token of each sequence, computed by all ranks alike.
 
+    All of it is worked out on the cache's device, so that a CUDA graph of the pass serves a cache that grows.
+
     Attributes:
         positions: of the tokens, [B].
     """
 
-    def __init__(self, cache: Cache, active: Sequence[bool]) -> None:
+    def __init__(self, cache: Cache, active: Tensor) -> None:
         self.cache = cache
-        device = cache.positions.device
-        self.owners = [shards.owner(kept) if on else None for kept, on in zip(cache.filled, active, strict=True)]
-        mine = [owner == cache.rank for owner in self.owners]
-        held = [kept[cache.rank] for kept in cache.filled]
-        self.positions = torch.tensor(cache.lengths, device=device)
+        counts, ranks = cache.counts, cache.ranks
+        order = torch.arange(ranks, device=counts.device)[:, None]
+        owner = (counts * ranks + order).argmin(0)  # as `shards.owner`: of ranks with as many tokens the first
+        self.new = (owner == order) & active
+        # What is added to an inactive sequence is kept nowhere; its position is one that the model has.
+        self.positions = (counts.sum(0) - (~active).long()).clamp_(min=0)
+        held, mine = counts[cache.rank], self.new[cache.rank]
         # A token that another rank keeps goes to the last place, which nobody sees.
-        places = [place if own else cache.capacity for place, own in zip(held, mine, strict=True)]
-        self.places = torch.tensor(places, device=device)
-        self.sequences = torch.arange(len(held), device=device)
-        self.ends = torch.tensor([place + own for place, own in zip(held, mine, strict=True)], device=device)
-        self.longest = max(place + own for place, own in zip(held, mine, strict=True))
+        self.places = torch.where(mine, held, cache.capacity)
+        self.ends = held + mine
+        self.sequences = torch.arange(len(held), device=counts.device)
         cache.positions[self.sequences, self.places] = self.positions
 
     def attend(self, layer: ContextParallelAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.layer(layer.layer_number, k, v)
-        keys[self.sequences, self.places], values[self.sequences, self.places] = k, v
-        slots = torch.arange(self.longest, device=q.device)
-        seen = slots < self.ends[:, None]
-        if layer.window and layer.window[0] is not None and layer.window[0] >= 0:
-            seen &= self.cache.positions[:, : self.longest] >= (self.positions - layer.window[0])[:, None]
+        self.cache.keep(layer, k, v, [(slice(None), self.sequences, self.places)])
+        keys, values = self.cache.layer(layer)
+        asked = q if layer.latent is None else layer.latent.absorbed(q)
         scale = layer.softmax_scale or 1 / sqrt(q.size(-1))
-        held = keys[:, : self.longest], values[:, : self.longest]
-        out, lse = partial.masked(q.unsqueeze(1), *held, seen.unsqueeze(1), scale)
-        together = torch.cat((out.squeeze(1), lse.squeeze(1).unsqueeze(-1)), -1)  # one message
-        outs, lses = _gathered(together, self.cache.group).split([out.size(-1), 1], -1)
-        merged, total = partial.merged(outs, lses.squeeze(-1))
-        return partial.with_sink(merged, total, layer.softmax_offset).to(q.dtype)
+        parts = _gathered(self.attend_shard(asked, keys, values, scale, _window_of(layer)), self.cache.group)
+        if q.is_cuda:
+            from megatron_attn2d.inference import triton_decode
+
+            out, lse = _apart(triton_decode.merge(parts))
+        else:
+            out, lse = partial.merged(*_apart(parts))
+        out = partial.with_sink(out, lse, layer.softmax_offset)
+        return (out if layer.latent is None else layer.latent.output(out)).to(q.dtype)
+
+    def attend_shard(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+        """Output and log-sum-exp over this rank's keys in one tensor, [B, h, dv + 1]: one message."""
+        cache = self.cache
+        if q.is_cuda:
+            from megatron_attn2d.inference import triton_decode
+
+            return triton_decode.attend(q, keys, values, self.ends, scale, window, cache.positions, self.positions)
+        seen = torch.arange(keys.size(1)) < self.ends[:, None]
+        if window is not None:
+            seen &= cache.positions >= (self.positions - window)[:, None]
+        longest = int(self.ends.max())
+        held = keys[:, :longest], values[:, :longest]
+        out, lse = partial.masked(q.unsqueeze(1), *held, seen[:, None, :longest], scale)
+        return torch.cat((out.squeeze(1), lse.squeeze(1).unsqueeze(-1)), -1)
 
     def count(self) -> None:
-        for kept, owner in zip(self.cache.filled, self.owners, strict=True):
-            if owner is not None:
-                kept[owner] += 1
+        """On the device; `Cache.count_decoded` does it on the host."""
+        self.cache.counts.add_(self.new)
+
+
+def _window_of(layer: ContextParallelAttention) -> int | None:
+    """How far before itself a token of the layer sees; None: to the first."""
+    left = layer.window[0] if layer.window else None
+    return None if left is None or left < 0 else left
+
+
+def _apart(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [..., dv] and log-sum-exp [...] of [..., dv + 1]."""
+    out, lse = x.split([x.size(-1) - 1, 1], -1)
+    return out, lse.squeeze(-1)
 
 
 def _kernel(q: Tensor, v: Tensor) -> Kernel:

@@ -32,6 +32,7 @@ from megatron_attn2d.training import pretrain_gpt
 
 if TYPE_CHECKING:  # they import Megatron, whose greeting is for the log
     from megatron_attn2d.inference.cache import Cache
+    from megatron_attn2d.inference.decode import Decoder, Graph
     from megatron_attn2d.inference.model import Model
 
 Tokens = Sequence[int]
@@ -89,10 +90,19 @@ class Generator:
         measured: by `generate`, since the generator was made.
     """
 
-    def __init__(self, run: RunConfig, model: Model, tokenizer: Tokenizer, console: TextIO, batch: int, chunk: int):
+    def __init__(
+        self,
+        run: RunConfig,
+        model: Model,
+        tokenizer: Tokenizer,
+        console: TextIO,
+        batch: int,
+        chunk: int,
+        graph: Graph,
+    ) -> None:
         """Use `load`, or `started` inside Megatron's ranks."""
         self.run, self.tokenizer, self.console = run, tokenizer, console
-        self._model, self._batch, self._chunk = model, batch, chunk
+        self._model, self._batch, self._chunk, self._graph = model, batch, chunk, graph
         self._stack = ExitStack()
         self.positions = positions_of(run)
         self.measured = Measured(ranks=run.context_parallel.size)
@@ -106,6 +116,7 @@ class Generator:
         step: int | None = None,
         batch: int = 8,
         chunk: int = 4096,
+        graph: Graph = "auto",
     ) -> Self:
         """The model of a run's checkpoint, as this rank of those that a launcher started; alone, on one rank.
 
@@ -116,6 +127,8 @@ class Generator:
             step: of the checkpoint; None: the last complete one.
             batch: prompts that are completed at once, on each replica.
             chunk: tokens that a rank computes at once while prompts are filled in.
+            graph: whether a step after the prompts is a CUDA graph: auto, where it can be and is worth it; always;
+                never.
 
         Raises:
             UsageError: there is no such checkpoint, or an override does not fit it.
@@ -134,13 +147,17 @@ class Generator:
         else:
             ranks.alone()
         stack = ExitStack()
-        generator = stack.enter_context(cls.started(run, configuration.arguments(run, step), batch=batch, chunk=chunk))
+        generator = stack.enter_context(
+            cls.started(run, configuration.arguments(run, step), batch=batch, chunk=chunk, graph=graph)
+        )
         generator._stack = stack
         return generator
 
     @classmethod
     @contextmanager
-    def started(cls, run: RunConfig, arguments: Sequence[str], *, batch: int = 8, chunk: int = 4096) -> Iterator[Self]:
+    def started(
+        cls, run: RunConfig, arguments: Sequence[str], *, batch: int = 8, chunk: int = 4096, graph: Graph = "auto"
+    ) -> Iterator[Self]:
         """The model in this rank, RANK, WORLD_SIZE, ... being in its environment; other arguments are those of `load`.
 
         Args:
@@ -148,6 +165,7 @@ class Generator:
             arguments: Megatron's, of `configuration.arguments`.
             batch: as of `load`.
             chunk: as of `load`.
+            graph: as of `load`.
         """
         for name, value in (("batch", batch), ("chunk", chunk)):
             if value < 1:
@@ -156,7 +174,11 @@ class Generator:
         with pretrain_gpt.in_megatron(arguments) as console:
             from megatron_attn2d.inference.model import Model
 
-            yield cls(run, Model.built(), tokenizer, console, batch, chunk)
+            model = Model.built()
+            try:
+                yield cls(run, model, tokenizer, console, batch, chunk, graph)
+            finally:
+                model.close()
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -317,60 +339,10 @@ class Generator:
         return [merged[place] for place in range(len(texts))]
 
     def _extend(self, cache: Cache, tokens: Sequence[Tokens], first: Sequence[int] | None = None) -> list[Tensor]:
-        """Fills in new tokens of each sequence, by chunks.
+        """See `fill`."""
+        from megatron_attn2d.inference.fill import fill
 
-        Args:
-            cache: receives them, and the logits after the last of them.
-            tokens: of each sequence.
-            first: from which place on tokens are scored; None: none are.
-
-        Returns:
-            For each sequence the scores of its tokens from `first` on, [n, 2], on the CPU.
-        """
-        starts = cache.lengths
-        before = cache.logits
-        last: list[Tensor | None] = [None] * len(tokens)
-        scores = [torch.zeros(len(new), 2, dtype=torch.float64, device=self._model.device) for new in tokens]
-        for chunk in shards.chunks(starts, list(map(len, tokens)), self._chunk * cache.ranks, cache.ranks):
-            step = cache.fill(chunk)
-            held: list[int] = []
-            wanted: list[tuple[int, int, int]] = []  # row, sequence, place in its new tokens
-            for piece in chunk:
-                new, begin = tokens[piece.sequence], piece.start - starts[piece.sequence]
-                for row in piece.rows(cache.rank):
-                    place = begin + min(row, piece.length - 1)
-                    ends = place == len(new) - 1
-                    is_scored = first is not None and not ends and place + 1 >= first[piece.sequence]
-                    if row < piece.length and (ends or is_scored):
-                        wanted.append((len(held), piece.sequence, place))
-                    held.append(new[place])
-            device = self._model.device
-            rows = torch.tensor([row for row, _, _ in wanted] or [0], device=device)
-            logits = self._model.logits(cache, torch.tensor(held, device=device), step.positions, rows)
-            cache.finish()
-            if logits is None:
-                continue
-            for row, (_, sequence, place) in zip(logits, wanted, strict=False):
-                if place == len(tokens[sequence]) - 1:
-                    last[sequence] = row
-            if first is not None:
-                inner = [(i, s, p) for i, (_, s, p) in enumerate(wanted) if p < len(tokens[s]) - 1]
-                targets = [tokens[s][p + 1] for _, s, p in inner]
-                for (_, s, p), found in zip(
-                    inner, _scored(logits[[i for i, _, _ in inner]], targets, self.tokenizer.size), strict=True
-                ):
-                    scores[s][p + 1] = found
-        if self._model.last:
-            cache.logits = self._model.last_logits(last)
-        if first is None:
-            return []
-        if self._model.last:
-            for found in scores:
-                self._model.sum_over_context(found)
-            if before is not None:  # of the text before, of which every context rank has them
-                for found, row, new in zip(scores, before, tokens, strict=True):
-                    found[0] = _scored(row[None], [new[0]], self.tokenizer.size)[0]
-        return [self._model.broadcast(found)[begin:].cpu() for found, begin in zip(scores, first, strict=True)]
+        return fill(self._model, cache, tokens, self._chunk, first, self.tokenizer.size)
 
     def _complete(
         self,
@@ -384,13 +356,15 @@ class Generator:
 
         The prompts were begun to be filled in at `started`.
         """
+        from megatron_attn2d.inference.decode import Decoder
+
         model, count = self._model, len(places)
         streams = [TextStream(self.tokenizer.decode, sampling.stop) for _ in places]
         logprobs: list[list[float]] = [[] for _ in places]
         reasons: list[StopReason | None] = [None] * count
         draws = generators_of(sampling, places, model.device)
-        logits, rows = cache.logits, torch.arange(count, device=model.device)
-        first = 0.0
+        logits, first = cache.logits, 0.0
+        decoder: Decoder | None = None
         while True:
             chosen = self._chosen(logits, sampling, draws, count)
             first = first or time.perf_counter()  # the tokens are known here: the GPU has done all before
@@ -410,11 +384,10 @@ class Generator:
                     show(places[i], shown)
             if None not in reasons:
                 break
-            step = cache.decode([reason is None for reason in reasons])
-            tokens = torch.tensor([token for token, _ in chosen], device=model.device)
-            logits = model.logits(cache, tokens, step.positions, rows)
-            cache.finish()
-            cache.logits = logits
+            decoder = decoder or Decoder(model, cache, sampling.max_tokens, self._graph)
+            logits = decoder.step([token for token, _ in chosen], [reason is None for reason in reasons])
+        if decoder is not None:
+            decoder.close()
         self.measured.prompt_s += first - started
         self.measured.new_s += time.perf_counter() - first
         self.measured.new_tokens += sum(len(stream.tokens) - 1 for stream in streams if stream.tokens)
@@ -484,13 +457,3 @@ def positions_of(run: RunConfig) -> int | None:
     """The longest text, where positions were learned; None where there is no end."""
     learned = run.model.position_embedding_type == "learned_absolute"
     return run.model.max_position_embeddings if learned else None
-
-
-def _scored(logits: Tensor, targets: Sequence[int], size: int) -> Tensor:
-    """Log probability of a target per row of logits [n, vocabulary], and 1 where it is the likeliest, [n, 2].
-
-    As in training, the probabilities are those of all ids; the likeliest is one of the tokenizer's `size`.
-    """
-    aimed = torch.tensor(targets, device=logits.device, dtype=torch.long)
-    logprob = logits.double().log_softmax(-1).gather(-1, aimed[:, None])[:, 0]
-    return torch.stack((logprob, (logits[:, :size].argmax(-1) == aimed).double()), -1)

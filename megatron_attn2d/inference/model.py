@@ -14,10 +14,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import Multimod
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_attn2d.inference.cache import Cache
+from megatron_attn2d.inference.latent import Latent
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 from megatron_attn2d.training import pretrain_gpt
 
@@ -30,6 +32,7 @@ class Model:
         last: whether this rank's stage gives logits.
         device: of its parameters.
         layers: the attention of this rank's layers.
+        graphs: CUDA graphs of it, to be let go of before the ranks' groups end.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -44,10 +47,13 @@ class Model:
         self.last = mpu.is_pipeline_last_stage(ignore_virtual=True)
         self.device = next(self._chunk.parameters()).device
         self.layers = [module for module in self._chunk.modules() if isinstance(module, ContextParallelAttention)]
+        self.graphs: list[torch.cuda.CUDAGraph] = []
         self._positions: Tensor | None = None
         self._rows: Tensor | None = None
         _check_layers(self._chunk)
         for module in self._chunk.modules():
+            if isinstance(module, MLASelfAttention):
+                module.core_attention.latent = Latent(module)
             if isinstance(module, RotaryEmbedding | YarnRotaryEmbedding):
                 self._follow_positions(module)
         if self.last:
@@ -78,7 +84,34 @@ class Model:
     @property
     def bytes_per_token(self) -> int:
         """Of one token's keys and values, in all layers of this rank."""
-        return sum(layer.cache_width * layer.config.params_dtype.itemsize for layer in self.layers)
+        return sum(
+            (layer.latent.width if layer.latent else layer.kept_heads * sum(layer.head_dims))
+            * layer.config.params_dtype.itemsize
+            for layer in self.layers
+        )
+
+    @property
+    def graph_refusal(self) -> str | None:
+        """Why a pass over single tokens can't be captured as a CUDA graph; None if it can."""
+        if self.device.type != "cuda":
+            return "needs a CUDA device"
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            return "pipeline stages send to each other outside of it"
+        if self.layers and self.layers[0].config.num_moe_experts:
+            return "experts wait for how many tokens each of them gets"
+        return None
+
+    def close(self) -> None:
+        """Lets go of the graphs: the groups that they hold can't end before."""
+        if self.graphs:
+            torch.cuda.synchronize()
+        while self.graphs:
+            self.graphs.pop().reset()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of this rank's parameters."""
+        return sum(weight.numel() * weight.element_size() for weight in self._chunk.parameters())
 
     def free_bytes(self) -> int:
         """Memory that a cache could take on this rank."""

@@ -210,20 +210,22 @@ def test_ci_fails_when_any_check_fails_and_still_runs_the_tests(sandbox, failing
 CLI = '#!/usr/bin/env bash\nprintf "%s|" "$@" >>"$LOG"; echo >>"$LOG"\n'
 
 
-def test_quickstart_trains_with_both_attentions_and_plots(sandbox):
+def test_quickstart_trains_with_both_attentions_plots_and_generates(sandbox):
     sandbox.on_path(python3_12=PYTHON)
     sandbox.run("scripts/setup.sh")
     sandbox.write(sandbox.repo / ".venv" / "bin" / "megatron-attn2d", CLI)
     sandbox.logged()
     result = sandbox.run("scripts/quickstart.sh", "--tensor", "2", "--context", "3", "--steps", "90", "data.dir=/a b")
     assert result.returncode == 0, result.stderr
-    attention2d, ring, plot = sandbox.logged()
+    attention2d, ring, plot, text = sandbox.logged()
     sizes = "parallelism.tensor=2|parallelism.pipeline=2|context_parallel.size=3|"
     sizes += "training.seq_length=516|training.train_iters=90|"
     for run, mode in ((attention2d, "attention2d"), (ring, "ring")):
         assert run.startswith(f"train|configs/runs/quickstart.yaml|{sizes}optimizer.lr_decay_iters=90|data.dir=/a b|")
         assert f"context_parallel.mode={mode}|run.name={mode}|run.dir=runs/quickstart/{mode}|" in run
     assert ring.endswith("training.exit_interval=10|")
+    assert attention2d.endswith("|checkpoint.save=true|")
+    assert text.startswith("generate|runs/quickstart/attention2d|--prompt|")
     assert plot == "plot|runs/quickstart/attention2d|runs/quickstart/ring|-o|runs/quickstart/loss.png|"
 
 
