@@ -200,6 +200,7 @@ class _Fill:
         # Padding takes the place of the last token: it must be one that the model has positions for.
         held = [piece.start + min(row, piece.length - 1) for piece in chunk for row in piece.rows(cache.rank)]
         self.positions = torch.tensor(held, device=device)
+        self._orders: dict[int, tuple[Tensor, Tensor]] = {}
         offset = 0
         for piece in chunk:
             for row, place in self._kept(piece, offset):
@@ -251,8 +252,10 @@ class _Fill:
 
     def _order(self, piece: Piece, offset: int) -> tuple[Tensor, Tensor]:
         """Rank and row, among the gathered queries, of each token of a piece, in the order of positions."""
-        places = torch.tensor([piece.place(token) for token in range(piece.length)], device=self.positions.device)
-        return places[:, 0], places[:, 1] + offset
+        if offset not in self._orders:  # the same in all layers
+            places = torch.tensor([piece.place(token) for token in range(piece.length)], device=self.positions.device)
+            self._orders[offset] = places[:, 0], places[:, 1] + offset
+        return self._orders[offset]
 
     def _attend_shard(self, layer: ContextParallelAttention, piece: Piece, rows: partial.Rows) -> None:
         """Adds to all rows of a piece what they find in this rank's shard of its sequence."""

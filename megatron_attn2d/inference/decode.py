@@ -78,7 +78,7 @@ class Decoder:
                 self._forward()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog goes on meanwhile
             self._logits = self._run()
         self._graph = graph
         self._model.graphs.append(graph)

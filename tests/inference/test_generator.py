@@ -32,17 +32,19 @@ class Found:
     logits: list[torch.Tensor]
 
 
-def generated(rank: int, run: Any, arguments: list[str], prompts: list[list[int]], chunk: int, batch: int) -> Found:
+def generated(
+    rank: int, run: Any, arguments: list[str], prompts: list[list[int]], chunk: int, batch: int, graph: Any = "auto"
+) -> Found:
     """Greedy completions of `prompts`."""
     from megatron_attn2d.inference.generator import Generator
 
     class Recording(Generator):
         def _chosen(self, logits: Any, *rest: Any) -> Any:
-            seen.append(logits)
+            seen.append(None if logits is None else logits.cpu())
             return super()._chosen(logits, *rest)
 
     seen: list[Any] = []
-    with Recording.started(run, arguments, chunk=chunk, batch=batch) as generator:
+    with Recording.started(run, arguments, chunk=chunk, batch=batch, graph=graph) as generator:
         completions = generator.generate(prompts, Sampling(TOKENS, ignore_end=True))
         replica, replicas = generator._model.replica
     logits = [torch.empty(0)] * len(prompts)
@@ -73,9 +75,10 @@ def recomputed(rank: int, arguments: list[str], texts: list[list[int]]) -> list[
         model.eval()
         with torch.no_grad():
             for text in texts:
-                tokens = torch.tensor([text + [0] * (len(text) % 2)])  # whose end no earlier token sees
-                logits = model(tokens, torch.arange(tokens.numel())[None], None)
-                found.append(logits[0, len(text) - TOKENS - 1 : len(text) - 1].float())
+                padded = [text + [0] * (len(text) % 2)]  # at the end, which no earlier token sees
+                tokens = torch.tensor(padded, device="cuda")
+                logits = model(tokens, torch.arange(tokens.numel(), device="cuda")[None], None)
+                found.append(logits[0, len(text) - TOKENS - 1 : len(text) - 1].float().cpu())
     return found
 
 

@@ -17,22 +17,24 @@ CASES = {  # query heads, key heads, head dim, value head dim, keys, window
 }
 
 
-def compare(case: str) -> float:
+def compare(case: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """The largest difference, over sequences of which one has no key."""
     from megatron_attn2d.inference import triton_decode
 
     heads, key_heads, d, dv, keys, window = CASES[case]
     torch.manual_seed(0)
-    q = torch.randn(3, heads, d)
-    k, v = torch.randn(3, keys + 1, key_heads, d), torch.randn(3, keys + 1, key_heads, dv)
+    shapes = ((3, heads, d), (3, keys + 1, key_heads, d), (3, keys + 1, key_heads, dv))
+    q, k, v = (torch.randn(shape, dtype=dtype) for shape in shapes)
     ends = torch.tensor([keys, 0, keys // 2])
     key_positions = 2 * torch.arange(keys + 1).expand(3, -1).contiguous()  # of every other token
     positions = 2 * ends
-    found = triton_decode.attend(q, k, v, ends, 0.3, window, key_positions, positions)
+    arguments = q, k, v, ends, key_positions, positions
+    q_on, k_on, v_on, ends_on, *places = (x.to(device) for x in arguments)
+    found = triton_decode.attend(q_on, k_on, v_on, ends_on, d**-0.5, window, *places).cpu()
     seen = torch.arange(keys + 1) < ends[:, None]
     if window is not None:
         seen &= key_positions >= (positions - window)[:, None]
-    out, lse = partial.masked(*(x.double() for x in (q[:, None], k, v)), seen[:, None], 0.3)
+    out, lse = partial.masked(*(x.double() for x in (q[:, None], k, v)), seen[:, None], d**-0.5)
     assert found[1, :, :-1].eq(0).all()
     assert found[1, :, -1].eq(-torch.inf).all()
     expected = torch.cat((out[:, 0], lse[:, 0, :, None]), -1)
