@@ -109,7 +109,7 @@ class Shape(NamedTuple):
         """The caller's place in it; every rank of the world must call."""
         assert dist.group.WORLD is not None
         u, rows, cols = self.axes
-        return Grid.from_group(dist.group.WORLD, rows=rows, cols=cols, heads=u, tile=self.tile)
+        return Grid.from_group(dist.group.WORLD, rows=rows, cols=cols, ulysses_size=u, node_block=self.tile)
 
 
 class GridMode(NamedTuple):
@@ -199,7 +199,7 @@ def _ours(mode: str, kind: Kind, device: str, grids: dict[str, Grid]) -> Attenti
         asked = GridMode.parse(mode)
         name = str(asked.shape)
         grids[name] = grids.get(name) or asked.shape.build()
-        function = partial(attention2d, grid=grids[name], head_groups=asked.groups, backend=asked.backend)
+        function = partial(attention2d, grid=grids[name], overlap_groups=asked.groups, backend=asked.backend)
 
     def call(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None = None, **packed: Any) -> Tensor:
         return function(q, k, v, sink=sink, **what, **packed)

@@ -78,7 +78,7 @@ class Mode(NamedTuple):
             return None
         u, r, c = self.axes
         assert dist.group.WORLD is not None
-        return Grid.from_group(dist.group.WORLD, rows=r, cols=c, heads=u, tile=self.tile)
+        return Grid.from_group(dist.group.WORLD, rows=r, cols=c, ulysses_size=u, node_block=self.tile)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def facts_of(
     scale: float,
     sink: Tensor | None,
     dropout: Dropout | None,
-    head_groups: int | None = None,
+    overlap_groups: int | None = None,
 ) -> dict[str, object]:
     """What has to be the same on all ranks of a call, by the name it has in errors."""
     return {
@@ -45,7 +45,7 @@ def facts_of(
         "softmax_scale": scale,
         "sink": sink is not None,
         "dropout": None if dropout is None else dropout.p,
-        "head_groups": head_groups,
+        "overlap_groups": overlap_groups,
     }
 
 

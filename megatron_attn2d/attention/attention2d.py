@@ -58,9 +58,11 @@ from megatron_attn2d.attention.tile import (
     differentiate_diagonal,
 )
 from megatron_attn2d.attention.ulysses import collect_heads, spread_heads
+from megatron_attn2d.attention.warn import renamed_arguments
 
 
 @torch.compiler.disable  # the messages cut it into pieces anyway; and buffers are merged in place
+@renamed_arguments(head_groups="overlap_groups")
 def attention2d(
     q: Tensor,
     k: Tensor,
@@ -76,7 +78,7 @@ def attention2d(
     max_seqlen: int | None = None,
     softmax_scale: float | None = None,
     backend: str = "auto",
-    head_groups: int = 1,
+    overlap_groups: int = 1,
     results: Results | None = None,
     label: str = "attention2d",
 ) -> Tensor:
@@ -101,7 +103,7 @@ def attention2d(
         max_seqlen: tokens of the longest of them with its padding, or more; for totals on a GPU.
         softmax_scale: factor on the scores; 1/sqrt(d) by default.
         backend: attention kernel, see `choose_kernel`.
-        head_groups: in how many groups of heads communication and kernels overlap; must divide g. Where a grid
+        overlap_groups: in how many groups of heads communication and kernels overlap; must divide g. Where a grid
             spreads heads, as many of them as divide what a rank is left with. Each group starts kernels and messages of
             its own, which costs more than it hides over NVLink; over slow links a planner knows better (`planner`).
         results: keeps output and log-sum-exp for a second call with the same arguments, which then computes neither:
@@ -123,9 +125,9 @@ def attention2d(
         q,
         k,
         v,
-        (grid.head_group, grid.kv_group, grid.q_group),
+        (grid.ulysses_group, grid.kv_group, grid.q_group),
         grid.rows * grid.cols,
-        grid.heads,
+        grid.ulysses_size,
         grid.calls,
         causal=causal,
         window=window,
@@ -136,20 +138,20 @@ def attention2d(
         max_seqlen=max_seqlen,
         softmax_scale=softmax_scale,
         backend=backend,
-        head_groups=head_groups,
+        overlap_groups=overlap_groups,
         label=label,
     )
-    if grid.heads > 1:
+    if grid.ulysses_size > 1:
         q, k, v = spread_heads(q, k, v, grid, label, call.packing)
-        first = grid.head_rank * q.size(2)
+        first = grid.ulysses_rank * q.size(2)
         sink = None if sink is None else sink[first : first + q.size(2)]
         call = call.starting(first)
     if grid.rows * grid.cols == 1:
         out = run(SingleRank(call), q, k, v, sink, results)
     else:
         # fewer groups where the head axis leaves a rank fewer heads
-        out = run(GridSchedule.of(call, grid, gcd(head_groups, k.size(2))), q, k, v, sink, results)
-    if grid.heads > 1:
+        out = run(GridSchedule.of(call, grid, gcd(overlap_groups, k.size(2))), q, k, v, sink, results)
+    if grid.ulysses_size > 1:
         out = collect_heads(out, grid, label, call.packing)
     return out if call.packing is None else out.squeeze(1)
 
@@ -240,21 +242,21 @@ class GridSchedule:
         call: what is asked for.
         tile: the caller's tile.
         row, column: its axes.
-        head_groups: into how many groups of heads the call is cut; divides the key heads.
+        overlap_groups: into how many groups of heads the call is cut; divides the key heads.
     """
 
     call: Call
     tile: Tile
     row: TileAxis
     column: TileAxis
-    head_groups: int
+    overlap_groups: int
 
     @classmethod
-    def of(cls, call: Call, grid: Grid, head_groups: int) -> GridSchedule:
+    def of(cls, call: Call, grid: Grid, overlap_groups: int) -> GridSchedule:
         """That of the calling process."""
         plan, row, column = axes(grid, call.sequences.mask(call.band), call.label)
         tile = Tile(plan, call.sequences, call.band, grid.rank)
-        return cls(call, tile, TileAxis(row, tile), TileAxis(column, tile), head_groups)
+        return cls(call, tile, TileAxis(row, tile), TileAxis(column, tile), overlap_groups)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See `Schedule.forward`; the log-sum-exp is that of the two halves of the rows, [2, b, h, n]."""
@@ -279,15 +281,15 @@ class GridSchedule:
 
     def diagonal_heads(self, q: Tensor, k: Tensor, returns: bool) -> list[Heads]:
         """Which heads of q and k [2, n, b, heads, d] attend the diagonal before the tile, and which after it."""
-        return diagonal_heads(q, k, self.tile.diagonal_squares, apart=returns and self.head_groups == 1)
+        return diagonal_heads(q, k, self.tile.diagonal_squares, apart=returns and self.overlap_groups == 1)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """The head groups of [..., heads, head dim] or [..., heads, n], views."""
-        return (x,) if self.head_groups == 1 else x.chunk(self.head_groups, -2)
+        return (x,) if self.overlap_groups == 1 else x.chunk(self.overlap_groups, -2)
 
     def _groups(self, q: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
         """By head group, its `AttentionOp` and its part of each tensor."""
-        heads = q.size(3) // self.head_groups
+        heads = q.size(3) // self.overlap_groups
         for i, parts in enumerate(zip(*map(self.split, (q, *others)), strict=True)):
             yield self.call.op.starting(i * heads), *parts
 

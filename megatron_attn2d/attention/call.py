@@ -74,7 +74,7 @@ def prepare(
     max_seqlen: int | None,
     softmax_scale: float | None,
     backend: str,
-    head_groups: int = 1,
+    overlap_groups: int = 1,
     label: str,
 ) -> tuple[Call, Tensor, Tensor, Tensor]:
     """The call that these arguments ask for, and q, k and v as [s/cp, b, heads, head dim].
@@ -109,10 +109,10 @@ def prepare(
                 kinds.clear()
             kinds[kind] = work_out()
         sequences, band, kernel = kinds[kind]
-    check_heads(q.size(2), k.size(2), ulysses_size, head_groups)
+    check_heads(q.size(2), k.size(2), ulysses_size, overlap_groups)
     check_sink(sink, q)
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
-    facts = facts_of(q, k, v, sequences, band, scale, sink, dropout, head_groups)
+    facts = facts_of(q, k, v, sequences, band, scale, sink, dropout, overlap_groups)
     check_agreement(groups, facts, q.device, label)
     return Call(packing, sequences, band, AttentionOp(kernel, scale, dropout), label), q, k, v
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import megatron_attn2d
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels.base import Request
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.packing import Packing, Totals
+from megatron_attn2d.attention.warn import warn
 
 
 def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
@@ -60,9 +57,6 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
             )
 
 
-_NO_CALLERS = tuple(f"{Path(x).parent}{os.sep}" for x in (torch.__file__, megatron_attn2d.__file__))
-"""Folders of code that calls for others: a warning points to the caller outside of them."""
-
 _LARGE, _TIMES = 128, 4
 """A batch or a number of heads is doubted from `_LARGE` on, where it is `_TIMES` the tokens of the whole sequence."""
 
@@ -70,16 +64,14 @@ _LARGE, _TIMES = 128, 4
 def _doubt_order(q: Tensor, ranks: int) -> None:
     """Warn where dims of q [s/cp, b, h, d] can only be meant in another order: [b, s, h, d] or [b, h, s, d].
 
-    Nobody spreads a sequence over ranks that has fewer tokens than the batch has sequences, or a token heads. Python
-    shows a warning once for each place that calls.
+    Nobody spreads a sequence over ranks that has fewer tokens than the batch has sequences, or a token heads.
     """
     tokens, (batch, heads) = q.size(0) * ranks, q.shape[1:3]
     if max(batch, heads) >= max(_LARGE, _TIMES * tokens):
-        warnings.warn(
+        warn(
             f"q {list(q.shape)} is read as [s/cp, b, heads, head dim]: {batch} sequences of {tokens} tokens on {ranks} "
             f"ranks, {heads} heads. Are its dims in another order? transpose(0, 1) of [b, s/cp, heads, head dim] is "
-            "wanted",
-            skip_file_prefixes=_NO_CALLERS,
+            "wanted"
         )
 
 
@@ -191,10 +183,10 @@ def check_first_derivative() -> None:
         raise RuntimeError("context-parallel attention has no second derivative: leave out create_graph=True")
 
 
-def check_heads(heads: int, kv_heads: int, ulysses_size: int, head_groups: int = 1) -> None:
+def check_heads(heads: int, kv_heads: int, ulysses_size: int, overlap_groups: int = 1) -> None:
     """Raise ValueError unless heads spread over the ranks of the head axis, and key/value heads divide into groups."""
-    if head_groups < 1 or kv_heads % head_groups:
-        raise ValueError(f"head_groups={head_groups} does not divide the {kv_heads} key/value heads of this rank")
+    if overlap_groups < 1 or kv_heads % overlap_groups:
+        raise ValueError(f"overlap_groups={overlap_groups} does not divide the {kv_heads} key/value heads of this rank")
     if heads % ulysses_size:
         raise ValueError(f"{heads} query heads don't divide by the {ulysses_size} ranks of the grid's head axis (U)")
     if kv_heads % ulysses_size and ulysses_size % kv_heads:

@@ -7,12 +7,12 @@
         row 1   |    1     |    3     |    5     |      rank = column * R + row, so a column is a contiguous run of
                 +----------+----------+----------+      ranks, as in Megatron's hierarchical context-parallel groups.
 
-A third axis may stand before the two: groups of U consecutive ranks (`head_group`) exchange sequence for heads as in
+A third axis may stand before the two: groups of U consecutive ranks (`ulysses_group`) exchange sequence for heads as in
 DeepSpeed-Ulysses (arXiv 2309.14509), and each place of the grid is one such group: context-parallel rank =
-(column * R + row) * U + rank in the head group.
+(column * R + row) * U + rank in the Ulysses group.
 
-Tiles: with `tile=(r, c)` consecutive ranks fill blocks of r x c places, each a node of U * r * c GPUs, so that fewer of
-its rows' and columns' ranks are outside. Attention is exact in any order of the ranks.
+With `node_block=(r, c)` consecutive ranks fill blocks of r x c places, each a node of U * r * c GPUs: fewer ranks of
+its rows and columns are then on other nodes. Attention is exact in any order of the ranks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from megatron_attn2d.attention.groups import connect, subgroup
 from megatron_attn2d.attention.layout import place_ranks
+from megatron_attn2d.attention.warn import renamed_arguments, renamed_property
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,8 +40,8 @@ class Grid:
         kv_group: the process group of the calling process's column; None where the grid has one row.
         q_group: the process group of its row; None where the grid has one column.
         kv_peers, q_peers: global ranks of the column by row, and of the row by column.
-        head_group: the process group that exchanges sequence for heads; None where U = 1.
-        head_peers: its global ranks.
+        ulysses_group: the process group that exchanges sequence for heads; None where U = 1.
+        ulysses_peers: its global ranks.
         node_rows, node_cols: how many neighbours of a column and of a row share a node: chunks cross the network once
             a node, see `routes`. 1: each rank for itself.
         derived: what calls on this grid derive from it once, by mask (`exchange.axes`).
@@ -54,8 +55,8 @@ class Grid:
     q_group: dist.ProcessGroup | None = field(repr=False)
     kv_peers: tuple[int, ...] = field(repr=False)
     q_peers: tuple[int, ...] = field(repr=False)
-    head_group: dist.ProcessGroup | None = field(default=None, repr=False)
-    head_peers: tuple[int, ...] = field(default=(0,), repr=False)
+    ulysses_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    ulysses_peers: tuple[int, ...] = field(default=(0,), repr=False)
     node_rows: int = 1
     node_cols: int = 1
     derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -72,19 +73,19 @@ class Grid:
         return len(self.ranks[0])
 
     @property
-    def heads(self) -> int:
+    def ulysses_size(self) -> int:
         """U: over how many ranks the heads are spread."""
-        return len(self.head_peers)
+        return len(self.ulysses_peers)
 
     @property
-    def head_rank(self) -> int:
+    def ulysses_rank(self) -> int:
         """The calling process's place among the U ranks: it attends that part of the heads."""
-        return 0 if self.head_group is None else self.head_group.rank()
+        return 0 if self.ulysses_group is None else self.ulysses_group.rank()
 
     @property
     def size(self) -> int:
         """P = U x R x C, the context-parallel size."""
-        return self.heads * self.rows * self.cols
+        return self.ulysses_size * self.rows * self.cols
 
     @property
     def rank(self) -> int:
@@ -94,7 +95,12 @@ class Grid:
     @property
     def context_rank(self) -> int:
         """The calling process's context-parallel rank, that is, whose shard of the sequence it holds."""
-        return self.rank * self.heads + self.head_rank
+        return self.rank * self.ulysses_size + self.ulysses_rank
+
+    heads = renamed_property("Grid", "heads", "ulysses_size")
+    head_rank = renamed_property("Grid", "head_rank", "ulysses_rank")
+    head_group = renamed_property("Grid", "head_group", "ulysses_group")
+    head_peers = renamed_property("Grid", "head_peers", "ulysses_peers")
 
     @property
     def query_ranks(self) -> tuple[int, ...]:
@@ -111,14 +117,15 @@ class Grid:
         return cls(((0,),), 0, 0, None, None, (0,), (0,))
 
     @classmethod
+    @renamed_arguments(heads="ulysses_size", tile="node_block")
     def from_group(
         cls,
         group: dist.ProcessGroup,
         *,
         rows: int,
         cols: int,
-        heads: int = 1,
-        tile: tuple[int, int] | None = None,
+        ulysses_size: int = 1,
+        node_block: tuple[int, int] | None = None,
         reuse: bool = False,
     ) -> Grid:
         """Lay a context-parallel group on a grid, creating the process groups of the caller's row, column and heads.
@@ -127,45 +134,58 @@ class Grid:
         NCCL on streams of high priority. They wait for messages as long as `group` does.
 
         Args:
-            rows, cols, heads: R, C and U.
-            tile: rows and columns of the blocks that consecutive ranks fill, each on a node: what several of its ranks
-                need crosses the network once. By default ranks fill whole columns and each counts as a node.
+            rows, cols, ulysses_size: R, C and U.
+            node_block: rows and columns of the blocks that consecutive ranks fill, each on a node. What several ranks
+                of a node need crosses the network once. By default ranks fill whole columns and each counts as a node.
             reuse: take `group` itself for an axis that has all of its ranks, whatever the priority of its streams.
 
         Raises:
-            ValueError: if U x R x C is not the group's size or tiles don't fill the grid.
+            ValueError: if U x R x C is not the group's size or blocks don't fill the grid.
         """
-        _check_shape(rows, cols, heads, group.size())
-        tile_rows, tile_cols = (rows, 1) if tile is None else tile
-        node_rows, node_cols = tile or (1, 1)
-        if tile_rows < 1 or tile_cols < 1 or rows % tile_rows or cols % tile_cols:
-            raise ValueError(f"tiles of {tile_rows}x{tile_cols} don't fill a grid of {rows}x{cols}")
-        ranks = place_ranks(rows, cols, tile_rows, tile_cols)
-        place, head = divmod(group.rank(), heads)
+        _check_shape(rows, cols, ulysses_size, group.size())
+        block_rows, block_cols = (rows, 1) if node_block is None else node_block
+        node_rows, node_cols = node_block or (1, 1)
+        if block_rows < 1 or block_cols < 1 or rows % block_rows or cols % block_cols:
+            raise ValueError(f"node blocks of {block_rows}x{block_cols} don't fill a grid of {rows}x{cols}")
+        ranks = place_ranks(rows, cols, block_rows, block_cols)
+        place, ulysses_rank = divmod(group.rank(), ulysses_size)
         row, column = next((r, line.index(place)) for r, line in enumerate(ranks) if place in line)
         members = dist.get_process_group_ranks(group)
-        kv_peers = tuple(members[line[column] * heads + head] for line in ranks)
-        q_peers = tuple(members[rank * heads + head] for rank in ranks[row])
-        head_peers = tuple(members[place * heads : (place + 1) * heads])
-        kv_group, q_group, head_group = (subgroup(peers, group, reuse) for peers in (kv_peers, q_peers, head_peers))
-        connect(head_group, kv_group, q_group)
-        peers = kv_peers, q_peers, head_group, head_peers
-        return cls(ranks, row, column, kv_group, q_group, *peers, node_rows, node_cols)
+        kv_peers = tuple(members[line[column] * ulysses_size + ulysses_rank] for line in ranks)
+        q_peers = tuple(members[rank * ulysses_size + ulysses_rank] for rank in ranks[row])
+        ulysses_peers = tuple(members[place * ulysses_size : (place + 1) * ulysses_size])
+        peers = kv_peers, q_peers, ulysses_peers
+        kv_group, q_group, ulysses_group = (subgroup(each, group, reuse) for each in peers)
+        connect(ulysses_group, kv_group, q_group)
+        return cls(
+            ranks,
+            row,
+            column,
+            kv_group,
+            q_group,
+            kv_peers,
+            q_peers,
+            ulysses_group,
+            ulysses_peers,
+            node_rows,
+            node_cols,
+        )
 
     @classmethod
+    @renamed_arguments(head_group="ulysses_group")
     def from_groups(
         cls,
         *,
         kv_group: dist.ProcessGroup,
         q_group: dist.ProcessGroup,
-        head_group: dist.ProcessGroup | None = None,
+        ulysses_group: dist.ProcessGroup | None = None,
     ) -> Grid:
         """Take existing groups: the caller's column of R ranks, its row of C ranks and, if any, its U ranks of heads.
 
         With NCCL their streams should have high priority, or a kernel may keep messages from beginning that it hides:
         ProcessGroupNCCL.Options(is_high_priority_stream=True), Megatron's `--high-priority-stream-groups hcp`.
 
-        The caller's context-parallel rank must be (q_group.rank() * R + kv_group.rank()) * U + head_group.rank(), as
+        The caller's context-parallel rank must be (q_group.rank() * R + kv_group.rank()) * U + ulysses_group.rank(), as
         it is for Megatron-Core's hierarchical context-parallel groups of sizes [R, C] or [U, R, C].
 
         Raises:
@@ -173,16 +193,16 @@ class Grid:
         """
         me = dist.get_rank()
         kv_peers, q_peers = (tuple(dist.get_process_group_ranks(group)) for group in (kv_group, q_group))
-        head_peers = (me,) if head_group is None else tuple(dist.get_process_group_ranks(head_group))
-        named = {"kv_group": kv_peers, "q_group": q_peers, "head_group": head_peers}
-        for first, second in (("kv_group", "q_group"), ("kv_group", "head_group"), ("q_group", "head_group")):
+        ulysses_peers = (me,) if ulysses_group is None else tuple(dist.get_process_group_ranks(ulysses_group))
+        named = {"kv_group": kv_peers, "q_group": q_peers, "ulysses_group": ulysses_peers}
+        for first, second in (("kv_group", "q_group"), ("kv_group", "ulysses_group"), ("q_group", "ulysses_group")):
             if set(named[first]) & set(named[second]) != {me}:
                 raise ValueError(
                     f"{first} (global ranks {list(named[first])}) and {second} (global ranks {list(named[second])}) "
                     f"must share exactly the calling rank, {me}: they are different axes of the grid"
                 )
         rows, cols = len(kv_peers), len(q_peers)
-        connect(head_group, kv_group, q_group)
+        connect(ulysses_group, kv_group, q_group)
         return cls(
             place_ranks(rows, cols, rows, 1),
             kv_group.rank(),
@@ -191,8 +211,8 @@ class Grid:
             q_group if cols > 1 else None,
             kv_peers,
             q_peers,
-            head_group if len(head_peers) > 1 else None,
-            head_peers,
+            ulysses_group if len(ulysses_peers) > 1 else None,
+            ulysses_peers,
         )
 
     @classmethod
@@ -231,16 +251,16 @@ class Grid:
             q_group if cols > 1 else None,
             tuple(line[column] for line in global_ranks),
             tuple(global_ranks[row]),
-            head_peers=(dist.get_rank(),),
+            ulysses_peers=(dist.get_rank(),),
         )
 
 
-def _check_shape(rows: int, cols: int, heads: int, size: int) -> None:
-    if min(rows, cols, heads) < 1 or rows * cols * heads != size:
-        asked = f"rows={rows} x cols={cols}" + (f" x heads={heads}" if heads != 1 else "")
-        fits = heads >= 1 and size % heads == 0
-        places = size // heads if fits else size
+def _check_shape(rows: int, cols: int, ulysses_size: int, size: int) -> None:
+    if min(rows, cols, ulysses_size) < 1 or rows * cols * ulysses_size != size:
+        asked = f"rows={rows} x cols={cols}" + (f" x ulysses_size={ulysses_size}" if ulysses_size != 1 else "")
+        fits = ulysses_size >= 1 and size % ulysses_size == 0
+        places = size // ulysses_size if fits else size
         valid = ", ".join(f"{r}x{places // r}" for r in range(1, places + 1) if places % r == 0)
-        choice = f"one of {valid}" + (f" with heads={heads}" if heads != 1 and fits else "")
-        choice += "" if fits else f", or heads that divide {size}"
+        choice = f"one of {valid}" + (f" with ulysses_size={ulysses_size}" if ulysses_size != 1 and fits else "")
+        choice += "" if fits else f", or a ulysses_size that divides {size}"
         raise ValueError(f"a grid of {asked} does not cover {size} context-parallel ranks: choose {choice}")

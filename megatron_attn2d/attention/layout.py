@@ -265,11 +265,11 @@ def _reach(steps: Steps, position: int) -> int:
     return next((reach for stop, reach in steps if position < stop), 0)
 
 
-def place_ranks(rows: int, cols: int, tile_rows: int, tile_cols: int) -> tuple[tuple[int, ...], ...]:
-    """Ranks [row][column] that fill tile after tile, down the columns within a tile and of tiles."""
+def place_ranks(rows: int, cols: int, block_rows: int, block_cols: int) -> tuple[tuple[int, ...], ...]:
+    """Ranks [row][column] that fill block after block, down the columns within a block and of blocks."""
 
     def rank(row: int, column: int) -> int:
-        tile = (column // tile_cols) * (rows // tile_rows) + row // tile_rows
-        return (tile * tile_cols + column % tile_cols) * tile_rows + row % tile_rows
+        block = (column // block_cols) * (rows // block_rows) + row // block_rows
+        return (block * block_cols + column % block_cols) * block_rows + row % block_rows
 
     return tuple(tuple(rank(r, c) for c in range(cols)) for r in range(rows))

@@ -34,7 +34,7 @@ def spread_heads(
     Key/value heads fewer than U are repeated, so that each rank has those of its query heads; autograd sums their
     gradients.
     """
-    repeats = grid.heads // min(k.size(2), grid.heads)
+    repeats = grid.ulysses_size // min(k.size(2), grid.ulysses_size)
     if repeats > 1:
         k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     spread: tuple[Tensor, Tensor, Tensor] = _SpreadHeads.apply((grid, label, packing), q, k, v)
@@ -77,12 +77,12 @@ class _CollectHeads(torch.autograd.Function):
 def _to_heads(shards: Sequence[Tensor], grid: Grid, label: str, packing: Packing | None) -> list[Tensor]:
     # [2n, b, heads, d] -> for each rank of the group the contiguous [2, n, b, heads/U, d] that it is to have
     if packing is None or packing.one:
-        parts = [torch.stack(x.unflatten(0, (2, -1)).chunk(grid.heads, dim=3)) for x in shards]
+        parts = [torch.stack(x.unflatten(0, (2, -1)).chunk(grid.ulysses_size, dim=3)) for x in shards]
     else:
-        shape = grid.heads, 2, packing.tokens, 1
-        rows = packing.spread_rows(grid.heads)
-        parts = [_parts_of_rows(x, grid.heads).index_select(0, rows).view(*shape, -1, x.size(3)) for x in shards]
-    results = [part.new_empty((2, grid.heads, *part.shape[2:])) for part in parts]
+        shape = grid.ulysses_size, 2, packing.tokens, 1
+        rows = packing.spread_rows(grid.ulysses_size)
+        parts = [_parts_of_rows(x, grid.ulysses_size).index_select(0, rows).view(*shape, -1, x.size(3)) for x in shards]
+    results = [part.new_empty((2, grid.ulysses_size, *part.shape[2:])) for part in parts]
     _exchange([_by_half(part) for part in parts], [_in_sequence(result) for result in results], grid, label)
     if packing is not None:
         return [packing.by_sequence(result.flatten(0, 1)) for result in results]
@@ -91,13 +91,13 @@ def _to_heads(shards: Sequence[Tensor], grid: Grid, label: str, packing: Packing
 
 def _to_sequence(shards: Sequence[Tensor], grid: Grid, label: str, packing: Packing | None) -> list[Tensor]:
     if packing is not None:
-        shards = [packing.by_slot(x, 2 * grid.heads).flatten(0, 1) for x in shards]
-    wide = [x.contiguous().unflatten(0, (2, grid.heads, -1)) for x in shards]
-    results = [x.new_empty((grid.heads, 2, *x.shape[2:])) for x in wide]
+        shards = [packing.by_slot(x, 2 * grid.ulysses_size).flatten(0, 1) for x in shards]
+    wide = [x.contiguous().unflatten(0, (2, grid.ulysses_size, -1)) for x in shards]
+    results = [x.new_empty((grid.ulysses_size, 2, *x.shape[2:])) for x in wide]
     _exchange([_in_sequence(x) for x in wide], [_by_half(result) for result in results], grid, label)
     # [U, 2, n, b, heads/U, d] -> [2n, b, heads, d]
     if packing is not None and not packing.one:
-        rows = packing.collected_rows(grid.heads)
+        rows = packing.collected_rows(grid.ulysses_size)
         return [
             x.flatten(0, 3).flatten(1).index_select(0, rows).view(2 * packing.tokens, 1, -1, x.size(5)) for x in results
         ]
@@ -128,12 +128,12 @@ def _in_sequence(wide: Tensor) -> _Chunks:
 
 def _exchange(outgoing: Sequence[_Chunks], incoming: Sequence[_Chunks], grid: Grid, label: str) -> None:
     """Send of each tensor its chunks, receive into the like."""
-    assert grid.head_group is not None
-    me = grid.head_group.rank()
-    what = f"{label}, head group of ranks {list(grid.head_peers)}: exchanging sequence for heads or back"
+    assert grid.ulysses_group is not None
+    me = grid.ulysses_group.rank()
+    what = f"{label}, Ulysses group of ranks {list(grid.ulysses_peers)}: exchanging sequence for heads or back"
     both = [each for pair in zip(outgoing, incoming, strict=True) for each in zip(*pair, strict=True)]
     rounds: list[Lists] = [(_without(sends, me), _without(receives, me)) for sends, receives in both]
-    pending = launch(grid.head_group, rounds, 0, what)
+    pending = launch(grid.ulysses_group, rounds, 0, what)
     torch._foreach_copy_([receives[me] for _, receives in both], [sends[me] for sends, _ in both])
     pending.wait()
 

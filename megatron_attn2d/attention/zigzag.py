@@ -107,7 +107,7 @@ def _all_shards(x: Tensor, place: Place) -> list[Tensor]:
         return _gathered(x, place)
     lines = [x]  # of the ranks between whom heads are spread, then of the column's, then of the row's
     for group, peers in (
-        (place.head_group, place.head_peers),
+        (place.ulysses_group, place.ulysses_peers),
         (place.kv_group, place.kv_peers),
         (place.q_group, place.q_peers),
     ):
@@ -116,7 +116,7 @@ def _all_shards(x: Tensor, place: Place) -> list[Tensor]:
             held = _gathered(torch.stack(lines), group)
             lines = [part for peer in peers for part in held[members.index(peer)]]
     ranks = [place.ranks[row][column] for column in range(place.cols) for row in range(place.rows)]
-    order = [rank * place.heads + head for rank in ranks for head in range(place.heads)]
+    order = [rank * place.ulysses_size + head for rank in ranks for head in range(place.ulysses_size)]
     return [part for _, part in sorted(zip(order, lines, strict=True), key=lambda pair: pair[0])]
 
 

@@ -110,7 +110,8 @@ class ContextParallelAttention(MegatronModule):
             # `reuse`: another communicator for each layer would cost more than streams of high priority gain.
             self.grid = Grid.from_group(pg_collection.cp, rows=pg_collection.cp.size(), cols=1, reuse=True)
         elif self.mode == "a2a":
-            self.grid = Grid.from_group(pg_collection.cp, rows=1, cols=1, heads=pg_collection.cp.size(), reuse=True)
+            size = pg_collection.cp.size()
+            self.grid = Grid.from_group(pg_collection.cp, rows=1, cols=1, ulysses_size=size, reuse=True)
         elif self.mode == "attention2d":
             self.grid = layer_grid(pg_collection, asked, config)
         else:
@@ -118,7 +119,7 @@ class ContextParallelAttention(MegatronModule):
                 f"cp_comm_type {cp_comm_type!r} (context_parallel.mode) is not served without Transformer Engine: "
                 "choose attention2d, p2p (ring), all_gather or a2a (ulysses)"
             )
-        check_heads(heads, kv_heads, self.grid.heads)
+        check_heads(heads, kv_heads, self.grid.ulysses_size)
 
     def forward(
         self,
@@ -150,7 +151,7 @@ class ContextParallelAttention(MegatronModule):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, causal: bool, **totals: Any) -> Tensor:
         """Attention on the layer's grid or ring; shapes as in `forward`, `totals` as those of `attention2d`."""
-        on_grid = partial(attention2d, grid=self.grid, head_groups=self.head_groups)
+        on_grid = partial(attention2d, grid=self.grid, overlap_groups=self.head_groups)
         attend = on_grid if self.ring is None else partial(ring_attention, group=self.ring)
         out = attend(
             query,

@@ -147,10 +147,10 @@ def layer_grid(groups: ProcessGroupCollection, asked: GridShape | None, config: 
         # Sizes [R, C] make a contiguous group of R, a column of the grid, and a strided group of C, a row.
         kv_group, q_group = levels[-2:]
         head_group = levels[0] if len(levels) == 3 else None
-        return Grid.from_groups(kv_group=kv_group, q_group=q_group, head_group=head_group)
+        return Grid.from_groups(kv_group=kv_group, q_group=q_group, ulysses_group=head_group)
     return _laid_out(groups.cp, shape)
 
 
 @lru_cache(maxsize=8)
 def _laid_out(group: dist.ProcessGroup, shape: GridShape) -> Grid:
-    return Grid.from_group(group, rows=shape.rows, cols=shape.cols, heads=shape.heads, tile=shape.block)
+    return Grid.from_group(group, rows=shape.rows, cols=shape.cols, ulysses_size=shape.heads, node_block=shape.block)

@@ -40,7 +40,7 @@ def errors(
             out = ring_attention(q, k, v, dist.group.WORLD, causal=causal)
         else:
             grid = Grid.from_group(dist.group.WORLD, rows=shape[0], cols=shape[1])
-            out = attention2d(q, k, v, grid, causal=causal, head_groups=head_groups)
+            out = attention2d(q, k, v, grid, causal=causal, overlap_groups=head_groups)
         results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
     references = dense_gradients(*whole, causal)
     return [(a.double() - b[mine]).abs().max().item() for a, b in zip(results, references, strict=True)]

@@ -29,7 +29,7 @@ def attention(layout: Layout, group: dist.ProcessGroup | None = None) -> Callabl
     if layout is None:
         return lambda *shards, **how: ring_attention(*shards, group, **how)
     heads, rows, cols = layout
-    grid = Grid.from_group(group, heads=heads, rows=rows, cols=cols)
+    grid = Grid.from_group(group, ulysses_size=heads, rows=rows, cols=cols)
     return lambda *shards, **how: attention2d(*shards, grid, **how)
 
 

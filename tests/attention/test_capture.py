@@ -55,8 +55,8 @@ def waits_nowhere(rank: int, layout: tuple[int, ...] | None, **how: Any) -> bool
     assert group is not None
     if layout is not None:
         heads, rows, cols, *tile = layout
-        tiles = {"tile": (tile[0], tile[1])} if tile else {}
-        grid = Grid.from_group(group, heads=heads, rows=rows, cols=cols, **tiles)
+        tiles = {"node_block": (tile[0], tile[1])} if tile else {}
+        grid = Grid.from_group(group, ulysses_size=heads, rows=rows, cols=cols, **tiles)
     q, k, v = (torch.randn(16, 2, heads, 8).requires_grad_() for heads in (4, 2, 2))
     dout, sink, seed = torch.randn(16, 2, 4, 8), torch.randn(4).requires_grad_(), torch.tensor([3])
     patches: list[Any] = []
@@ -90,7 +90,7 @@ def waits_nowhere(rank: int, layout: tuple[int, ...] | None, **how: Any) -> bool
     [
         ((1, 2, 2), {}),
         ((1, 2, 2), {"causal": False}),
-        ((1, 4, 1), {"head_groups": 2}),
+        ((1, 4, 1), {"overlap_groups": 2}),
         ((1, 1, 4), {"dropout": 0.1}),
         ((2, 2, 1), {"dropout": 0.1, "sinks": True}),
         ((2, 1, 2), {"window": (5, 0)}),

@@ -71,7 +71,7 @@ def errors(
         mock.patch.object(merge, "on_gpu", return_value=merges_on_gpu),
         mock.patch.object(overlap, "SMALLEST_HALF", smallest_half),
     ):
-        out = attention2d(q, k, v, grid, causal=causal, head_groups=head_groups)
+        out = attention2d(q, k, v, grid, causal=causal, overlap_groups=head_groups)
         found = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
     expected = dense_gradients(*whole, causal)
     return max((a.double() - b[mine]).abs().max().item() for a, b in zip(found, expected, strict=True))

@@ -79,9 +79,9 @@ def refusal(rank: int, how: str) -> str:
         if how == "shape":
             Grid.from_group(dist.group.WORLD, rows=2, cols=3)
         elif how == "heads":
-            Grid.from_group(dist.group.WORLD, rows=2, cols=2, heads=2)
+            Grid.from_group(dist.group.WORLD, rows=2, cols=2, ulysses_size=2)
         elif how == "too many heads":
-            Grid.from_group(dist.group.WORLD, rows=2, cols=2, heads=3)
+            Grid.from_group(dist.group.WORLD, rows=2, cols=2, ulysses_size=3)
         elif how == "groups":
             Grid.from_groups(kv_group=dist.group.WORLD, q_group=dist.group.WORLD)
         elif how == "mesh":
@@ -97,8 +97,14 @@ def refusal(rank: int, how: str) -> str:
     ("how", "message"),
     [
         ("shape", "rows=2 x cols=3 does not cover 4 context-parallel ranks: choose one of 1x4, 2x2, 4x1"),
-        ("heads", "cols=2 x heads=2 does not cover 4 context-parallel ranks: choose one of 1x2, 2x1 with heads=2"),
-        ("too many heads", "x heads=3 does not cover 4 .*: choose one of 1x4, 2x2, 4x1, or heads that divide 4"),
+        (
+            "heads",
+            "cols=2 x ulysses_size=2 does not cover 4 .*: choose one of 1x2, 2x1 with ulysses_size=2",
+        ),
+        (
+            "too many heads",
+            "x ulysses_size=3 does not cover 4 .*: choose one of 1x4, 2x2, 4x1, or a ulysses_size that divides 4",
+        ),
         ("groups", r"must share exactly the calling rank"),
         ("mesh", "takes a mesh of 2 axes, this one has 1"),
         ("axis", "kv_axis=2 is no axis of a 2-D mesh: give 0 or 1"),
@@ -118,10 +124,10 @@ def meetings(rank: int) -> list[int]:
 
     assert dist.group.WORLD is not None
     with mock.patch.object(dist, "all_reduce", counted):
-        grid = Grid.from_group(dist.group.WORLD, rows=2, cols=2, heads=2)
+        grid = Grid.from_group(dist.group.WORLD, rows=2, cols=2, ulysses_size=2)
         assert grid.kv_group is not None
         assert grid.q_group is not None
-        Grid.from_groups(kv_group=grid.kv_group, q_group=grid.q_group, head_group=grid.head_group)
+        Grid.from_groups(kv_group=grid.kv_group, q_group=grid.q_group, ulysses_group=grid.ulysses_group)
     return met
 
 
@@ -210,18 +216,18 @@ def head_axis(
     u, r, c = axes
     assert dist.group.WORLD is not None
     if how == "group":
-        grid = Grid.from_group(dist.group.WORLD, rows=r, cols=c, heads=u)
+        grid = Grid.from_group(dist.group.WORLD, rows=r, cols=c, ulysses_size=u)
     else:
         from megatron.core.parallel_state import create_hierarchical_groups
 
         world = list(range(u * r * c))
         (head_group, kv_group, q_group), _ = create_hierarchical_groups(rank, world, [u, r, c])
-        grid = Grid.from_groups(kv_group=kv_group, q_group=q_group, head_group=head_group)
+        grid = Grid.from_groups(kv_group=kv_group, q_group=q_group, ulysses_group=head_group)
     assert grid.size == u * r * c
     whole = inputs(6 * grid.size, 2, heads, dims=(8, 6))
     mine = zigzag(6 * grid.size, grid.size, grid.context_rank)
     q, k, v = (x[mine].requires_grad_() for x in whole[:3])
-    out = attention2d(q, k, v, grid, causal=causal, head_groups=heads[1])
+    out = attention2d(q, k, v, grid, causal=causal, overlap_groups=heads[1])
     results = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
     references = dense_gradients(*whole, causal)
     return grid.context_rank, max((a - b[mine]).abs().max().item() for a, b in zip(results, references, strict=True))
@@ -247,7 +253,7 @@ def test_the_head_axis_on_megatrons_hierarchical_groups(pool: RankPool, axes: tu
 def tiled(rank: int, shape: tuple[int, int], tile: tuple[int, int], heads: int) -> tuple[int, tuple, float]:
     """Context-parallel rank, the ranks on the grid, and the largest error."""
     assert dist.group.WORLD is not None
-    grid = Grid.from_group(dist.group.WORLD, rows=shape[0], cols=shape[1], heads=heads, tile=tile)
+    grid = Grid.from_group(dist.group.WORLD, rows=shape[0], cols=shape[1], ulysses_size=heads, node_block=tile)
     whole = inputs(4 * grid.size, 1, (2, 2))
     mine = zigzag(4 * grid.size, grid.size, grid.context_rank)
     q, k, v = (x[mine].requires_grad_() for x in whole[:3])
@@ -283,9 +289,9 @@ def test_tiles_keep_consecutive_ranks_together(
 def head_refusal(rank: int, heads: tuple[int, int], how: str) -> str:
     try:
         assert dist.group.WORLD is not None
-        if how == "tile":
-            Grid.from_group(dist.group.WORLD, rows=4, cols=1, tile=(3, 1))
-        grid = Grid.from_group(dist.group.WORLD, rows=1, cols=1, heads=4)
+        if how == "node block":
+            Grid.from_group(dist.group.WORLD, rows=4, cols=1, node_block=(3, 1))
+        grid = Grid.from_group(dist.group.WORLD, rows=1, cols=1, ulysses_size=4)
         attention2d(torch.zeros(4, 1, heads[0], 8), *[torch.zeros(4, 1, heads[1], 8)] * 2, grid)
     except ValueError as error:
         return str(error)
@@ -297,7 +303,7 @@ def head_refusal(rank: int, heads: tuple[int, int], how: str) -> str:
     [
         ((6, 6), "heads", "6 query heads don't divide by the 4 ranks of the grid's head axis (U)"),
         ((12, 3), "heads", "3 key/value heads neither divide by the 4 ranks of the grid's head axis (U) nor into them"),
-        ((4, 4), "tile", "tiles of 3x1 don't fill a grid of 4x1"),
+        ((4, 4), "node block", "node blocks of 3x1 don't fill a grid of 4x1"),
     ],
 )
 def test_head_axis_refusals(pool: RankPool, heads: tuple[int, int], how: str, message: str) -> None:

@@ -260,8 +260,8 @@ def test_other_misuse_is_refused() -> None:
         attention2d(q, q.double(), q, Grid.single())
     with pytest.raises(ValueError, match="floating-point"):
         attention2d(*[q.long()] * 3, Grid.single())
-    with pytest.raises(ValueError, match="head_groups=3 does not divide the 2 key/value heads"):
-        attention2d(q, q, q, Grid.single(), head_groups=3)
+    with pytest.raises(ValueError, match="overlap_groups=3 does not divide the 2 key/value heads"):
+        attention2d(q, q, q, Grid.single(), overlap_groups=3)
 
 
 def test_plain_torch_on_a_gpu_is_a_warning_with_the_reasons(caplog: pytest.LogCaptureFixture) -> None:

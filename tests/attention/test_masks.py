@@ -39,9 +39,9 @@ def run(layout: Layout, shards: list[Tensor], **call: Any) -> tuple[Tensor, int]
     group = dist.group.WORLD
     assert group is not None
     if layout is None:
-        call.pop("head_groups", None)
+        call.pop("overlap_groups", None)
         return ring_attention(*shards, group, **call), dist.get_rank()
-    grid = Grid.from_group(group, heads=layout[0], rows=layout[1], cols=layout[2])
+    grid = Grid.from_group(group, ulysses_size=layout[0], rows=layout[1], cols=layout[2])
     return attention2d(*shards, grid, **call), grid.context_rank
 
 
@@ -87,7 +87,7 @@ def masked(rank: int, layout: Layout, cases: list[dict[str, Any]], chunk: int = 
                 window=window,
                 sink=None if sink is None else leaves[3],
                 dropout=dropout,
-                head_groups=1 if case.get("kept_back") else 2,
+                overlap_groups=1 if case.get("kept_back") else 2,
             )
             gradients = list(torch.autograd.grad(out, leaves, whole[3][mine]))
         assert context_rank == rank

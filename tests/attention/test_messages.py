@@ -46,13 +46,13 @@ def errors(
     mine = zigzag(6 * size, size, rank)
     q, k, v = (x[mine].requires_grad_() for x in whole[:3])
     assert dist.group.WORLD is not None
-    grid = Grid.from_group(dist.group.WORLD, heads=axes[0], rows=axes[1], cols=axes[2], tile=tile)
+    grid = Grid.from_group(dist.group.WORLD, ulysses_size=axes[0], rows=axes[1], cols=axes[2], node_block=tile)
     how = messages._Transport(lists=True, coalesces=False, faked=False)
     with (
         mock.patch.object(messages, "_all_to_all", one_by_one),
         mock.patch.object(messages, "_transport", return_value=how),
     ):
-        out = attention2d(q, k, v, grid, causal=causal, window=window, head_groups=groups)
+        out = attention2d(q, k, v, grid, causal=causal, window=window, overlap_groups=groups)
         found = (out, *torch.autograd.grad(out, (q, k, v), whole[3][mine]))
     expected = dense_gradients(*whole, causal, window)
     return max((a - b[mine]).abs().max().item() for a, b in zip(found, expected, strict=True))

@@ -99,7 +99,7 @@ def peak(
         for patch in as_on_gpus():
             patched.enter_context(patch)
         meter = patched.enter_context(Meter())
-        out = attention2d(*leaves, grid, head_groups=groups, cu_seqlens=totals)
+        out = attention2d(*leaves, grid, overlap_groups=groups, cu_seqlens=totals)
         torch.autograd.grad(out, leaves, dout)
     inputs = 3 + 2 * g / h  # q, k, v and dout, of which views were counted, and the output
     return meter.peak / (q.numel() * q.element_size()) - inputs

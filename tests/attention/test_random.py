@@ -115,8 +115,8 @@ def attend(rank: int, one: Draw) -> float:
             out = ring_attention(*leaves, group, **call)
         else:
             u, rows, cols = one.axes
-            grid = Grid.from_group(group, heads=u, rows=rows, cols=cols, tile=one.tile)
-            out = attention2d(*leaves, grid, head_groups=one.head_groups, **call)
+            grid = Grid.from_group(group, ulysses_size=u, rows=rows, cols=cols, node_block=one.tile)
+            out = attention2d(*leaves, grid, overlap_groups=one.head_groups, **call)
         found = (out, *torch.autograd.grad(out, leaves, whole[3][mine]))
     return max((a - b[mine]).abs().max().item() for a, b in zip(found, expected, strict=True))
 

@@ -62,7 +62,7 @@ def cells(rank: int, layout: tuple[int, int, int] | int, cases: list[Case]) -> l
     assert group is not None
     attend: Any = functools.partial(ring_attention, group=group)
     if isinstance(layout, tuple):
-        grid = Grid.from_group(group, heads=layout[0], rows=layout[1], cols=layout[2])
+        grid = Grid.from_group(group, ulysses_size=layout[0], rows=layout[1], cols=layout[2])
         attend = functools.partial(attention2d, grid=grid)
     results: list[Any] = []
     for case in cases:

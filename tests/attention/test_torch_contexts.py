@@ -25,7 +25,7 @@ def attention(layout: str) -> Callable[..., Tensor]:
     if layout not in shapes:
         return lambda q, k, v: attention2d(q, k, v, Grid.single())
     rows, cols, heads = shapes[layout]
-    grid = Grid.from_group(group, rows=rows, cols=cols, heads=heads)
+    grid = Grid.from_group(group, rows=rows, cols=cols, ulysses_size=heads)
     return lambda q, k, v: attention2d(q, k, v, grid)
 
 

@@ -67,8 +67,8 @@ def there_and_back(rank: int) -> float:
     shuffled = DeviceMesh("cpu", torch.tensor([[2, 0], [3, 1]]))
     grids = (
         *(Grid.from_group(world, rows=rows, cols=4 // rows) for rows in (1, 2, 4)),
-        Grid.from_group(world, rows=1, cols=2, heads=2),
-        Grid.from_group(world, rows=2, cols=2, tile=(1, 2)),
+        Grid.from_group(world, rows=1, cols=2, ulysses_size=2),
+        Grid.from_group(world, rows=2, cols=2, node_block=(1, 2)),
         Grid.from_mesh(shuffled),
     )
     error = 0.0

@@ -81,7 +81,7 @@ def errors(
     whole[0] *= logits
     mine = zigzag(2 * size * chunk, size, rank).cuda()
     assert dist.group.WORLD is not None
-    layout = Grid.from_group(dist.group.WORLD, rows=grid[0], cols=grid[1], heads=head_ranks)
+    layout = Grid.from_group(dist.group.WORLD, rows=grid[0], cols=grid[1], ulysses_size=head_ranks)
     runs = []
     for _ in range(2):
         shards = (batch_first(x[mine]) if name in moved else x[mine] for name, x in zip("qkv", whole, strict=False))
@@ -90,7 +90,7 @@ def errors(
             if mode == "ring":
                 out = ring_attention(q, k, v, dist.group.WORLD, causal=causal, backend=backend)
             else:
-                out = attention2d(q, k, v, layout, causal=causal, backend=backend, head_groups=head_groups)
+                out = attention2d(q, k, v, layout, causal=causal, backend=backend, overlap_groups=head_groups)
             runs.append([out.detach(), *torch.autograd.grad(out, (q, k, v), whole[3][mine])])
     # Fast backward kernels add dQ up in no fixed order; all else has one.
     all_ordered = deterministic or backend == "reference" or dtype in (torch.float32, torch.float64)
@@ -187,7 +187,7 @@ def replayed(rank: int, layout: tuple[int, int, int] | None, p: float) -> list[b
     group = dist.group.WORLD
     assert group is not None
     heads, rows, cols = layout or (1, 1, 1)
-    grid = Grid.single() if layout is None else Grid.from_group(group, heads=heads, rows=rows, cols=cols)
+    grid = Grid.single() if layout is None else Grid.from_group(group, ulysses_size=heads, rows=rows, cols=cols)
     q, k, v = (torch.randn(512, 1, 4, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     dout = torch.randn_like(q)
 

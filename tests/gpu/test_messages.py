@@ -47,7 +47,7 @@ LAYOUTS: list[Layout] = [
 KINDS: dict[str, dict[str, Any]] = {
     "causal": {},
     "bidirectional": {"causal": False},
-    "in two groups of heads": {"head_groups": 2},
+    "in two groups of heads": {"overlap_groups": 2},
     "window": {"window": (100, 0)},
     "narrow window": {"window": (20, 0)},
     "packed": {"places": (64, 512, 8, 440), "lengths": (64, 512, 8, 440)},
@@ -74,7 +74,7 @@ def start(rank: int) -> None:
 def build(layout: Layout) -> Grid:
     assert dist.group.WORLD is not None
     (heads, rows, cols), tile = layout
-    return Grid.from_group(dist.group.WORLD, heads=heads, rows=rows, cols=cols, tile=tile)
+    return Grid.from_group(dist.group.WORLD, ulysses_size=heads, rows=rows, cols=cols, node_block=tile)
 
 
 def cells(rank: int, dtype: torch.dtype) -> list[tuple[str, str, float]]:

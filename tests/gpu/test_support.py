@@ -99,7 +99,7 @@ def cells(rank: int, size: int, dtype: torch.dtype, cases: list[Case]) -> list[s
     group = dist.group.WORLD
     assert group is not None
     grids = {
-        layout: None if layout is None else Grid.from_group(group, heads=layout[0], rows=layout[1], cols=layout[2])
+        layout: layout and Grid.from_group(group, ulysses_size=layout[0], rows=layout[1], cols=layout[2])
         for layout in LAYOUTS[size]
     }
     wrong = []

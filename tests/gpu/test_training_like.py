@@ -56,7 +56,7 @@ def worst_errors(rank: int, axes: tuple[int, int, int], heads: tuple[int, int], 
     heads_ranks, rows, cols = axes
     size = heads_ranks * rows * cols
     assert dist.group.WORLD is not None
-    grid = Grid.from_group(dist.group.WORLD, rows=rows, cols=cols, heads=heads_ranks)
+    grid = Grid.from_group(dist.group.WORLD, rows=rows, cols=cols, ulysses_size=heads_ranks)
     generator = torch.Generator(device).manual_seed(0)
     whole = [
         torch.randn(TOKENS, 1, n, 128, generator=generator, device=device).to(torch.bfloat16)
@@ -72,7 +72,7 @@ def worst_errors(rank: int, axes: tuple[int, int, int], heads: tuple[int, int], 
         layers: list[tuple[list[Tensor], Tensor]] = []
         for _ in range(LAYERS):
             leaves = [x.clone().requires_grad_() for x in shards]
-            layers.append((leaves, attention2d(*leaves, grid, head_groups=groups)))
+            layers.append((leaves, attention2d(*leaves, grid, overlap_groups=groups)))
             other_work(device, step)
         for leaves, out in reversed(layers):
             gradients = torch.autograd.grad(out, leaves, dout)

@@ -16,7 +16,7 @@ from tests.megatron.runs import arguments, context_parallel
 ROW, COLUMN = "queries in the row of ranks", "keys and values in the column of ranks"
 GATHER, RETURN = "gathering", "returning results"
 TILED = {**context_parallel("attention2d", 2, 2), "hierarchical_context_parallel_sizes": [1, 2, 2, 1]}
-HEADS = "head group of ranks [0, 1]: exchanging sequence for heads or back"
+HEADS = "Ulysses group of ranks [0, 1]: exchanging sequence for heads or back"
 
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("1x2", context_parallel("attention2d", 1, 2), [f"{ROW} [0, 1]: {what}" for what in (GATHER, RETURN) * 2]),

@@ -39,7 +39,7 @@ def stop_in(args: Sequence[str]) -> None:
     if mode == "ring":
         out = ring_attention(q, q, q, group, label="layer 3")
     else:
-        grid = Grid.from_group(group, rows=int(rows), cols=int(cols), heads=int(heads))
+        grid = Grid.from_group(group, rows=int(rows), cols=int(cols), ulysses_size=int(heads))
         out = attention2d(q, q, q, grid, label="layer 3")
     out.sum().backward()
     raise AssertionError("no rank stopped")

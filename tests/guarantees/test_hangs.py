@@ -32,7 +32,7 @@ CASES: dict[tuple[str, int, int, int], list[str]] = {
             "dk, dv at step 1 of the backward pass",
         )
     ],
-    ("attention2d", 1, 1, 2): ["layer 3, head group of ranks [0, 1]: exchanging sequence for heads or back"] * 4,
+    ("attention2d", 1, 1, 2): ["layer 3, Ulysses group of ranks [0, 1]: exchanging sequence for heads or back"] * 4,
 }
 
 
@@ -83,7 +83,7 @@ def wait_in_vain(rank: int, tile: tuple[int, int] | None) -> float:
     """Seconds until attention gives up on rank 1, which leaves out the second call over a grid laid on a group."""
     group = dist.new_group(timeout=timedelta(seconds=2))
     assert isinstance(group, dist.ProcessGroup)
-    grid = Grid.from_group(group, rows=2, cols=2, tile=tile)
+    grid = Grid.from_group(group, rows=2, cols=2, node_block=tile)
     q = torch.ones(4, 1, 2, 4)
     attention2d(q, q, q, grid)
     began = time.monotonic()

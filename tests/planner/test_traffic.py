@@ -168,7 +168,7 @@ def sent_bytes(
     assert dist.group.WORLD is not None
     grid = None
     if axes is not None:
-        grid = Grid.from_group(dist.group.WORLD, heads=axes[0], rows=axes[1], cols=axes[2], tile=tile)
+        grid = Grid.from_group(dist.group.WORLD, ulysses_size=axes[0], rows=axes[1], cols=axes[2], node_block=tile)
     assert messages.dist is dist
     dist.batch_isend_irecv = counting
     try:

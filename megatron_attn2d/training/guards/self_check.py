@@ -116,7 +116,7 @@ def describe(attention: ContextParallelAttention) -> str:
     """Mode and grid, in words."""
     grid = attention.grid
     shape = f"a ring of {attention.ring.size()}" if attention.ring is not None else f"a grid of {grid.rows}x{grid.cols}"
-    return f"mode {attention.mode} on {shape}{f' x {grid.heads} for heads' if grid.heads > 1 else ''}"
+    return f"mode {attention.mode} on {shape}{f' x {grid.ulysses_size} for heads' if grid.ulysses_size > 1 else ''}"
 
 
 def _inputs(total: int, heads: int, kv_heads: int, dims: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:

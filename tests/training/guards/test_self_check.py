@@ -54,8 +54,8 @@ def broken(rank: int, cp_comm_type: str, sizes: list[int] | None, how: str) -> s
         seen = visible_prefix(query, key_ranks, causal)
         return seen - 1 if query.half == layout.UPPER and seen > 1 else seen
 
-    def shifted_ranks(rows: int, cols: int, tile_rows: int, tile_cols: int) -> Any:
-        return tuple(reversed(place_ranks(rows, cols, tile_rows, tile_cols)))
+    def shifted_ranks(rows: int, cols: int, block_rows: int, block_cols: int) -> Any:
+        return tuple(reversed(place_ranks(rows, cols, block_rows, block_cols)))
 
     visible_prefix, place_ranks = layout.visible_prefix, layout.place_ranks
     with built(4, cp_comm_type, sizes, params_dtype=torch.float32) as attention:
