@@ -148,7 +148,6 @@ def line(row: dict[str, float]) -> str:
 
 def measure(model: Any, tokens: int, args: argparse.Namespace, weights: int, bandwidth: float) -> dict[str, float]:
     """One row."""
-    from megatron_attn2d.inference.cache import Cache
     from megatron_attn2d.inference.decode import Decoder
 
     context = args.ranks // args.tensor
@@ -159,7 +158,7 @@ def measure(model: Any, tokens: int, args: argparse.Namespace, weights: int, ban
         return {"tokens": tokens, "needs_gib": needed / 2**30}
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    cache = Cache(args.batch, capacity, model.context_group, model.device)
+    cache = model.new_cache(args.batch, capacity)
     made_up(model, cache, tokens)
     attention = _slowest(_attention_ms(model, cache), model.device)
     before = cache.snapshot()
@@ -224,7 +223,7 @@ def _attention_ms(model: Any, cache: Any) -> float:
         layer: torch.randn(
             len(cache.lengths),
             layer.config.num_attention_heads // layer.config.tensor_model_parallel_size,
-            layer.latent.width if layer.latent else layer.head_dims[0],
+            cache.layer(layer)[0].size(-1),
             device=model.device,
             dtype=layer.config.params_dtype,
         )
@@ -280,12 +279,11 @@ def _slowest(value: float, device: torch.device) -> float:
 
 def _filled(model: Any, tokens: list[int], chunk: int) -> Any:
     """A cache of one sequence, and the logits of its last token in it."""
-    from megatron_attn2d.inference.cache import Cache
     from megatron_attn2d.inference.fill import fill
 
     context = 1 if model.context_group is None else model.context_group.size()
     capacity = shards.capacity([len(tokens)], 1, chunk * context, context)
-    cache = Cache(1, capacity, model.context_group, model.device)
+    cache = model.new_cache(1, capacity)
     fill(model, cache, [tokens], chunk)
     return cache
 

@@ -13,7 +13,7 @@ Legend: B sequences, P context ranks, t tokens that this rank computes in a pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -26,6 +26,7 @@ from megatron_attn2d.attention.kernels.base import Request
 from megatron_attn2d.attention.layout import FULL
 from megatron_attn2d.attention.merge import accumulation_dtype
 from megatron_attn2d.inference import partial, shards
+from megatron_attn2d.inference.latent import Latent
 from megatron_attn2d.inference.shards import Piece
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 
@@ -54,7 +55,14 @@ class Cache:
         logits: of the token after the last one of each sequence, [B, vocabulary], fp32; None before the first pass.
     """
 
-    def __init__(self, sequences: int, capacity: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        sequences: int,
+        capacity: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        latents: Mapping[int, Latent],
+    ) -> None:
         """Empty; keys and values are allocated layer by layer in the first pass.
 
         Args:
@@ -62,8 +70,9 @@ class Cache:
             capacity: tokens of one sequence that a rank should have room for; it grows where that is too few.
             group: the context-parallel group; None for one rank.
             device: where keys and values are.
+            latents: of the layers with latent attention, by number.
         """
-        self.group = group
+        self.group, self.latents = group, latents
         self.rank, self.ranks = (0, 1) if group is None else (group.rank(), group.size())
         self.capacity = capacity
         self.filled = [[0] * self.ranks for _ in range(sequences)]
@@ -153,7 +162,7 @@ class Cache:
 
         Of latent attention both are views of [B, capacity + 1, 1, r + p].
         """
-        latent = layer.latent
+        latent = self.latents.get(layer.layer_number)
         if layer.layer_number not in self.layers:
             heads, widths = (1, [latent.width]) if latent else (layer.kept_heads, layer.head_dims)
             shape = len(self.filled), self.capacity + 1, heads
@@ -165,7 +174,8 @@ class Cache:
 
     def keep(self, layer: ContextParallelAttention, key: Tensor, value: Tensor, at: Sequence[Place]) -> None:
         """Keeps rows of key [t, g, d] and value [t, g, dv] at places of the cache."""
-        news = [key, value] if layer.latent is None else [layer.latent.kept(key)]
+        latent = self.latents.get(layer.layer_number)
+        news = [key, value] if latent is None else [latent.kept(key)]
         self.layer(layer)
         for held, new in zip(self.layers[layer.layer_number], news, strict=True):
             for rows, sequence, places in at:
@@ -283,10 +293,11 @@ class _Fill:
     ) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """Keys [n, g, d] and values [n, g, dv] of places of the cache; those of latent attention are made by blocks."""
         keys, values = (x[sequence] for x in self.cache.layer(layer))
-        step = max(1, end - begin) if layer.latent is None else _EXPANDED
+        latent = self.cache.latents.get(layer.layer_number)
+        step = max(1, end - begin) if latent is None else _EXPANDED
         for first in range(begin, end, step):
             places = slice(first, min(first + step, end))
-            found = (keys[places], values[places]) if layer.latent is None else layer.latent.expanded(keys[places])
+            found = (keys[places], values[places]) if latent is None else latent.expanded(keys[places])
             yield *found, places
 
     def count(self) -> None:
@@ -323,7 +334,8 @@ class _Decode:
     def attend(self, layer: ContextParallelAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.cache.keep(layer, k, v, [(slice(None), self.sequences, self.places)])
         keys, values = self.cache.layer(layer)
-        asked = q if layer.latent is None else layer.latent.absorbed(q)
+        latent = self.cache.latents.get(layer.layer_number)
+        asked = q if latent is None else latent.absorbed(q)
         scale = layer.softmax_scale or 1 / sqrt(q.size(-1))
         parts = _gathered(self.attend_shard(asked, keys, values, scale, _window_of(layer)), self.cache.group)
         if q.is_cuda:
@@ -333,7 +345,7 @@ class _Decode:
         else:
             out, lse = partial.merged(*_apart(parts))
         out = partial.with_sink(out, lse, layer.softmax_offset)
-        return (out if layer.latent is None else layer.latent.output(out)).to(q.dtype)
+        return (out if latent is None else latent.output(out)).to(q.dtype)
 
     def attend_shard(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
         """Output and log-sum-exp over this rank's keys in one tensor, [B, h, dv + 1]: one message."""

@@ -257,8 +257,6 @@ class Generator:
         Raises:
             UsageError: as `generate`.
         """
-        from megatron_attn2d.inference.cache import Cache
-
         for i, tokens in enumerate(prompts):
             self._check(f"prompt {i}", tokens, 0, 0)
         group = self._model.context_group
@@ -266,7 +264,7 @@ class Generator:
         lengths = [len(tokens) for tokens in prompts]
         capacity = shards.capacity(lengths, room, self._chunk * ranks, ranks)
         self._check_room(len(prompts), capacity, max(lengths) + room)
-        cache = Cache(len(prompts), capacity, group, self._model.device)
+        cache = self._model.new_cache(len(prompts), capacity)
         self._extend(cache, prompts)
         return cache
 
@@ -314,8 +312,6 @@ class Generator:
         cached = 0 if after is None else self._one_sequence(after)
         for i, tokens in enumerate(texts):
             self._check(f"text {i}", tokens, cached, 0)
-        from megatron_attn2d.inference.cache import Cache
-
         replica, replicas = self._model.replica
         mine = list(range(replica, len(texts), replicas))
         found: dict[int, Tensor] = {}
@@ -333,7 +329,7 @@ class Generator:
             lengths = [len(tokens) for tokens in asked]
             capacity = shards.capacity(lengths, 0, self._chunk * ranks, ranks)
             self._check_room(len(asked), capacity, max(lengths))
-            cache = Cache(len(asked), capacity, group, self._model.device)
+            cache = self._model.new_cache(len(asked), capacity)
             found |= zip(places, self._extend(cache, asked, starts), strict=True)
         merged = self._model.of_all_replicas(found)
         return [merged[place] for place in range(len(texts))]

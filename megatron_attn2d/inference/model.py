@@ -32,6 +32,7 @@ class Model:
         last: whether this rank's stage gives logits.
         device: of its parameters.
         layers: the attention of this rank's layers.
+        latents: of those with latent attention, by the layer's number.
         graphs: CUDA graphs of it, to be let go of before the ranks' groups end.
     """
 
@@ -48,12 +49,13 @@ class Model:
         self.device = next(self._chunk.parameters()).device
         self.layers = [module for module in self._chunk.modules() if isinstance(module, ContextParallelAttention)]
         self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.latents: dict[int, Latent] = {}
         self._positions: Tensor | None = None
         self._rows: Tensor | None = None
         _check_layers(self._chunk)
         for module in self._chunk.modules():
             if isinstance(module, MLASelfAttention):
-                module.core_attention.latent = Latent(module)
+                self.latents[module.layer_number] = Latent(module)
             if isinstance(module, RotaryEmbedding | YarnRotaryEmbedding):
                 self._follow_positions(module)
         if self.last:
@@ -84,11 +86,16 @@ class Model:
     @property
     def bytes_per_token(self) -> int:
         """Of one token's keys and values, in all layers of this rank."""
-        return sum(
-            (layer.latent.width if layer.latent else layer.kept_heads * sum(layer.head_dims))
-            * layer.config.params_dtype.itemsize
-            for layer in self.layers
-        )
+        return sum(self.width(layer) * layer.config.params_dtype.itemsize for layer in self.layers)
+
+    def width(self, layer: ContextParallelAttention) -> int:
+        """Numbers that are kept of a token in a layer."""
+        latent = self.latents.get(layer.layer_number)
+        return layer.kept_heads * sum(layer.head_dims) if latent is None else latent.width
+
+    def new_cache(self, sequences: int, capacity: int) -> Cache:
+        """An empty cache with room for `capacity` tokens of each sequence on this rank."""
+        return Cache(sequences, capacity, self.context_group, self.device, self.latents)
 
     @property
     def graph_refusal(self) -> str | None:

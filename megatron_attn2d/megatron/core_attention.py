@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -44,10 +44,6 @@ from megatron_attn2d.megatron.upstream.compat import ROLLS_WITHIN_PADDING
 
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
 _CAUSAL_PACKED = {**_CAUSAL, AttnMaskType.padding_causal: True, AttnMaskType.padding: False}
-
-
-if TYPE_CHECKING:
-    from megatron_attn2d.inference.latent import Latent
 
 
 class KeyValueCache(Protocol):
@@ -100,7 +96,6 @@ class ContextParallelAttention(MegatronModule):
         tensor = config.tensor_model_parallel_size
         heads, kv_heads = config.num_attention_heads // tensor, max(1, config.num_query_groups // tensor)
         self.cache: KeyValueCache | None = None
-        self.latent: Latent | None = None
         self.kept_heads = heads if config.multi_latent_attention else kv_heads
         if config.context_parallel_size == 1:
             return
