@@ -27,6 +27,7 @@ import torch
 from megatron_attn2d.megatron import recomputation
 from megatron_attn2d.megatron.upstream.patching import Patch, applied
 from megatron_attn2d.training.attention_wait import AttentionWait
+from megatron_attn2d.training.first_step import FirstStep
 
 _ALWAYS = ("loss", "grad_norm", "lr")  # recorded as null too: no token counted, or the optimizer skipped the step
 COUNTED = "share of tokens counted"
@@ -108,6 +109,7 @@ class Reporter:
         self._validated: dict[str, Any] = {}
         self._timed_out = False
         self._complete: set[tuple[str, int]] = set()  # validations of this start, by set and step
+        self._first = FirstStep(args, self._print)
         self._wait = AttentionWait() if args.log_attention_communication else None
         self._step_seconds = 0.0
         self._counted = 1.0
@@ -132,12 +134,19 @@ class Reporter:
         )
 
     def _timed(self, train_step: Any) -> Any:
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
         @functools.wraps(train_step)
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(forward_step_func: Any, *args: Any, iteration: int, **kwargs: Any) -> Any:
             if self._wait:
                 self._wait.take()
+            micro_batches, rest = get_num_microbatches(), self._args.train_iters - iteration
+            if self._reports:
+                forward_step_func = self._first.watched(forward_step_func, micro_batches, rest)
             begin = time.perf_counter()
-            result = train_step(*args, **kwargs)
+            result = train_step(forward_step_func, *args, iteration=iteration, **kwargs)
+            if self._reports:
+                self._first.mark(micro_batches, rest)
             self._step_seconds = time.perf_counter() - begin
             self._counted = float(result[0].pop(COUNTED, 1.0))  # no loss, which the trackers would take it for
             return result

@@ -10,6 +10,7 @@ from tests.megatron.runs import context_parallel
 
 Options = dict[str, Any]
 
+YARN = {"rotary_scaling_factor": 4, "yarn_original_max_position_embeddings": 16}  # a fourth of the length
 MODELS: dict[str, Options] = {
     "llama": {
         "num_layers": 2,
@@ -48,6 +49,7 @@ MODELS: dict[str, Options] = {
     "masked": {"num_layers": 1, "eod_mask_loss": True, "null_tokenizer_eod_id": 32},
     "hidden dropout": {"num_layers": 2, "hidden_dropout": 0.1},
     "attention dropout": {"num_layers": 2, "attention_dropout": 0.1},
+    "yarn": {"num_layers": 2, "position_embedding_type": "yarn", **YARN},
     "windows": {"num_layers": 2, "window_size": "24,0", "window_attn_skip_freq": 2, "softmax_type": "learnable"},
 }
 """What a model differs in from `runs.OPTIONS`. `masked`: no loss after a blank, so that ranks count other numbers of
@@ -141,6 +143,7 @@ COMBINATIONS: dict[str, Combination] = {
     "loss masked, 2x1": Combination("masked", 2, grid(2, 1)),
     "hidden dropout, 2x1 against the ring": Combination("hidden dropout", 2, grid(2, 1)),
     "attention dropout, 2x1 against 1x2": Combination("attention dropout", 2, grid(2, 1)),
+    "YaRN, 2x1": Combination("yarn", 2, grid(2, 1)),
     "windows, 2x2": Combination("windows", 4, grid(2, 2)),
     "windows, TP2 SP, 2x1": Combination("windows", 4, {**SP, **grid(2, 1)}),
     "MoE, EP2": Combination("moe", 2, EP),
