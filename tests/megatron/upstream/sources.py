@@ -43,6 +43,7 @@ WRAPPED = {
     "megatron.core.transformer.module:GraphableMegatronModule.get_layer_static_inputs": [
         *("self", "seq_length", "micro_batch_size"),
     ],
+    "megatron.core.tensor_parallel:checkpoint": ["function", "distribute_saved_activations"],
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": ["new_state", "device", "graph_safe"],
 }
 """The parameters with which upstream's functions begin that are replaced or wrapped by ones of the same parameters."""

@@ -46,6 +46,7 @@ CHANGES_A_RESUMED_RUN = [
 ]
 
 TESTED_BELOW = {
+    "torch.autograd:_engine_run_backward",
     "megatron.training.training:initialize_megatron",
     "megatron.training.training:set_jit_fusion_options",
     "megatron.core.dist_checkpointing.strategies.filesystem_async:_results_queue",
@@ -354,6 +355,29 @@ def test_upstream_ends_hybrid_models_with_a_norm_of_transformer_engine() -> None
         hybrid_block.TENorm(config=config, hidden_size=64)
     with compat.applied_fixes():
         assert isinstance(hybrid_block.TENorm(config=config, hidden_size=64), torch.nn.LayerNorm)
+
+
+class PlacesOnTheGpu(torch.autograd.Function):
+    """Makes a tensor in its backward pass, as Megatron's sequence-parallel regions do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0] + torch.zeros(1, device="cuda")
+
+
+@without_cuda
+def test_torch_sets_the_seam_aside_while_it_runs_backward() -> None:
+    others = [patch for patch in cpu.PATCHES if patch.target != "torch.autograd:_engine_run_backward"]
+    with mock.patch.object(cpu, "PATCHES", others), cpu.seam(), pytest.raises((RuntimeError, AssertionError)):
+        torch.autograd.backward(PlacesOnTheGpu.apply(torch.ones(1, requires_grad=True)))
+    with cpu.seam():
+        x = torch.ones(1, requires_grad=True)
+        torch.autograd.backward(PlacesOnTheGpu.apply(x))
+        assert x.grad == 1
 
 
 @pytest.fixture(scope="module")
