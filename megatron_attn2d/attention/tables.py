@@ -34,7 +34,7 @@ import torch
 
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, Rectangle, TilePlan
 from megatron_attn2d.attention.packing import Packing
-from megatron_attn2d.attention.segments import Numbers, Segments
+from megatron_attn2d.attention.segments import Columns, Numbers, Segments
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def tile_tables(plan: TilePlan, packing: Packing, band: Band, share_keys: bool) 
     """The calls of a tile between other ranks' chunks, and between a rank's own two where they are not apart.
 
     Under a mask without a window they share keys and no queries, or queries and no keys. Where queries travel, they are
-    as the plan has them, which shares keys.
+    as the plan has them, which shares keys. A single call that neither way changes is made once.
     """
-    share_keys |= plan.queries_travel
+    share_keys |= plan.queries_travel or [(r.stop, r.first) for r in plan.rectangles] == [(len(plan.queries), 0)]
     key = plan, band, share_keys or band not in (FULL, CAUSAL)
     return packing.made(key, lambda: _Rows(plan, packing).tables(band, share_keys))
 
@@ -332,7 +332,8 @@ class _Rows:
             for x, rows in ((pieces.q_start, q_rows), (pieces.k_start, k_rows))
         )
         q_lengths, k_lengths = (torch.where(empty, 0, x).flatten().int() for x in (pieces.q_length, pieces.k_length))
-        return Segments(q_starts, q_lengths, k_starts, k_lengths, band, most_q, most_k)
+        columns = Columns(q_starts, q_lengths, k_starts, k_lengths)
+        return Segments(lambda: columns, band, most_q, most_k)
 
 
 def _joined(rows: Numbers) -> Numbers:

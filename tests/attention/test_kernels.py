@@ -25,7 +25,7 @@ from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKernel, _without_gaps
 from megatron_attn2d.attention.layout import CAUSAL, FULL, Band
 from megatron_attn2d.attention.merge import surrogate_out
-from megatron_attn2d.attention.segments import Segments
+from megatron_attn2d.attention.segments import Columns, Segments
 from tests.attention.dense import dense_attention, inputs
 from tests.pool import RankPool
 
@@ -291,9 +291,8 @@ def test_gpu_kernels_call_the_operators_that_this_torch_has(
 def test_flash_attention_2_takes_tables_by_the_operators_that_this_torch_has() -> None:
     numbers = np.array([(2, 20, 0, 30), (22, 0, 30, 0), (40, 24, 30, 66)])
     with FakeTensorMode():
-        table = Segments(
-            *(torch.empty(n, device="cuda", dtype=torch.int32) for n in (4, 3, 4, 3)), CAUSAL, 24, 66, numbers
-        )
+        columns = Columns(*(torch.empty(n, device="cuda", dtype=torch.int32) for n in (4, 3, 4, 3)))
+        table = Segments(lambda: columns, CAUSAL, 24, 66, numbers)
         q, k = (torch.empty(n, h, 128, device="cuda", dtype=torch.bfloat16) for n, h in ((64, 8), (96, 2)))
         lse = torch.empty(8, 64, device="cuda")
         FlashKernel().forward_segments(q, k, k, table, Softmax(1.0), (q, lse))

@@ -6,14 +6,17 @@ import random
 from collections import Counter
 from itertools import accumulate
 from time import process_time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_attn2d.attention import segments
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, tile_plan
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.attention.segments import Segments
+from megatron_attn2d.attention.staging import to_device
 from megatron_attn2d.attention.tables import TileTables, diagonal_tables, tile_tables, whole_tables
 from tests.attention.test_layout import grid
 
@@ -193,3 +196,20 @@ def test_new_lengths_of_a_thousand_documents_are_planned_in_two_milliseconds() -
         took.append(process_time() - start)
     print(f"plan of 1,024 documents: {min(took) * 1e3:.2f} ms at best, {sorted(took)[6] * 1e3:.2f} ms in the middle")
     assert min(took) <= 2e-3
+
+
+def test_short_segments_apart_are_all_segments_of_a_few_rows_by_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = Mock(side_effect=to_device)
+    monkeypatch.setattr(segments, "to_device", copies)
+    host = np.array([(0, 9, 0, 9), (9, 2, 9, 4), (11, 1, 13, 1), (12, 8, 14, 8)])
+    table = Segments.of(host, CAUSAL, 21, 23, CPU)
+    assert table.by_length(2, 2, 21, 23, CPU) == (table, None), "too few"
+    long, short = table.by_length(2, 1, 21, 23, CPU)
+    copies.assert_not_called()
+    for part, numbers in ((long, host[[0, 3]]), (short, host[1:3])):
+        assert part is not None
+        assert list(part) == [tuple(row) for row in numbers.tolist()]
+        check_table(part, 21, 23)
+        aligned = {x.data_ptr() % 16 for x in (part.q_starts, part.q_lengths, part.k_starts, part.k_lengths)}
+        assert aligned == {0}, "kernels copy what begins elsewhere"
+    copies.assert_called_once()

@@ -126,7 +126,7 @@ def compare_short(case: str) -> None:
         rows, keys = rows + queries + queries % 3, keys + others + others % 2
     rows, keys = rows + 4, keys + 3
     whole = Segments.of(np.array(segments), band, rows, keys, torch.device("cpu"))
-    _, table = whole.by_length(1000, 0, rows, keys)
+    _, table = whole.by_length(1000, 0, rows, keys, torch.device("cpu"))
     assert table is not None
     members = [torch.zeros(n, dtype=torch.bool) for n in (rows, keys)]
     for q_start, q_length, k_start, k_length in table:

@@ -29,7 +29,9 @@ from megatron_attn2d.attention.segments import Segments
 _HEAD_DIMS = (64, 96, 128, 192, 256)  # it takes others too, with wrong gradients for 80 (4.0.0b36 on H100)
 _LATENT = (192, 128)  # of multi-latent attention
 _BLOCKS = 257  # more rows or keys than one block has
-_SHORT = 32  # query rows, of which a block of FlashAttention-4 has 128 forward, 64 or 80 backward
+# Query rows, of which a block of FlashAttention-4 has 128 forward, 64 or 80 backward. Of the bounds 0, 16, 32, 64 and
+# 128 on H200 64 is the fastest or within 0.03 ms of it, forward and backward together (`docs/attention_kinds.md`).
+_SHORT = 64
 _FEW = 128  # fewer short segments than that are not worth calls of their own
 
 
@@ -155,7 +157,7 @@ def _by_length(table: Segments, q: Tensor, k: Tensor, scale: float) -> tuple[Seg
     """Segments for FlashAttention-4, and those so short that a block of it would be empty but for a few rows."""
     if scale <= 0 or not triton_installed():
         return table, None
-    return table.by_length(_SHORT, _FEW, q.size(0), k.size(0))
+    return table.by_length(_SHORT, _FEW, q.size(0), k.size(0), q.device)
 
 
 def _mask(band: Band) -> dict[str, Any]:
