@@ -61,7 +61,7 @@ def prepare(
     k: Tensor,
     v: Tensor,
     groups: Sequence[dist.ProcessGroup | None],
-    places: int,
+    zigzag_ranks: int,
     ulysses_size: int = 1,
     kinds: dict[Any, Any] | None = None,
     *,
@@ -82,20 +82,20 @@ def prepare(
     Args:
         q, k, v: shards, as `attention2d` takes them; so are all arguments that it has too.
         groups: the process groups on which the call exchanges messages; None for an axis of one rank.
-        places: between how many ranks tokens stay spread while heads are attended.
-        ulysses_size: how many ranks of each such place exchange sequence for heads.
+        zigzag_ranks: over how many ranks tokens stay spread while heads are attended.
+        ulysses_size: how many ranks share each of these shards and exchange sequence for heads.
         kinds: keeps what was worked out for each kind of call; None to work it out in every call.
 
     Raises:
         ValueError, ExchangeError: as `attention2d`.
     """
-    packing = packed(cu_seqlens, cu_seqlens_padded, max_seqlen, (q, k, v), places * ulysses_size)
+    packing = packed(cu_seqlens, cu_seqlens_padded, max_seqlen, (q, k, v), zigzag_ranks * ulysses_size)
     if packing is not None:
         q, k, v = (x.unsqueeze(1) for x in (q, k, v))
     dropout = Dropout.of_call(dropout)
 
     def work_out() -> tuple[Packing, Band, Kernel]:
-        sequences, band = sequences_of(q, k, v, causal, window, places, ulysses_size, packing)
+        sequences, band = sequences_of(q, k, v, causal, window, zigzag_ranks, ulysses_size, packing)
         return sequences, band, choose_kernel(backend, request_of(q, v, sequences, band, dropout))
 
     if kinds is None or packing is not None or not (window is None or isinstance(window, tuple)):

@@ -142,24 +142,26 @@ def sequences_of(
     v: Tensor,
     causal: bool,
     window: tuple[int | None, int | None] | None,
-    places: int,
-    heads: int,
+    zigzag_ranks: int,
+    ulysses_size: int,
     packing: Packing | None,
 ) -> tuple[Packing, Band]:
-    """The sequences in chunks of a zigzag of `places`, each of `heads` ranks' shards, and who sees whom within each.
+    """The sequences in the zigzag of so many ranks, and who sees whom within each.
+
+    A shard of that zigzag is made of those of `ulysses_size` ranks.
 
     Raises:
         ValueError: naming what does not fit.
     """
-    longest = max(q.size(0), k.size(0)) * places * heads
+    longest = max(q.size(0), k.size(0)) * zigzag_ranks * ulysses_size
     if packing is not None:
         longest = 2 * packing.ranks * packing.longest
     band = band_of(causal, window, longest)
     check_shards(q, k, v, across=band == FULL and packing is None)
     if packing is not None:
-        return packing.over(heads), band
-    _doubt_order(q, places * heads)
-    return Packing.of_one(q.size(0) * heads // 2, places, q.device), band
+        return packing.over(ulysses_size), band
+    _doubt_order(q, zigzag_ranks * ulysses_size)
+    return Packing.of_one(q.size(0) * ulysses_size // 2, zigzag_ranks, q.device), band
 
 
 def request_of(q: Tensor, v: Tensor, sequences: Packing, band: Band, dropout: Dropout | None) -> Request:

@@ -74,10 +74,10 @@ class TileAxis:
         """
         if not self.travels:
             return Returned(kinds, [[[], []] for _ in kinds], Pending())
-        places = [self.axis.own_slot(half) for half in (LOWER, UPPER)]
-        local: list[Slots] = [[[] if slot is None else slots[slot] for slot in places] for slots in kinds]
+        own = dict(self.axis.own_slots)
+        local: list[Slots] = [[slots[own[half]] if half in own else [] for half in (LOWER, UPPER)] for slots in kinds]
         only = [[partial for (partial,) in slots] for slots in kinds]
-        return Returned(local, *self.axis.give_back(only, like, combine, tag=1))
+        return Returned(local, *self.axis.return_partials(only, like, combine, tag=1))
 
 
 class Gathered:

@@ -1,10 +1,12 @@
-"""An axis whose ranks share nodes: a chunk crosses the network once per node, and its carrier passes it on (`routes`).
+"""An axis whose ranks share nodes: a chunk crosses the network once per node, and its carrier sends it on (`routes`).
 
-A rank *holds* what ranks of its node get from it: its own chunks and those that it carries, side by side in one buffer,
-in token order. What another's tile needs of them is a run of that order, or a few where a mask hides what lies between,
-so that it is one message, however many nodes there are. It lands beside what other ranks send and is copied into the
-slots of the tile. Results go back the same way: those of another's chunks are laid side by side and sent as one
-message; the carrier combines, for all chunks at once, what its node has of them, and sends that to the owners.
+A rank *holds* what ranks of its node get from it: its own chunks and the chunks that it carries, side by side in one
+buffer, in token order. What another rank's tile needs of them is a run of that order, or a few runs where a mask hides
+what lies between. So it is one message per run, however many nodes there are. It lands beside what other ranks send and
+is copied into the slots of the tile.
+
+Results go back the same way. Those of another rank's chunks are laid side by side and sent as one message. The carrier
+combines what its node has of them, for all chunks at once, and sends that to the owners.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.axis import GATHERING, RETURNING, Axis, Combine, Returned, copy, landing
+from megatron_attn2d.attention.axis import GATHERING, RETURNING, Arriving, Axis, Combine, copy, landing
 from megatron_attn2d.attention.layout import LOWER, UPPER, Chunk
 from megatron_attn2d.attention.messages import Pending, nothing
 from megatron_attn2d.attention.routes import Round, Routes, Run, own_slots, returns, rounds
@@ -28,21 +30,21 @@ class Relay:
     """What one rank does along the axis in each call.
 
     Attributes:
-        own: half and slot of the own chunks that the own tile needs.
-        halves: which of its own chunks the rank passes on; they are the first that it holds.
+        own_slots: half and slot of the own chunks that the own tile needs.
+        halves: which of its own chunks the rank sends within its node; they are the first that it holds.
         held: slot of each chunk that it holds, None where its tile does not need the chunk.
         between: rounds over [own lower chunk, own upper chunk, held chunks, nothing].
         within: rounds over [runs of held chunks to others of the node, runs from them, nothing].
-        to_others: place of the receiver in the node, and the run of held chunks.
+        to_others: position of the receiver among the other ranks of the node, and the run of held chunks.
         from_others: the runs in `staged`.
         staged: slot of each chunk that others send, in the order in which they land.
         others: how many other ranks the node has.
         complete: they and the own tile need all that is held.
-        give_back: rounds over [results of the carried chunks, what returns from other nodes, nothing].
+        back: rounds over [results of the carried chunks, what returns from other nodes, nothing].
         returning: how many results other nodes return of the own lower and upper chunk.
     """
 
-    own: tuple[tuple[int, int], ...]
+    own_slots: tuple[tuple[int, int], ...]
     halves: tuple[int, ...]
     held: tuple[int | None, ...]
     between: tuple[Round, ...]
@@ -52,7 +54,7 @@ class Relay:
     staged: tuple[int, ...]
     others: int
     complete: bool
-    give_back: tuple[Round, ...]
+    back: tuple[Round, ...]
     returning: tuple[int, int]
 
 
@@ -63,7 +65,7 @@ def relay_of(routes: Routes, node: Sequence[int], rank: int, slots: Sequence[Chu
         routes: the messages of all ranks of the axis.
         node: the ranks of the axis that share the node of `rank`.
         rank, slots: as above.
-        order: the place of each rank of the axis in its group.
+        order: the rank in the group, by rank of the axis.
     """
     slot_of = {chunk: slot for slot, chunk in enumerate(slots)}
     passed: dict[tuple[int, int], set[Chunk]] = {}
@@ -83,17 +85,17 @@ def relay_of(routes: Routes, node: Sequence[int], rank: int, slots: Sequence[Chu
         bounds.append((len(staged), len(staged) + run.last - run.first))
         staged += [slot_of[chunk] for chunk in held[run.sender][run.first : run.last]]
     others = [each for each in node if each != rank]
-    place = {chunk: i for i, chunk in enumerate(held[rank])}
+    position = {chunk: i for i, chunk in enumerate(held[rank])}
     carried = held[rank][len(halves) :]
-    place_of, returning = returns(routes.between, rank)
+    position_of, returning = returns(routes.between, rank)
     back = rounds(
-        routes.between, rank, order, lambda m: len(carried) + place_of[m], lambda m: place[m.chunk] - len(halves)
+        routes.between, rank, order, lambda m: len(carried) + position_of[m], lambda m: position[m.chunk] - len(halves)
     )
     return Relay(
         own_slots(rank, slot_of),
         halves,
         tuple(slot_of.get(chunk) for chunk in held[rank]),
-        rounds(routes.between, rank, order, lambda m: m.chunk.half, lambda m: 2 + place[m.chunk]),
+        rounds(routes.between, rank, order, lambda m: m.chunk.half, lambda m: 2 + position[m.chunk]),
         rounds(runs, rank, order, to_others.index, lambda run: len(to_others) + from_others.index(run)),
         tuple((others.index(run.receiver), run.first, run.last) for run in to_others),
         tuple(bounds),
@@ -121,16 +123,16 @@ def _runs(sender: int, receiver: int, held: Sequence[Chunk], chunks: set[Chunk])
 class RelayAxis(Axis):
     """Several ranks share a node, so that there are two launches, between nodes and within.
 
-    `gather` makes the second in `wait`; `give_back` waits for its first, within nodes, before it makes the second and
-    returns.
+    `gather` starts the one within nodes when it is waited for. `return_partials` waits for the one within nodes, starts
+    the one between them and returns.
     """
 
     relay: Relay
 
     @property
-    def own(self) -> tuple[tuple[int, int], ...]:
-        """See `Axis.own`."""
-        return self.relay.own
+    def own_slots(self) -> tuple[tuple[int, int], ...]:
+        """See `Axis.own_slots`."""
+        return self.relay.own_slots
 
     def gather(self, shards: Sequence[Tensor], *, tag: int) -> tuple[list[Tensor], Pending]:
         """See `Axis.gather`."""
@@ -144,7 +146,7 @@ class RelayAxis(Axis):
             held, staged = room[: len(relay.held)], room[len(relay.held) :]
             slots, chunks, pieces = buffer.unbind(), shard.unbind(), room.unbind()
             now += [(pieces[i], chunks[half]) for i, half in enumerate(relay.halves)]
-            now += [(slots[slot], chunks[half]) for half, slot in relay.own]
+            now += [(slots[slot], chunks[half]) for half, slot in relay.own_slots]
             come = [*relay.held, *relay.staged]
             last += [
                 (slots[slot], pieces[i]) for i, slot in enumerate(come) if slot is not None and i >= len(relay.halves)
@@ -155,25 +157,25 @@ class RelayAxis(Axis):
             runs += [staged[first:stop] for first, stop in relay.from_others]
             within.append((*runs, nothing(shard)))
 
-        def pass_on() -> Pending:
-            passing = self.launch(relay.within, within, 2 * tag + _WITHIN, GATHERING)
-            passing.then = arrange
-            return passing
+        def send_within() -> Pending:
+            sending = self.launch(relay.within, within, 2 * tag + _WITHIN, GATHERING)
+            sending.then = fill_slots
+            return sending
 
-        def arrange() -> Pending:
+        def fill_slots() -> Pending:
             copy(last)
             last.clear()
             return Pending()
 
         pending = self.launch(relay.between, between, 2 * tag + _BETWEEN, GATHERING)
         copy(now)
-        pending.then = pass_on
+        pending.then = send_within
         return buffers, pending
 
-    def give_back(
+    def return_partials(
         self, partials: Sequence[Sequence[Tensor]], like: Sequence[Tensor], combine: Combine, *, tag: int
-    ) -> Returned:
-        """See `Axis.give_back`."""
+    ) -> Arriving:
+        """See `Axis.return_partials`."""
         relay = self.relay
         received: list[list[list[Tensor]]] = [[[], []] for _ in like]
         within, carried = [], []
@@ -187,16 +189,16 @@ class RelayAxis(Axis):
             within.append((*runs, nothing(sample)))
             for i, half in enumerate(relay.halves):
                 halves[half].append(room[:, i])
-            mine = relay.held[len(relay.halves) :]
-            if mine:
-                missing = sample.new_full(sample.shape, empty) if None in mine else sample
-                own = torch.stack([missing if slot is None else kind[slot] for slot in mine])
-                carried.append([own, room[:, len(relay.halves) :]])
+            slots = relay.held[len(relay.halves) :]
+            if slots:
+                missing = sample.new_full(sample.shape, empty) if None in slots else sample
+                local = torch.stack([missing if slot is None else kind[slot] for slot in slots])
+                carried.append([local, room[:, len(relay.halves) :]])
         back = [each.back for each in relay.within]
         self.launch(back, within, 2 * tag + _WITHIN, RETURNING).wait()
         results = [x.unbind() for x in combine.results(carried)] if carried else [() for _ in like]
-        places = [
+        kinds = [
             (*result, *landing(sample, relay.returning, halves).unbind(), nothing(sample))
             for result, sample, halves in zip(results, like, received, strict=True)
         ]
-        return received, self.launch(relay.give_back, places, 2 * tag + _BETWEEN, RETURNING)
+        return received, self.launch(relay.back, kinds, 2 * tag + _BETWEEN, RETURNING)

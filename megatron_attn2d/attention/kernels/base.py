@@ -75,7 +75,7 @@ class BackwardRows(NamedTuple):
         )
 
 
-type Results = tuple[Tensor, Tensor]
+type Outputs = tuple[Tensor, Tensor]
 """Output and log-sum-exp."""
 
 type Gradients = tuple[Tensor, Tensor, Tensor]
@@ -100,7 +100,7 @@ class Kernel(Protocol):
         """Whether two backward passes agree bit for bit under torch.use_deterministic_algorithms."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Outputs:
         """Attend q [sq, b, h, d] to k [sk, b, g, d] and v [sk, b, g, dv], h a multiple of g.
 
         `band` says who sees whom; CAUSAL comes with sq = sk only. Returns the output [sq, b, h, dv] and the log-sum-exp
@@ -114,7 +114,7 @@ class Kernel(Protocol):
         ...
 
     def forward_segments(
-        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Outputs
     ) -> None:
         """Attend the segments of a table, for kernels that serve requests with `segments`.
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Outputs, Request, Softmax
 from megatron_attn2d.attention.kernels.triton.kernel import installed as triton_installed
 from megatron_attn2d.attention.layout import CAUSAL, Band
 from megatron_attn2d.attention.segments import Segments
@@ -61,7 +61,7 @@ class FlashAttention4Kernel:
             return "serves Hopper GPUs so far"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Outputs:
         """See `Kernel.forward`."""
         from flash_attn.cute.interface import _flash_attn_fwd
 
@@ -91,7 +91,7 @@ class FlashAttention4Kernel:
         return dq, dk, dv
 
     def forward_segments(
-        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Outputs
     ) -> None:
         """See `Kernel.forward_segments`."""
         long, short = _by_length(table, q, k, softmax.scale)

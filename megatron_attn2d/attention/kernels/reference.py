@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_attn2d.attention.dropout import KeepMask
-from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Outputs, Request, Softmax
 from megatron_attn2d.attention.layout import FULL, Band
 from megatron_attn2d.attention.merge import accumulation_dtype
 from megatron_attn2d.attention.segments import Segments
@@ -46,7 +46,7 @@ class ReferenceKernel:
         return None if request.dtype in _DTYPES else "serves fp16, bf16, fp32 and fp64"
 
     @_outside_autocast
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Outputs:
         """See `Kernel.forward`."""
         scores = _scores(q, k, band, softmax.scale)
         lse = scores.logsumexp(-1)
@@ -79,7 +79,7 @@ class ReferenceKernel:
         return dq.to(q.dtype), dk.permute(2, 0, 1, 3).to(k.dtype), dv.permute(2, 0, 1, 3).to(v.dtype)
 
     def forward_segments(
-        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Outputs
     ) -> None:
         """See `Kernel.forward_segments`; one segment after the other."""
         out, lse = into

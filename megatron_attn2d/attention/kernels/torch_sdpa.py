@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Outputs, Request, Softmax
 from megatron_attn2d.attention.kernels.ragged import inside, put
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.layout import CAUSAL, Band
@@ -45,7 +45,7 @@ class CudnnKernel:
             return "needs cuDNN"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Outputs:
         """See `Kernel.forward`."""
         if q.size(0) == k.size(0) == 1:  # which cuDNN refuses
             return ReferenceKernel().forward(q, k, v, band, softmax)
@@ -105,7 +105,7 @@ class FlashKernel:
             return "is not part of this torch build"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Outputs:
         """See `Kernel.forward`."""
         out, lse, *_ = _aten._flash_attention_forward(
             *map(_bshd, (q, k, v)),
@@ -147,7 +147,7 @@ class FlashKernel:
         return _bshd(dq), _bshd(dk), _bshd(dv)
 
     def forward_segments(
-        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Outputs
     ) -> None:
         """See `Kernel.forward_segments`."""
         if table.most_q == 0:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Outputs, Request, Softmax
 from megatron_attn2d.attention.kernels.ragged import inside, put, running
 from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.layout import CAUSAL, Band
@@ -50,7 +50,7 @@ class TransformerEngineKernel:
             return "needs Transformer Engine 2.20 or a version with its arguments"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Outputs:
         """See `Kernel.forward`."""
         if q.size(0) == k.size(0) == 1:  # which cuDNN refuses
             return ReferenceKernel().forward(q, k, v, band, softmax)
@@ -106,7 +106,7 @@ class TransformerEngineKernel:
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
     def forward_segments(
-        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Outputs
     ) -> None:
         """See `Kernel.forward_segments`."""
         if table.most_q == 0:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_attn2d.attention.kernels.base import Results, Softmax
+from megatron_attn2d.attention.kernels.base import Outputs, Softmax
 from megatron_attn2d.attention.kernels.triton.blocks import (
     LN2,
     LOG2E,
@@ -114,7 +114,7 @@ def attend(
     v: Tensor,
     band: Band,
     softmax: Softmax,
-    into: Results,
+    into: Outputs,
     table: Segments | None = None,
 ) -> None:
     """See `Kernel.forward` and, with a table and a batch of one, `Kernel.forward_segments`; lse is [b * h, sq]."""

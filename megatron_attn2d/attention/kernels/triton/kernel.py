@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Request, Results, Softmax
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Outputs, Request, Softmax
 from megatron_attn2d.attention.layout import Band
 from megatron_attn2d.attention.segments import Segments
 
@@ -36,7 +36,7 @@ class TritonKernel:
                 return "needs a GPU with the shared memory of an A100"
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Results:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, band: Band, softmax: Softmax) -> Outputs:
         """See `Kernel.forward`."""
         from megatron_attn2d.attention.kernels.triton.forward import attend
 
@@ -57,7 +57,7 @@ class TritonKernel:
         return dq, dk, dv
 
     def forward_segments(
-        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Results
+        self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Outputs
     ) -> None:
         """See `Kernel.forward_segments`."""
         from megatron_attn2d.attention.kernels.triton.forward import attend

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Results
+from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Outputs
 from megatron_attn2d.attention.kernels.triton.blocks import LN2, LOG2E
 from megatron_attn2d.attention.kernels.triton.launch import Table, run, tuned, with_strides
 from megatron_attn2d.attention.segments import Segments
@@ -208,7 +208,7 @@ def _backward_keys(
     _store(_head(dv_, key_head), first, mine, dv, dv_acc, N, DV)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, table: Segments, scale: float, into: Results) -> None:
+def attend(q: Tensor, k: Tensor, v: Tensor, table: Segments, scale: float, into: Outputs) -> None:
     """See `Kernel.forward_segments`; scale is above 0."""
     out, lse = into
     q, k, v, out = (x.unsqueeze(1) for x in (q, k, v, out))
