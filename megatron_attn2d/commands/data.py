@@ -1,4 +1,4 @@
-"""`megatron-attn2d data build` and `data inspect`."""
+"""`megatron-attn2d data build`, `data inspect` and `data needles`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,15 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     inspect.add_argument("--tokens", type=int, default=64, metavar="N", help="how many of it (default: 64)")
     _add_tokenizer(inspect, None)
     inspect.set_defaults(command=_inspect)
-    return [build, inspect]
+
+    needles = data.add_parser("needles", help="a data set to learn retrieval from", description=_needles.__doc__)
+    needles.add_argument("-o", "--output", required=True, metavar="PREFIX", help="and PREFIX-tokenizer, of its words")
+    needles.add_argument("--tokens", type=int, default=2_000_000, metavar="N", help="in all (default: 2000000)")
+    needles.add_argument("--context", type=int, default=1024, metavar="N", help="of a document (default: 1024)")
+    needles.add_argument("--digits", type=int, default=2, metavar="N", help="of the numbers (default: 2)")
+    needles.add_argument("--seed", type=int, default=0, metavar="N", help="of the documents (default: 0)")
+    needles.set_defaults(command=_needles)
+    return [build, inspect, needles]
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser, default: str | None) -> None:
@@ -97,4 +105,15 @@ def _inspect(args: argparse.Namespace) -> int:
     choice = _choice(args) if args.tokenizer else None
     for line in report(_named_prefix(args.prefix), choice, args.document, args.tokens):
         print(line)
+    return 0
+
+
+def _needles(args: argparse.Namespace) -> int:
+    """Make a data set of hidden numbers, questions for them and answers, for the run configs/runs/needle_tiny.yaml."""
+    from megatron_attn2d.inference.tasks import training
+
+    prefix = _named_prefix(args.output)
+    built = training.write(training.Needlework(args.tokens, args.context, args.digits, args.seed), prefix)
+    tokens = len(training.vocabulary(args.digits))
+    print(f"{prefix}: {built.documents:,} documents, {built.tokens:,} tokens; {tokens} words in the tokenizer")
     return 0

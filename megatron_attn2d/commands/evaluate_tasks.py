@@ -1,4 +1,4 @@
-"""`megatron-attn2d eval --tasks`: scores of a run's checkpoint on long texts."""
+"""What `megatron-attn2d eval` does where tasks are named: scores of a checkpoint on long texts."""
 
 from __future__ import annotations
 

@@ -225,11 +225,11 @@ def _vocabulary(run: RunConfig) -> int:
 
 
 def _known_vocabulary(run: RunConfig) -> int | None:
-    """Ids of the run's tokenizer; None where it can't be read on this machine."""
+    """Ids of the run's tokenizer; where it can't be read on this machine what data.vocab_size says, or None."""
     try:
-        return tokenizers.vocabulary(run.data)
+        return tokenizers.vocabulary(run.data) or run.data.vocab_size
     except UsageError:  # `train` tells why
-        return None
+        return run.data.vocab_size
 
 
 def _stage(run: RunConfig, stage: int) -> Memory:

@@ -92,7 +92,7 @@ def ours(arguments: list[str]) -> None:
         args.output = None  # no picture
         assert args.command(args) == 0
     elif named[0] == "data":
-        assert args.command in {data_command._build, data_command._inspect}
+        assert args.command in {data_command._build, data_command._inspect, data_command._needles}
 
 
 def script(path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

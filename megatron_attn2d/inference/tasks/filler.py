@@ -114,3 +114,8 @@ def distinct(kind: Kind, number: int, random: Random, digits: int = 7) -> list[s
     while len(drawn) < number:
         drawn[make[kind]()] = None
     return list(drawn)
+
+
+def every_word() -> tuple[list[str], list[str]]:
+    """What keys of words are made of: their first parts, and their last."""
+    return _ADJECTIVES, _NOUNS
