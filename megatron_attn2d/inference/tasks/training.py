@@ -20,8 +20,8 @@ from megatron_attn2d.data.indexed import is_complete
 from megatron_attn2d.data.readers import library
 from megatron_attn2d.data.tokenizers import TokenizerChoice
 from megatron_attn2d.errors import UsageError
+from megatron_attn2d.inference.tasks.filler import NOISE, distinct, every_word
 from megatron_attn2d.inference.tasks.needle import Needles
-from megatron_attn2d.inference.tasks.text import NOISE, distinct, every_word
 
 PIECE = r" ?\w+|[^\w]"
 """A token: a word with the space before it, or another character."""

@@ -9,8 +9,8 @@ import pytest
 from megatron_attn2d import cli
 from megatron_attn2d.data import tokenizers
 from megatron_attn2d.inference.tasks import training
+from megatron_attn2d.inference.tasks.filler import NOISE
 from megatron_attn2d.inference.tasks.needle import Needles
-from megatron_attn2d.inference.tasks.text import NOISE
 
 
 def test_documents_fit_and_are_answered():
