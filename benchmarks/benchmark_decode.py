@@ -12,7 +12,7 @@ million tokens; it is read like any other. Columns, of the slowest rank:
                  the bandwidth that the memory reached when it copied a large tensor
     step         one more token of each sequence: the model, messages between ranks, choice of the token; its bound: the
                  bytes of the cache and of the weights over the bandwidth; plain: the step without a CUDA graph
-    peak         the most memory that tensors took on a rank
+    peak         the most memory that tensors took on a rank; plan: the cache over the context ranks, and the weights
 
 Before that, a decoded token is compared with the same token filled in as part of a prompt; a difference ends the
 program with exit code 1.
@@ -53,6 +53,7 @@ COLUMNS = (
     ("plain ms", "plain_ms", ".3f"),
     ("tokens/s", "tokens_per_s", ".1f"),
     ("peak GiB", "peak_gib", ".2f"),
+    ("plan GiB", "plan_gib", ".2f"),
 )
 """Of the table: heading, key of the row, format."""
 WARM_UP = 3
@@ -184,6 +185,7 @@ def measure(model: Any, tokens: int, args: argparse.Namespace, weights: int, ban
         "step_bound_ms": bounds[1],
         "step_ratio": step / bounds[1],
         "tokens_per_s": args.batch * 1e3 / step,
+        "plan_gib": (needed + weights) / 2**30,
         "peak_gib": _slowest(peak / 2**30, model.device),
     }
 

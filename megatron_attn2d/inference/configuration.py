@@ -9,7 +9,7 @@ from megatron_attn2d.config import RunConfig, load_run, megatron_arguments
 from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, on_another_grid, stages_of_training
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.read import build_run
-from megatron_attn2d.errors import UsageError
+from megatron_attn2d.errors import ConfigError, UsageError
 
 _DECIDED = (
     *FORWARD_ONLY,
@@ -43,6 +43,13 @@ def configuration(run_dir: Path, overrides: list[str], world_size: int | None = 
     if world_size and not any(override.startswith("parallelism.data=") for override in overrides):
         replicas = max(1, world_size // asked.model_ranks)
     positions = trained.model.max_position_embeddings or trained.training.seq_length
+    if replicas > 1 and asked.parallelism.expert > 1:
+        raise ConfigError(
+            "parallelism.data",
+            replicas,
+            "replicas complete prompts of their own, and ranks that share experts must all compute at once",
+            "choose 1, or parallelism.expert=1",
+        )
     parts = 2 * asked.context_parallel.size
     decided += [
         f"training.global_batch_size={replicas}",

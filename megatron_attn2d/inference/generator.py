@@ -259,12 +259,7 @@ class Generator:
         """
         for i, tokens in enumerate(prompts):
             self._check(f"prompt {i}", tokens, 0, 0)
-        group = self._model.context_group
-        ranks = 1 if group is None else group.size()
-        lengths = [len(tokens) for tokens in prompts]
-        capacity = shards.capacity(lengths, room, self._chunk * ranks, ranks)
-        self._check_room(len(prompts), capacity, max(lengths) + room)
-        cache = self._model.new_cache(len(prompts), capacity)
+        cache = self._empty_cache(prompts, room)
         self._extend(cache, prompts)
         return cache
 
@@ -315,24 +310,23 @@ class Generator:
         replica, replicas = self._model.replica
         mine = list(range(replica, len(texts), replicas))
         found: dict[int, Tensor] = {}
-        group = self._model.context_group
-        ranks = 1 if group is None else group.size()
         size = self._batch if after is None else 1
         for begin in range(0, len(mine), size):
             places = mine[begin : begin + size]
             asked, starts = [texts[place] for place in places], [first[place] for place in places]
-            if after is not None:
-                before = after.snapshot()
-                found |= zip(places, self._extend(after, asked, starts), strict=True)
-                after.roll_back(before)
-                continue
-            lengths = [len(tokens) for tokens in asked]
-            capacity = shards.capacity(lengths, 0, self._chunk * ranks, ranks)
-            self._check_room(len(asked), capacity, max(lengths))
-            cache = self._model.new_cache(len(asked), capacity)
+            cache = self._empty_cache(asked, 0) if after is None else after
+            before = cache.snapshot()
             found |= zip(places, self._extend(cache, asked, starts), strict=True)
+            cache.roll_back(before)
         merged = self._model.of_all_replicas(found)
         return [merged[place] for place in range(len(texts))]
+
+    def _empty_cache(self, prompts: Sequence[Tokens], room: int) -> Cache:
+        """With room for the prompts and `room` tokens more of each."""
+        lengths, ranks = [len(tokens) for tokens in prompts], self.run.context_parallel.size
+        capacity = shards.capacity(lengths, room, self._chunk * ranks, ranks)
+        self._check_room(len(prompts), capacity, max(lengths) + room)
+        return self._model.new_cache(len(prompts), capacity)
 
     def _extend(self, cache: Cache, tokens: Sequence[Tokens], first: Sequence[int] | None = None) -> list[Tensor]:
         """See `fill`."""

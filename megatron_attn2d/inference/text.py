@@ -53,6 +53,10 @@ class TextStream:
         """`decode` makes text of tokens; the text ends before the first of `stop`."""
         self._decode, self._stop = decode, stop
         self._shown = 0
+        # Only the last tokens are decoded again: those from `_begin` on, of which those before `_sure` are settled. All
+        # of them together, as a token's text may depend on the token before it.
+        self._begin = self._sure = 0
+        self._settled = ""
         self.tokens: list[int] = []
         self.text = ""
         self.stopped = False
@@ -60,7 +64,11 @@ class TextStream:
     def add(self, token: int) -> str:
         """Takes a token; the text that may be shown now: no half of a character, and no beginning of a stop text."""
         self.tokens.append(token)
-        self.text = self._decode(self.tokens)
+        known = self._decode(self.tokens[self._begin : self._sure])
+        new = self._decode(self.tokens[self._begin :])[len(known) :]
+        self.text = self._settled + new
+        if not new.endswith(_UNFINISHED):
+            self._settled, self._begin, self._sure = self.text, self._sure, len(self.tokens)
         found = [place for place in (self.text.find(stop) for stop in self._stop) if place >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True

@@ -47,6 +47,7 @@ def test_prompts_of_a_file_are_completed(trained: Path, in_pool: None, tmp_path:
         (["--prompt", "a", "context_parallel.mode=ring"], "context_parallel.mode = 'ring': the cache is attended on"),
         (["--prompt", "a", "training.seq_length=8"], "training.seq_length = 8: a text is as long as its prompt"),
         (["--prompt", "a", "parallelism.tensor=3"], "parallelism.tensor = 3"),
+        (["--prompt", "a", "parallelism.data=2", "parallelism.expert=2"], "parallelism.data = 2: replicas complete pr"),
     ],
 )
 def test_mistakes_are_named(words: list[str], message: str, trained: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -82,3 +82,11 @@ def test_text_is_shown_as_far_as_it_is_sure(text: str, stop: tuple[str, ...], sh
     assert found == shown
     assert stream.text == whole
     assert "".join(found) + stream.rest() == whole
+
+
+def test_a_token_is_decoded_after_the_one_before_it() -> None:
+    """As some tokenizers write a space before a token that is not the first."""
+    stream = TextStream(lambda tokens: " ".join(map(str, tokens)), ("4 5",))
+    assert [stream.add(token) for token in (1, 22, 3, 4, 5)] == ["1", " 22", " 3", " ", ""]
+    assert stream.stopped
+    assert stream.text == "1 22 3 "
