@@ -37,6 +37,8 @@ CASES: dict[str, list[str]] = {
 """What each bar changes in the YAML."""
 CARDS = 2.2
 """Of how many cards' memory the axis shows."""
+_LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+"""Behind words that may lie on the card's line."""
 
 
 def main() -> None:
@@ -92,17 +94,21 @@ def draw(runs: dict[str, RunConfig], measured: list[dict[str, Any]], output: Pat
         for part, size in plan.items():
             axes.barh(place, min(size, max(0.0, most - left)), left=left, color=colours[part], edgecolor="white")
             left += size
-        axes.text(min(left, most) + 1, place, f"{left:,.0f} GiB", va="center", fontsize="small")
+        axes.text(min(left, most) + 1, place, f"{left:,.0f} GiB", va="center", fontsize="small", bbox=_LABEL)
     for row, place in zip(measured, range(len(runs), len(bars)), strict=True):
         axes.plot([row["peak_gib"] + row["plan"]["reserved"]] * 2, [place - 0.4, place + 0.4], "k", linewidth=2)
     axes.axvline(room, color="black", linestyle="--", linewidth=1)
-    axes.text(room, -0.75, f"{room:g} GiB of an H100", ha="center", fontsize="small")
+    axes.text(room, -0.75, f"{room:g} GiB of an H100", ha="center", fontsize="small", bbox=_LABEL)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlim(0, most * 1.1)
     axes.set_xlabel("GiB per GPU, 1,048,576 tokens on 8 GPUs; bars end where the axis does")
     axes.spines[["top", "right"]].set_visible(False)
-    handles = [axes.barh(0, 0, color=colours[part], label=part) for part in parts]
+    handles = [
+        axes.barh(0, 0, color=colours[part], label=part)
+        for part in parts
+        if any(part in plan for plan in bars.values())
+    ]
     figure.legend(handles=handles, frameon=False, fontsize="small", loc="outside right center")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, format="png")

@@ -7,7 +7,7 @@ pass. Two switches change that:
   can't: `cpu_offloading` is refused together with recomputation, and `fine_grained_activation_offloading` hands over
   what modules save for their backward pass, of which a recomputed layer saves nothing.
 - `--keep-attention-outputs` keeps attention's output and log-sum-exp too, as large as the layer's input. Attention's
-  forward pass then runs once: at a million tokens that is more than a fifth of the step's arithmetic.
+  forward pass then runs once: at a million tokens that is a fifth of the step.
 
 Both wrap `tensor_parallel.checkpoint`, through which Megatron recomputes layers.
 """
