@@ -22,6 +22,13 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     build.add_argument("files", nargs="+", metavar="FILE", help="or a folder; .txt, .md, .jsonl, .parquet; .gz, .zst")
     build.add_argument("-o", "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .json")
     _add_tokenizer(build, "bytes")
+    build.add_argument(
+        "--format",
+        choices=("text", "sft"),
+        default="text",
+        help="sft: JSON lines of prompt and completion, or of chat messages (default: text)",
+    )
+    build.add_argument("--longest", type=int, metavar="N", help="leave out documents of more tokens, and count them")
     build.add_argument("--key", default="text", help="of the text in a JSON line, or its column (default: text)")
     build.add_argument(
         "--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one a core"
@@ -33,6 +40,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     inspect = data.add_parser("inspect", help="what a data set holds", description=_inspect.__doc__)
     inspect.add_argument("prefix", metavar="PREFIX")
     inspect.add_argument("--document", type=int, default=0, metavar="N", help="which to show (default: 0)")
+    inspect.add_argument("--plot", metavar="PNG", help="draw the histogram of the documents' lengths")
     inspect.add_argument("--tokens", type=int, default=64, metavar="N", help="how many of it (default: 64)")
     _add_tokenizer(inspect, None)
     inspect.set_defaults(command=_inspect)
@@ -83,16 +91,20 @@ def _build(args: argparse.Namespace) -> int:
         _named_prefix(args.output),
         choice,
         key=args.key,
+        format=args.format,
+        longest=args.longest,
         processes=args.processes,
         on_bad="skip" if args.skip_bad else "fatal",
         overwrite=args.overwrite,
         console=sys.stderr,
     )
-    print(f"{args.output}: {built.documents:,} documents, {built.tokens:,} tokens")
+    predicted = "" if built.predicted is None else f", of which {built.predicted:,} are to be predicted"
+    print(f"{args.output}: {built.documents:,} documents, {built.tokens:,} tokens{predicted}")
     if built.skipped:
         print(f"left out: {counted(built.skipped)}")
     print("In a run's YAML:")
-    print(dump({"data": {"paths": [args.output], **tokenizers.yaml_section(choice)}}), end="")
+    kind = {} if args.format == "text" else {"format": args.format}
+    print(dump({"data": {"paths": [args.output], **kind, **tokenizers.yaml_section(choice)}}), end="")
     return 0
 
 
@@ -103,7 +115,8 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.tokenizer is None and (args.tokenizer_model or args.vocab_size):
         raise UsageError("--tokenizer-model and --vocab-size describe a --tokenizer, which is not given; name it too")
     choice = _choice(args) if args.tokenizer else None
-    for line in report(_named_prefix(args.prefix), choice, args.document, args.tokens):
+    plot = Path(args.plot) if args.plot else None
+    for line in report(_named_prefix(args.prefix), choice, args.document, args.tokens, plot):
         print(line)
     return 0
 

@@ -87,7 +87,7 @@ def _train_alone(run: RunConfig, arguments: list[str]) -> int:
 @contextmanager
 def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
     """The run's data and, by its first rank or its launcher, its directory: locked, with its resolved configuration."""
-    from megatron_attn2d.data import indexed
+    from megatron_attn2d.data import docstrings, indexed
     from megatron_attn2d.data.matching import check_data
 
     check_files(run)
@@ -102,7 +102,7 @@ def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
             Path(scratch.name).replace(directory / "config.yaml")
             checkpoints.repair_tracker(directory / "checkpoints")
         if not (run.data.paths or run.data.mock):
-            indexed.build_default(run.data.dir)
+            (docstrings if run.data.format == "sft" else indexed).build_default(run.data.dir)
         yield
 
 

@@ -33,6 +33,8 @@ _DECIDED_BY = {
     "train-data-path": "data.paths",
     "dataloader-inter-document-masking": "data.document_masking",
     "document-multiple": "data.document_multiple",
+    "examples": "data.format",
+    "sft": "data.format",
     "fp16": "training.precision",
     "bf16": "training.precision",
     "fp8-recipe": "training.fp8",
@@ -65,7 +67,6 @@ _REFUSED = {
     "yaml-cfg": "discards all other arguments",
     "reset-attention-mask": "makes a mask of all tokens, which no attention over context ranks reads; "
     "data.document_masking does what it is for",
-    "sft": "packs conversations, whose mask our attention does not have yet",
     "qk-clip": "needs the largest score, which our attention does not report yet",
     "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
     "local-rank": "is the launcher's business",
@@ -220,6 +221,7 @@ def _graphs(run: RunConfig) -> list[str]:
 
 def _data(run: RunConfig) -> list[str]:
     arguments = _flag("document-multiple", run.document_multiple) if run.document_multiple else []
+    arguments += _flag("examples") if run.data.format == "sft" else []
     return arguments + ([] if run.data.mock else _flag("data-path", *data_blend(run)))
 
 
@@ -232,8 +234,8 @@ def data_blend(run: RunConfig) -> list[str]:
 
 
 def embedded_data(run: RunConfig) -> str:
-    """Prefix of the embedded data set, which `data.build_default` builds."""
-    return str(Path(run.data.dir) / "python-standard-library")
+    """Prefix of the embedded data set, which `data.indexed` builds, or `data.docstrings` that of examples."""
+    return str(Path(run.data.dir) / ("python-docstrings" if run.data.format == "sft" else "python-standard-library"))
 
 
 def _evaluation(run: RunConfig) -> list[str]:

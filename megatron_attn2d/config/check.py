@@ -25,6 +25,8 @@ UNEVEN = (
 """Arguments of Megatron that share layers out over stages otherwise than evenly."""
 PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq", "linear_attention_freq")
 """Arguments of Megatron that take a number, or 0 or 1 for each layer."""
+_EMBEDDED_EXAMPLE = 512
+"""Tokens of the longest example that `data.docstrings` builds."""
 _RECURRENT = {"M", "G"}
 """Layers of a hybrid model that go through the tokens one after the other."""
 _ROPE_SCALING = (
@@ -517,6 +519,11 @@ def _check_documents(run: RunConfig) -> Iterator[Refusal]:
         if data.document_multiple:
             yield "data.document_multiple", "data.document_masking is false", "choose null, or document_masking=true"
         return
+    if data.format == "sft" and data.mock:
+        yield "data.format", "made-up data (data.mock) holds no examples", "choose text, or data.mock=false"
+    elif data.format == "sft" and not data.paths and run.training.seq_length < _EMBEDDED_EXAMPLE:
+        reason = f"an example of the embedded data set has up to {_EMBEDDED_EXAMPLE} tokens, and is not cut"
+        yield "training.seq_length", reason, f"choose {_EMBEDDED_EXAMPLE} or more, or name data.paths"
     chunks = 2 * run.context_parallel.size if run.context_parallel.size > 1 else 1
     if multiple % chunks:
         yield (

@@ -33,6 +33,7 @@ FORWARD_ONLY = (
     "logging.wandb_project=null",
     "logging.attention_communication=false",
     "data.mock=false",
+    "data.format=text",
     "data.document_masking=false",
     "data.document_multiple=null",
     "data.split=1,0,0",

@@ -25,7 +25,7 @@ SCHEDULE = (
 _SCHEDULE_GROUP = "learning rate and weight decay"
 ORDER = (
     *("data.paths", "data.mock", "data.split", "training.seq_length", "training.seed"),
-    *("data.document_masking", "data.document_multiple"),
+    *("data.format", "data.document_masking", "data.document_multiple"),
     # The number of samples decides over how many epochs they are dealt, and with it the order of all of them.
     *("training.global_batch_size", "training.train_iters"),
     *("megatron_args.dataloader_type", "megatron_args.no_data_sharding", "megatron_args.mid_level_dataset_surplus"),

@@ -143,6 +143,9 @@ class Data(Section):
     """Prefixes of Megatron .bin/.idx files, or a blend as {prefix: weight}. Empty: the embedded byte-level data set."""
     dir: Annotated[Path, NO_FLAG] = "data"
     """Where the embedded data set is built."""
+    format: Annotated[Literal["text", "sft"], NO_FLAG] = "text"
+    """sft: the files hold examples of fine-tuning, by `data build --format sft`. Each is a sequence of its own that is
+    not cut, and the loss is that of completions alone. Without paths: the embedded docstrings and their functions."""
     document_masking: Annotated[bool, NO_FLAG] = False
     """Each document is a sequence of its own: its tokens see no other's, and its positions begin at 0."""
     document_multiple: Annotated[Positive | None, NO_FLAG] = None
@@ -405,7 +408,7 @@ class RunConfig(Section):
     @property
     def document_multiple(self) -> int:
         """Tokens of which the place of each document is a multiple; 0 where all documents are one sequence."""
-        if not self.data.document_masking:
+        if not self.data.document_masking and self.data.format == "text":
             return 0
         context = self.context_parallel.size
         return self.data.document_multiple or (2 * context if context > 1 else 1)

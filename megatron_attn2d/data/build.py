@@ -28,15 +28,16 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
-from megatron_attn2d.data import tokenizers
+from megatron_attn2d.data import examples, tokenizers
 from megatron_attn2d.data.indexed import seal_index
 from megatron_attn2d.data.readers import BadDocument, Raw, find_files, read
 from megatron_attn2d.data.tokenizers import Tokenizer, TokenizerChoice
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.megatron.upstream.quiet_imports import indexed_dataset
 
-SUFFIXES = (".bin", ".json", ".idx.sha256", ".idx")
-"""What a data set consists of, in the order in which it appears; without the last it is none."""
+SUFFIXES = (examples.SUFFIX, ".bin", ".json", ".idx.sha256", ".idx")
+"""What a data set consists of, in the order in which it appears; without the last it is none. One of texts has no file
+of the first suffix."""
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 20, 1024
 _LONGEST = 2**31 - 1  # tokens: Megatron's index holds lengths as int32
 _NAMED = 20  # bad documents that are named before they are only counted
@@ -53,6 +54,10 @@ class Built:
     """How many documents for which reason."""
     largest: int
     """The largest token id."""
+    longest: int
+    """Tokens of the longest document."""
+    predicted: int | None
+    """Tokens of examples that count in a loss; None for texts."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,10 @@ class _Tokens:
     ids: np.ndarray
     """Of all documents, one after the other."""
     lengths: list[int]
-    bad: list[tuple[str, str]]
-    """Where, and why."""
+    bad: list[tuple[str, str, bool]]
+    """Where, why, and whether that may end the build."""
+    counts: np.ndarray | None
+    """Of examples, 1 for each token that counts in a loss; None for texts."""
     read: int
     """Bytes of the input, as on disk, that this batch has brought reading on by."""
 
@@ -74,6 +81,8 @@ def build(
     choice: TokenizerChoice,
     *,
     key: str = "text",
+    format: Literal["text", "sft"] = "text",
+    longest: int | None = None,
     processes: int = 1,
     on_bad: Literal["fatal", "skip"] = "fatal",
     overwrite: bool = False,
@@ -86,6 +95,8 @@ def build(
         prefix: what Megatron's `--data-path` takes.
         choice: the tokenizer.
         key: of the text in a JSON object, or its column in a Parquet file.
+        format: sft: JSONL of examples, see `examples`.
+        longest: leaves documents of more tokens out, and counts them.
         processes: that tokenize; what is written doesn't depend on it.
         on_bad: whether a document that can't be used ends the build, or is left out and counted.
         overwrite: replace a data set of that name.
@@ -96,6 +107,8 @@ def build(
     """
     if processes < 1:
         raise UsageError(f"{processes} processes: choose 1 or more")
+    if longest is not None and longest < 2:
+        raise UsageError(f"documents of {longest} tokens at most: choose 2 or more")
     files = find_files(paths)
     if not overwrite and any(_part(prefix, suffix).exists() for suffix in SUFFIXES):
         raise UsageError(
@@ -103,7 +116,8 @@ def build(
         )
     tokenizer = tokenizers.load(choice)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(prefix) as scratch, _executor(processes, tokenizer, key) as executor:
+    work = _Work(tokenizer, None if format == "sft" else key, longest)
+    with _scratch(prefix) as scratch, _executor(processes, work) as executor:
         batches = _ordered(executor, _batches(files, key), ahead=2 * processes)
         built = _write(batches, scratch / "data", tokenizer.vocab_size, on_bad, files, console)
         description = {
@@ -112,6 +126,9 @@ def build(
             "tokens": built.tokens,
             "skipped": built.skipped,
             "largest_id": built.largest,
+            "format": format,
+            "longest": built.longest,
+            "predicted": built.predicted,
             "end_of_document": tokenizer.eod,
             "tokenizer_sha256": tokenizers.digest(choice),
             "key": key,
@@ -121,7 +138,10 @@ def build(
         seal_index(scratch / "data.idx", prefix)
         _part(prefix, ".idx").unlink(missing_ok=True)
         for suffix in SUFFIXES:
-            os.replace(scratch / f"data{suffix}", _part(prefix, suffix))
+            if (scratch / f"data{suffix}").exists():
+                os.replace(scratch / f"data{suffix}", _part(prefix, suffix))
+            else:  # that of a data set of examples which this one replaces
+                _part(prefix, suffix).unlink(missing_ok=True)
     return built
 
 
@@ -158,10 +178,10 @@ def _remove_if_abandoned(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _executor(processes: int, tokenizer: Tokenizer, key: str) -> Iterator[Callable[[list[Raw], int], Future[_Tokens]]]:
+def _executor(processes: int, work: _Work) -> Iterator[Callable[[list[Raw], int], Future[_Tokens]]]:
     """What tokenizes a batch: forked processes, which share the tokenizer as it was loaded."""
     global _worker
-    _worker = (tokenizer, key)
+    _worker = work
     executor: Executor = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _begin_worker)
     try:
         yield lambda batch, size: executor.submit(_tokenize, batch, size)
@@ -171,8 +191,24 @@ def _executor(processes: int, tokenizer: Tokenizer, key: str) -> Iterator[Callab
         executor.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Tokenizer, str]
-"""In a forked process: how to tokenize. Set right before forking, as tokenizers can't all be pickled."""
+@dataclass(frozen=True)
+class _Work:
+    """How to tokenize."""
+
+    tokenizer: Tokenizer
+    key: str | None
+    """Of a text; None: examples."""
+    longest: int | None
+
+    def encode(self, raw: Raw) -> tuple[np.ndarray, np.ndarray | None]:
+        """The ids of a document, and of an example which of them count."""
+        if self.key is not None:
+            return self.tokenizer.encode(raw.text(self.key)), None
+        return examples.encode(raw.record(), self.tokenizer)
+
+
+_worker: _Work
+"""In a forked process. Set right before forking, as tokenizers can't all be pickled."""
 
 
 def _begin_worker() -> None:
@@ -215,18 +251,23 @@ def _ordered(
 
 
 def _tokenize(batch: list[Raw], size: int) -> _Tokens:
-    tokenizer, key = _worker
-    documents, bad = [], []
+    longest = _worker.longest
+    documents, counted, bad = [], [], []
     for raw in batch:
         try:
-            ids = tokenizer.encode(raw.text(key))
+            ids, counts = _worker.encode(raw)
+            if longest is not None and ids.size > longest:
+                bad.append((raw.where, f"longer than {longest:,} tokens ({ids.size:,})", False))
+                continue
             if ids.size > _LONGEST:
                 raise BadDocument(f"{ids.size} tokens, more than a document may have ({_LONGEST})")
             documents.append(ids)
+            counted += [] if counts is None else [counts]
         except BadDocument as error:
-            bad.append((raw.where, str(error)))
+            bad.append((raw.where, str(error), True))
     lengths = [ids.size for ids in documents]
-    return _Tokens(np.concatenate(documents) if documents else np.empty(0, np.uint16), lengths, bad, size)
+    ids = np.concatenate(documents) if documents else np.empty(0, np.uint16)
+    return _Tokens(ids, lengths, bad, np.concatenate(counted) if counted else None, size)
 
 
 def _write(
@@ -242,15 +283,15 @@ def _write(
 
     upstream = indexed_dataset()
     builder = upstream.IndexedDatasetBuilder(f"{target}.bin", dtype=upstream.DType.optimal_dtype(vocab_size))
-    tokens = largest = 0
+    tokens = largest = longest = predicted = 0
     reasons: Counter[str] = Counter()
     total = sum(file.stat().st_size for file in files)
     hidden = None if console else True  # None: unless the console is a terminal
     bar: Any = tqdm(total=total, unit="B", unit_scale=True, file=console or sys.stderr, disable=hidden)
     with bar:
         for batch in batches:
-            for where, reason in batch.bad:
-                if on_bad == "fatal":
+            for where, reason, ends in batch.bad:
+                if ends and on_bad == "fatal":
                     raise UsageError(f"{where}: {reason}")
                 reasons[reason.partition(" (")[0].partition(";")[0]] += 1
                 if console is not None and reasons.total() <= _NAMED:
@@ -260,13 +301,20 @@ def _write(
             if batch.lengths:
                 _add(builder, batch)
                 tokens += batch.ids.size
-                largest = max(largest, int(batch.ids.max()))
+                largest, longest = max(largest, int(batch.ids.max())), max(longest, *batch.lengths)
+            if batch.counts is not None:
+                predicted += int(batch.counts.sum())
+                with open(f"{target}{examples.SUFFIX}", "ab") as counts:
+                    counts.write(batch.counts.tobytes())
             bar.update(batch.read)
             bar.set_postfix_str(f"{len(builder.sequence_lengths):,} documents, {tokens:,} tokens", refresh=False)
     if not tokens:
         raise UsageError(f"no document to build the data set from: {reasons.total()} were left out, and none remained")
     builder.finalize(f"{target}.idx")
-    return Built(len(builder.sequence_lengths), tokens, dict(reasons), largest)
+    of_examples = Path(f"{target}{examples.SUFFIX}").exists()
+    return Built(
+        len(builder.sequence_lengths), tokens, dict(reasons), largest, longest, predicted if of_examples else None
+    )
 
 
 def counted(skipped: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Megatron's data set in which each document is a sequence of its own: padded to places that context ranks can share.
+"""Megatron's data sets in which each document is a sequence of its own: padded to places that context ranks can share.
 
 Megatron cuts the stream of all documents into samples. Here the stream is that of the documents' places, each a
 multiple of `document_multiple` tokens, so that a sample begins and ends on such a multiple too. No token is lost; what
@@ -7,17 +7,23 @@ the end of a sample cuts in two is two sequences.
     documents      aaaaaaa bbb cccccccccc
     places of 4    aaaaaaa.bbb.cccccccccc..
     samples of 12  aaaaaaa.bbb.   cccccccccc..    . is padding: it sees nobody, and no loss counts there
+
+Examples of fine-tuning are not cut: a sample takes those that come next as long as they fit, and ends with padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+
+from megatron_attn2d.data import examples
 
 PADDING = -1
 """In place of a token's id, where a place holds no token."""
@@ -98,12 +104,115 @@ class DocumentDataset(GPTDataset):
         taken = [*lengths[:-1], lengths[-1] - 1]  # one token more than the sample's, for its last label
         goes_on = taken[-1] > 0
         sample = packed(stream, [length for length in taken if length], goes_on, self.config.document_multiple)
-        if idx is None:
-            sample["loss_mask"].zero_()
-        return sample
+        return sample if idx is not None else _uncounted(sample)
 
 
-def packed(stream: np.ndarray, taken: Sequence[int], goes_on: bool, multiple: int) -> Sample:
+class Examples:
+    """An indexed data set of examples, and which of their tokens count.
+
+    Raises:
+        ValueError: what says so is of another data set.
+    """
+
+    def __init__(self, indexed: Any, prefix: Path) -> None:
+        self.sequence_lengths: np.ndarray = indexed.sequence_lengths
+        self._indexed = indexed
+        self._counts = np.memmap(examples.path(prefix), dtype=np.uint8, mode="r")
+        if self._counts.size != (tokens := int(self.sequence_lengths.sum(dtype=np.int64))):
+            raise ValueError(
+                f"{examples.path(prefix)} is about {self._counts.size} tokens, {prefix} holds {tokens}: build it again"
+            )
+
+    def get(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of an example, and 1 for each that is to be predicted."""
+        index = self._indexed.index
+        first = int(index.sequence_pointers[idx]) // np.dtype(index.dtype).itemsize
+        return self._indexed.get(idx), self._counts[first : first + int(self.sequence_lengths[idx])]
+
+
+class ExampleDataset(MegatronDataset):
+    """Samples of whole examples, in an order of its own in each epoch.
+
+    Raises:
+        ValueError: an example is longer than a sample, or there is none.
+    """
+
+    config: DocumentDatasetConfig
+    dataset: Examples
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._order, self._bounds = self._dealt()
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: Examples) -> int:
+        """The number of examples."""
+        return len(low_level_dataset.sequence_lengths)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: DocumentDatasetConfig) -> Examples:
+        """The examples of a prefix."""
+        return Examples(GPTDataset.build_low_level_dataset(dataset_path, config), Path(dataset_path))
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, idx: int | None) -> Sample:
+        """The sample `idx`; None: one that counts nowhere, to fill a batch."""
+        length, multiple = self.config.sequence_length, self.config.document_multiple
+        stream = np.full(length + 1, PADDING, dtype=np.int64)
+        counts = np.zeros(length + 1, dtype=bool)
+        taken, first = [], 0
+        for example in self._order[slice(*self._bounds[(idx or 0) : (idx or 0) + 2])]:
+            ids, counted = self.dataset.get(int(example))
+            stream[first : first + len(ids)] = ids
+            counts[first : first + len(ids)] = counted
+            taken.append(-(-len(ids) // multiple) * multiple)
+            first += taken[-1]
+        if first < length:  # a place without a token: upstream's rotary positions go through all places
+            taken.append(length - first)
+        sample = packed(stream, taken, False, multiple, counts)
+        return sample if idx is not None else _uncounted(sample)
+
+    def _dealt(self) -> tuple[np.ndarray, np.ndarray]:
+        """Examples of as many epochs as the samples take, and where in them each sample begins."""
+        lengths, most = self.dataset.sequence_lengths[self.indices], self.config.sequence_length
+        if not len(lengths):
+            raise ValueError(f"the {self.index_split.name} split of {self.dataset_path} holds no example")
+        if (longest := int(lengths.max())) > most:
+            raise ValueError(
+                f"{self.dataset_path} has an example of {longest} tokens, a sample has {most}: choose a longer "
+                f"training.seq_length, or leave it out by megatron-attn2d data build --longest {most}"
+            )
+        multiple, samples, epochs = self.config.document_multiple, self.num_samples, 1
+        while True:
+            # A generator whose numbers NumPy keeps as they are.
+            shuffles = (np.random.RandomState([self.config.random_seed, epoch]) for epoch in range(epochs))
+            order = np.concatenate([shuffle.permutation(self.indices) for shuffle in shuffles])
+            bounds = _bounds(places(self.dataset.sequence_lengths[order], multiple), most)
+            if samples is None:
+                return order, bounds
+            if len(bounds) > samples + 1:  # the last sample may have room for the next epoch's first examples
+                return order[: bounds[samples]], bounds[: samples + 1]
+            epochs *= 2
+
+
+def _bounds(taken: np.ndarray, most: int) -> np.ndarray:
+    """Where samples begin and end, each of as many places as go into `most` tokens."""
+    ends, bounds = np.cumsum(taken, dtype=np.int64), [0]
+    while bounds[-1] < len(ends):
+        begun = int(ends[bounds[-1] - 1]) if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, begun + most, side="right")))
+    return np.array(bounds)
+
+
+def _uncounted(sample: Sample) -> Sample:
+    return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
+
+
+def packed(
+    stream: np.ndarray, taken: Sequence[int], goes_on: bool, multiple: int, counts: np.ndarray | None = None
+) -> Sample:
     """The sample of consecutive places.
 
     Args:
@@ -111,6 +220,7 @@ def packed(stream: np.ndarray, taken: Sequence[int], goes_on: bool, multiple: in
         taken: tokens of each place, in all s.
         goes_on: whether the id that follows is of the last document.
         multiple: each place is one of it, by which the number of places is bounded.
+        counts: [s + 1], which ids are to be predicted; None: all.
 
     Returns:
         tokens, labels, loss_mask and position_ids, [s]; int32 running totals of the documents' tokens and of their
@@ -124,6 +234,8 @@ def packed(stream: np.ndarray, taken: Sequence[int], goes_on: bool, multiple: in
     counted = (tokens != PADDING) & (labels != PADDING)
     counted[torch.from_numpy(ends[:-1] - 1)] = False
     counted[-1] &= goes_on
+    if counts is not None:
+        counted &= torch.from_numpy(counts[1:])
     real = np.add.reduceat((stream[:-1] != PADDING).astype(np.int32), starts)
     return {
         "tokens": tokens.clamp_(min=0),

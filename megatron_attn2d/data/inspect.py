@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_attn2d.config.prefixes import is_complete
-from megatron_attn2d.data import tokenizers
+from megatron_attn2d.data import histogram, tokenizers
 from megatron_attn2d.data.build import counted
 from megatron_attn2d.data.tokenizers import TokenizerChoice
 from megatron_attn2d.errors import UsageError
@@ -50,10 +50,16 @@ def open_indexed(prefix: Path) -> Any:
         raise UsageError(f"{prefix}.idx: not an index of Megatron's ({error})") from error
 
 
-def report(prefix: Path, choice: TokenizerChoice | None = None, document: int = 0, tokens: int = 64) -> Iterator[str]:
+def report(
+    prefix: Path,
+    choice: TokenizerChoice | None = None,
+    document: int = 0,
+    tokens: int = 64,
+    plot: Path | None = None,
+) -> Iterator[str]:
     """Lines on the data set `prefix`, ending with the first `tokens` tokens of `document`, decoded.
 
-    `choice` is the tokenizer where PREFIX.json doesn't name one.
+    `choice` is the tokenizer where PREFIX.json doesn't name one; `plot` gets the histogram of lengths, as a PNG.
     """
     if tokens < 1:
         raise UsageError(f"{tokens} tokens to show: choose 1 or more")
@@ -63,6 +69,13 @@ def report(prefix: Path, choice: TokenizerChoice | None = None, document: int = 
     yield f"{prefix}: {documents:,} documents, {int(lengths.sum()):,} tokens of {indexed.index.dtype.__name__}"
     shortest, median, longest = (int(f(lengths)) for f in (np.min, np.median, np.max))
     yield f"tokens per document: {shortest:,} to {longest:,}, median {median:,}"
+    if (held := lengths[lengths > 0]).size:
+        yield from histogram.lines(held)
+        if plot is not None:
+            histogram.draw(held, f"Documents of {prefix.name} by length", plot)
+            yield f"drawn into {plot}"
+    if known.get("predicted"):
+        yield f"examples: {known['predicted']:,} of the tokens are to be predicted"
     if known.get("skipped"):
         yield f"left out when it was built: {counted(known['skipped'])}"
     if choice is None and "tokenizer" in known:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_attn2d.config.schema import Data, RunConfig
-from megatron_attn2d.data import tokenizers
+from megatron_attn2d.data import examples, tokenizers
 from megatron_attn2d.data.indexed import END_OF_DOCUMENT, is_sealed
 from megatron_attn2d.data.inspect import description, open_indexed
 from megatron_attn2d.data.tokenizers import TIKTOKEN_SIZE, TokenizerChoice
@@ -27,9 +27,14 @@ _READ_EOD = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 
 
 def check_data(run: RunConfig) -> None:
-    """Raise ConfigError, naming both, if a data set of `run` was written with another tokenizer than the run's."""
+    """Raise ConfigError if a data set of `run` was written with another tokenizer than the run's, or lacks examples."""
     reads_eod = any(map(run.megatron_args.get, _READ_EOD))
-    if errors := [error for prefix in run.data.paths for error in mismatches(Path(prefix), run.data, reads_eod)]:
+    errors = [error for prefix in run.data.paths for error in mismatches(Path(prefix), run.data, reads_eod)]
+    if run.data.format == "sft":
+        for prefix in map(Path, run.data.paths):
+            known = description(prefix) if is_sealed(prefix) else {}
+            errors += filter(None, [examples.fault(prefix, run.training.seq_length, known)])
+    if errors:
         raise ConfigErrors(errors)
 
 

@@ -47,6 +47,8 @@ def told(before: RunConfig, now: RunConfig, step: int) -> str:
     """A sentence on what repeats when a run that made `step` steps of `before` goes on as `now`."""
     if before.data.mock or now.data.mock:
         return "made-up data: what repeats is not counted"
+    if "sft" in (before.data.format, now.data.format):
+        return "what repeats is not counted under data.format = sft"
     if named := [name for name in _UNCOUNTED if before.megatron_args.get(name) or now.megatron_args.get(name)]:
         return f"what repeats is not counted under megatron_args.{named[0]}"
     prefixes = [*_prefixes(before), *_prefixes(now)]

@@ -54,27 +54,50 @@ class Raw:
         Raises:
             BadDocument: there is none.
         """
-        value = self.content
-        if isinstance(value, BadDocument):
-            raise value
-        if isinstance(value, bytes):
-            try:
-                value = value.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise BadDocument(f"not UTF-8 (byte {error.start + 1}: 0x{value[error.start]:02x})") from None
+        value = self._decoded()
         if self.kind == "jsonl":
-            value = _member(value, key)
-        if not isinstance(value, str):
-            what = "null" if value is None else type(value).__name__
-            raise BadDocument(f"{key!r} is no text but {what}")
-        if not value or value.isspace():
-            raise BadDocument("empty document")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise BadDocument("a surrogate without its other half, which is no text")
-        return value
+            value = member(_object(value), key)
+        return checked_text(value, key)
+
+    def record(self) -> dict[str, Any]:
+        """The JSON object of a line.
+
+        Raises:
+            BadDocument: it is none.
+        """
+        if self.kind != "jsonl":
+            raise BadDocument("no line of JSON (examples are .jsonl)")
+        return _object(self._decoded())
+
+    def _decoded(self) -> Any:
+        if isinstance(self.content, BadDocument):
+            raise self.content
+        if not isinstance(self.content, bytes):
+            return self.content
+        try:
+            return self.content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 (byte {error.start + 1}: 0x{self.content[error.start]:02x})"
+            raise BadDocument(reason) from None
 
 
-def _member(line: str, key: str) -> Any:
+def checked_text(value: Any, key: str) -> str:
+    """`value`, which stands under `key`.
+
+    Raises:
+        BadDocument: it is no text, or empty.
+    """
+    if not isinstance(value, str):
+        what = "null" if value is None else type(value).__name__
+        raise BadDocument(f"{key!r} is no text but {what}")
+    if not value or value.isspace():
+        raise BadDocument("empty document")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise BadDocument("a surrogate without its other half, which is no text")
+    return value
+
+
+def _object(line: str) -> dict[str, Any]:
     if not line.strip():
         raise BadDocument("blank line")
     try:
@@ -85,6 +108,11 @@ def _member(line: str, key: str) -> Any:
         raise BadDocument(f"broken JSON ({error})") from None
     if not isinstance(document, dict):
         raise BadDocument(f"not a JSON object but {type(document).__name__}")
+    return document
+
+
+def member(document: dict[str, Any], key: str) -> Any:
+    """What stands in a JSON object under `key`; raises BadDocument where it has none."""
     if key not in document:
         raise BadDocument(f"no key {key!r}; it has {', '.join(map(repr, sorted(document)[:8])) or 'none'}")
     return document[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from megatron_attn2d.config.schema import Data
 from megatron_attn2d.data.indexed import END_OF_DOCUMENT
-from megatron_attn2d.data.readers import library
+from megatron_attn2d.data.readers import BadDocument, library
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.megatron.upstream.quiet_imports import hushed, quiet_import
 
@@ -24,6 +25,13 @@ _TYPE = {
     "sentencepiece": "SentencePieceTokenizer",
     "tiktoken": "TikTokenizer",
 }
+ANSWERS = "assistant"
+"""The role whose messages a model is to learn."""
+END = None
+"""A part of an example that is the token that ends a document."""
+type Message = dict[str, str]
+type Part = tuple[str | None, bool]
+"""Text, or END, and whether it counts in a loss."""
 TIKTOKEN_SIZE = 1 << 17
 """Megatron's default."""
 
@@ -50,6 +58,16 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text` and the one that ends the document."""
 
+    def plain(self, text: str) -> np.ndarray:
+        """The ids of `text` alone."""
+
+    def chat(self, messages: Sequence[Message]) -> list[Part]:
+        """A conversation up to its last answer, in parts that count in a loss and parts that don't.
+
+        Raises:
+            BadDocument: it can't be written so.
+        """
+
     def decode(self, ids: np.ndarray) -> str:
         """The text of `ids`; bytes that are no UTF-8 show as U+FFFD."""
 
@@ -59,7 +77,19 @@ class _Bytes:
     vocab_size = END_OF_DOCUMENT + 1
 
     def encode(self, text: str) -> np.ndarray:
-        return np.append(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16), np.uint16(self.eod))
+        return np.append(self.plain(text), np.uint16(self.eod))
+
+    def plain(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
+
+    def chat(self, messages: Sequence[Message]) -> list[Part]:
+        """`ROLE: CONTENT` and the token that ends a document, for each message."""
+        last = max(i for i, message in enumerate(messages) if message["role"] == ANSWERS)
+        found: list[Part] = []
+        for message in messages[: last + 1]:
+            counts = message["role"] == ANSWERS
+            found += [(f"{message['role']}: ", False), (message["content"], counts), (END, counts)]
+        return found
 
     def decode(self, ids: np.ndarray) -> str:
         parts = np.split(ids, np.flatnonzero(ids >= self.eod))
@@ -82,6 +112,30 @@ class _Megatron:
         while ids and ids[-1] == self.eod:
             ids.pop()
         return np.array([*ids, self.eod], dtype=np.int32)
+
+    def plain(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.tokenize(text), dtype=np.int32)
+
+    def chat(self, messages: Sequence[Message]) -> list[Part]:
+        """By the template of the tokenizer: what it writes from where an answer is asked for to its end counts."""
+        found: list[Part] = []
+        written = ""
+        for i in (i for i, message in enumerate(messages) if message["role"] == ANSWERS):
+            asked, answered = self._written(messages[:i], asks=True), self._written(messages[: i + 1], asks=False)
+            if not (asked.startswith(written) and answered.startswith(asked)):
+                raise BadDocument("the chat template writes it otherwise once it goes on (give an example per answer)")
+            found += [(asked[len(written) :], False), (answered[len(asked) :], True)]
+            written = answered
+        return found
+
+    def _written(self, messages: Sequence[Message], asks: bool) -> str:
+        library: Any = getattr(self._tokenizer._tokenizer, "tokenizer", None)
+        if getattr(library, "chat_template", None) is None:
+            raise BadDocument("the tokenizer has no chat template (give a prompt and a completion)")
+        try:
+            return str(library.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks))
+        except Exception as error:  # templates raise what they like about roles and their order
+            raise BadDocument(f"the chat template refuses it ({' '.join(str(error).split())})") from error
 
     def decode(self, ids: np.ndarray) -> str:
         return str(self._tokenizer.detokenize(ids.tolist()))

@@ -155,6 +155,9 @@ def _add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
         default=0,
         help="each document is a sequence of its own, padded to a multiple of so many tokens; 0: all are one",
     )
+    own.add_argument(
+        "--examples", action="store_true", help="data sets hold examples of fine-tuning, which are not cut"
+    )
     own.add_argument("--keep-last", type=int, help="checkpoints to keep; default: all")
     own.add_argument("--peak-tflops", type=float, help="of a GPU, in 10^12 FLOP/s, for the MFU")
     own.add_argument("--log-attention-communication", action="store_true", help="measure waiting for its messages")
@@ -183,11 +186,13 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any,
     from megatron.training import get_args, get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-    from megatron_attn2d.data.documents import DocumentDataset, DocumentDatasetConfig
+    from megatron_attn2d.data.documents import DocumentDataset, DocumentDatasetConfig, ExampleDataset
     from megatron_attn2d.data.matching import largest_id
 
     args = get_args()
-    kind = DocumentDataset if args.document_multiple else MockGPTDataset if args.mock_data else GPTDataset
+    kind: Any = MockGPTDataset if args.mock_data else GPTDataset
+    if args.document_multiple:
+        kind = ExampleDataset if args.examples else DocumentDataset
     # Upstream asks for the samples of all steps at today's batch, and ends early where earlier steps took more of them.
     rest = max(0, (args.train_iters or 0) - args.iteration) * args.global_batch_size
     num_samples = [max(num_samples[0], args.consumed_train_samples + rest), *num_samples[1:]]

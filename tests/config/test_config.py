@@ -321,6 +321,14 @@ REFUSED = {
     "data.document_masking=true data.document_multiple=24": (
         "training.seq_length = 256: not a multiple of data.document_multiple = 24, where documents begin; choose 264"
     ),
+    "data.format=sft data.mock=true": (
+        "data.format = 'sft': made-up data (data.mock) holds no examples; choose text, or data.mock=false"
+    ),
+    "data.format=sft": (
+        "training.seq_length = 256: an example of the embedded data set has up to 512 tokens, and is not cut; choose "
+        "512 or more, or name data.paths"
+    ),
+    "megatron_args.sft=true": "megatron_args.sft = true: data.format decides about --sft; set data.format",
     "data.document_masking=true training.micro_batch_size=2": (
         "training.micro_batch_size = 2: documents of several samples go through as one sequence, for which pipeline "
         "stages are not prepared; choose 1, and a longer training.seq_length"
@@ -478,9 +486,6 @@ REFUSED = {
     ),
     "optimizer.optimizer=sgd optimizer.use_distributed_optimizer=true checkpoint.save=false": (
         "optimizer.use_distributed_optimizer = true: Megatron shards the state of Adam alone; choose false, or adam"
-    ),
-    "megatron_args.sft=true": (
-        "megatron_args.sft = true: --sft packs conversations, whose mask our attention does not have yet; leave it out"
     ),
     "megatron_args.hybrid_layer_pattern='*-D-'": (
         "megatron_args.hybrid_layer_pattern = '*-D-': D, sparse attention, chooses its keys from the whole sequence, "

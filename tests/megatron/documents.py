@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from megatron_attn2d.data import indexed
+from megatron_attn2d.data import docstrings, indexed
+from megatron_attn2d.data.tokenizers import TokenizerChoice
 
 
 def build(prefix: Path, documents: Iterable[np.ndarray]) -> Path:
@@ -18,6 +20,16 @@ def build(prefix: Path, documents: Iterable[np.ndarray]) -> Path:
     for ids in documents:
         builder.add_document(ids.astype(np.uint16), [ids.size])
     builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def short_examples(prefix: Path) -> Path:
+    """Docstrings and functions of 40 to 64 bytes together."""
+    from megatron_attn2d.data.build import build as build_examples
+
+    lines = prefix.with_suffix(".jsonl")
+    lines.write_text("".join(json.dumps(example) + "\n" for example in docstrings.examples()))
+    build_examples([lines], prefix, TokenizerChoice(), format="sft", longest=64)
     return prefix
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.megatron.combinations import EP, MODELS, PP, SP, VPP, Combination, grid
-from tests.megatron.documents import short_texts
+from tests.megatron.documents import short_examples, short_texts
 from tests.megatron.runs import context_parallel, train
 from tests.pool import RankPool
 
@@ -62,3 +62,12 @@ def test_losses_gradients_and_throughput_equal_those_of_one_rank(
     # Of one batch operations and tokens are the same however fast it went.
     work = [one["tflops"] * ranks / one["tokens_per_s"] for one, ranks in ((step, combination.ranks), (expected, 1))]
     assert work[0] == pytest.approx(work[1])
+
+
+def test_completions_are_learned_alike_on_one_rank_and_in_a_grid(pool: RankPool, tmp_path: Path) -> None:
+    options = {"data_path": short_examples(tmp_path / "set"), "examples": True, **COMMON, **MODELS["llama"]}
+    options |= {"seq_length": 128, "max_position_embeddings": 128, "train_iters": 8, "lr": 4e-3}
+    one = train(pool, 1, tmp_path / "one", **options)
+    grid_of_4 = train(pool, 4, tmp_path / "grid", **options, **grid(2, 2))
+    assert [step["loss"] for step in grid_of_4] == pytest.approx([step["loss"] for step in one], abs=2e-5)
+    assert one[-1]["loss"] < one[0]["loss"] - 1

@@ -1,0 +1,81 @@
+"""How long documents are: their number and tokens by length, each bucket twice as long as the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_attn2d.run.curves import COLOURS
+
+_BAR = 32
+"""Characters of the longest bar."""
+_CONTEXT_RANKS = (4, 16, 64)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Documents of `first` to `last` tokens."""
+
+    first: int
+    last: int
+    documents: int
+    tokens: int
+
+
+def buckets(lengths: np.ndarray) -> list[Bucket]:
+    """Documents of `lengths` tokens, none of them 0, by powers of two, from the shortest to the longest."""
+    powers = np.frexp(lengths)[1] - 1  # exact, as lengths are integers below 2^53
+    low, high = int(powers.min()), int(powers.max())
+    documents = np.bincount(powers - low)
+    tokens = np.bincount(powers - low, weights=lengths)
+    return [
+        Bucket(1 << power, (2 << power) - 1, int(documents[power - low]), int(tokens[power - low]))
+        for power in range(low, high + 1)
+    ]
+
+
+def lines(lengths: np.ndarray) -> Iterator[str]:
+    """A bar for each bucket, and what padding takes where context ranks share each document."""
+    found = buckets(lengths)
+    places = [f"{bucket.first:,} to {bucket.last:,}" for bucket in found]
+    width, most = max(map(len, places)), max(bucket.documents for bucket in found)
+    total = sum(bucket.tokens for bucket in found)
+    yield "documents by tokens, and their share of all tokens:"
+    for place, bucket in zip(places, found, strict=True):
+        bar = "#" * -(-_BAR * bucket.documents // most)
+        yield f"  {place:>{width}}  {bucket.documents:>12,}  {bucket.tokens / total:>6.1%}  {bar}".rstrip()
+    shares = ", ".join(f"{padding(lengths, 2 * ranks):.1%} on {ranks}" for ranks in _CONTEXT_RANKS)
+    yield f"padding as sequences of their own, by context ranks: {shares}"
+
+
+def padding(lengths: np.ndarray, multiple: int) -> float:
+    """The share of padding where each document takes a multiple of so many tokens."""
+    taken = int((-(-lengths.astype(np.int64) // multiple) * multiple).sum())
+    return 1 - int(lengths.sum(dtype=np.int64)) / taken
+
+
+def draw(lengths: np.ndarray, title: str, output: Path) -> None:
+    """Draw the buckets into the PNG `output`: shares of the documents beside shares of the tokens."""
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.ticker import PercentFormatter
+
+    found = buckets(lengths)
+    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    at = np.arange(len(found))
+    for offset, colour, name in ((-0.2, COLOURS[0], "documents"), (0.2, COLOURS[1], "tokens")):
+        numbers = np.array([getattr(bucket, name) for bucket in found])
+        axes.bar(at + offset, numbers / numbers.sum(), 0.4, label=f"{numbers.sum():,} {name}", color=colour, zorder=3)
+    axes.set_xticks(at, [f"{bucket.first:,}" for bucket in found], rotation=45, ha="right")
+    axes.set_xlabel("tokens of a document, from this number on")
+    axes.set_ylabel("share")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png")
