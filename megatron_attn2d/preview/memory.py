@@ -12,6 +12,7 @@ from math import ceil, log2
 
 from megatron_attn2d.config.auto import workload
 from megatron_attn2d.config.check import UNEVEN
+from megatron_attn2d.config.layer_pattern import is_hybrid
 from megatron_attn2d.config.schema import Model, RunConfig
 from megatron_attn2d.data import tokenizers
 from megatron_attn2d.errors import UsageError
@@ -294,6 +295,7 @@ def _kept_per_token(run: RunConfig, stage: int) -> tuple[float, float]:
 def _recomputed(run: RunConfig) -> tuple[int, float, int]:
     """Into how many pieces a stage's recomputed layers fall, what each keeps per token, and how many layers it has."""
     training, layers = run.training, run.model.num_layers // run.parallelism.pipeline
+    layers *= 2 if is_hybrid(run) else 1  # attention and MLP are layers of their own there
     block = min(training.recompute_num_layers or 1, layers)
     # uniform: every block of layers keeps its input; block: so many layers each keep theirs.
     pieces, per_piece = (ceil(layers / block), block) if training.recompute_method == "uniform" else (block, 1)
