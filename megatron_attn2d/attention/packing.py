@@ -210,17 +210,20 @@ class Packing:
 
         Rows are cut in `parts`: the first part of all rows comes first, then the second of all, ...
         """
-        return self.made(
-            ("spread", parts),
-            lambda: (torch.arange(parts, device=self.device)[:, None] + parts * self.slot_rows(2)).flatten().int(),
-        )
+
+        def rows() -> Tensor:
+            first = torch.arange(parts, dtype=torch.int32, device=self.device)
+            return first[:, None].add(self.slot_rows(2), alpha=parts).flatten()
+
+        return self.made(("spread", parts), rows)
 
     def collected_rows(self, parts: int) -> Tensor:
         """The way back: where each part of each row of the shard stands, [2n * parts] int32."""
 
         def rows() -> Tensor:
-            starts = 2 * self.tokens * torch.arange(parts, device=self.device)
-            return (starts + self.sequence_rows(2)[:, None]).flatten().int()
+            step = 2 * self.tokens
+            starts = torch.arange(0, parts * step, step, dtype=torch.int32, device=self.device)
+            return (self.sequence_rows(2)[:, None] + starts).flatten()
 
         return self.made(("collected", parts), rows)
 
