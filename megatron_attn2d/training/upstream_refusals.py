@@ -27,7 +27,7 @@ _SLIPS = (TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError)
 _MISFIT = re.compile(r"shape|size|dimension|out of range")
 """In what torch says where tensors don't fit: what fails otherwise is no matter of arguments."""
 _UPSTREAM = re.compile(r"/megatron/(core|training)/")
-_OURS = re.compile(r"/megatron_attn2d/(?!megatron/cpu\.py$)")  # through which every call of torch's goes
+_OURS = re.compile(r"/megatron_attn2d/(?!megatron/upstream/cpu\.py$)")  # through which every call of torch's goes
 _FINDS_FAULTS = {"rerun_state_machine.py"}
 """Files of Megatron's that raise for what went wrong in a step."""
 _OTHER_NAMES = {
