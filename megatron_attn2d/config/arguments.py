@@ -14,6 +14,7 @@ from megatron_attn2d.config.layer_pattern import hybrid_arguments, is_hybrid, la
 from megatron_attn2d.config.schema import NO_FLAG, Flag, Model, RunConfig
 from megatron_attn2d.config.yaml_io import parse
 from megatron_attn2d.errors import ConfigError, ConfigErrors, nearest
+from megatron_attn2d.megatron.refusals import refusal
 from megatron_attn2d.run.checkpoints import last_complete
 
 CP_COMM_TYPES = {"attention2d": "attention2d", "ring": "p2p", "all_gather": "all_gather", "ulysses": "a2a"}
@@ -59,16 +60,9 @@ _DECIDED_BY = {
     "keep-attention-outputs": "training.keep_attention_outputs",
 }
 _IGNORED = "would be ignored: it is for data sets or losses other than ours"
-# Arguments under which attention would silently be another than the one asked for, or that bypass this file.
+# Arguments that bypass a run's YAML, besides those that no training takes (`megatron.refusals`).
 _REFUSED = {
-    "hybrid-context-parallel": "changes the context-parallel group with every batch",
-    "max-seqlen-per-dp-cp-rank": "changes the context-parallel group with every batch",
     "spec": "replaces the layers, and with them the attention that context_parallel.mode chooses",
-    "yaml-cfg": "discards all other arguments",
-    "reset-attention-mask": "makes a mask of all tokens, which no attention over context ranks reads; "
-    "data.document_masking does what it is for",
-    "qk-clip": "needs the largest score, which our attention does not report yet",
-    "log-max-attention-logit": "needs the largest score, which our attention does not report yet",
     "local-rank": "is the launcher's business",
     "use-checkpoint-opt-param-scheduler": "takes the learning rate's course from the checkpoint, whatever is said here",
     "use-checkpoint-args": "takes the model from the checkpoint, whatever is said here",
@@ -295,9 +289,8 @@ def _passed_through(megatron_args: dict[str, Any]) -> list[str]:
             raise ConfigError(key, value, f"{owners[name]} decides about --{name}", f"set {owners[name]}")
         if name in _REFUSED and value is not False:
             raise ConfigError(key, value, f"--{name} {_REFUSED[name]}", "leave it out")
-        if name == "attention-backend" and value == "local":
-            reason = "Megatron would silently replace context-parallel attention by its own"
-            raise ConfigError(key, value, reason, "choose auto, flash, fused or unfused")
+        if refused := refusal(name.replace("-", "_"), value):
+            raise ConfigError(key, value, f"--{name} {refused.reason}", refused.choice)
         if name in _PATTERNS and "D" in str(value):
             reason = "D, sparse attention, chooses its keys from the whole sequence, which no rank has"
             raise ConfigError(key, value, reason, "choose * or +")

@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel.random import (
     is_graph_safe_cuda_rng_tracker,
 )
 from megatron.core.transformer import multi_token_prediction
-from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
@@ -40,6 +40,7 @@ from megatron_attn2d.megatron import cuda_graphs
 from megatron_attn2d.megatron.announcement import launched_with, tell_unread_mask
 from megatron_attn2d.megatron.layer_grid import layer_grid, split_mode
 from megatron_attn2d.megatron.recomputation import attentions
+from megatron_attn2d.megatron.refusals import REFUSED, check_model
 from megatron_attn2d.megatron.upstream.compat import ROLLS_WITHIN_PADDING
 
 _CAUSAL = {AttnMaskType.causal: True, AttnMaskType.no_mask: False}
@@ -257,8 +258,8 @@ def _totals(packing: PackedSeqParams, read: bool) -> dict[str, Any]:
         raise ValueError(f"packed_seq_params.qkv_format {packing.qkv_format!r} is not supported: choose thd")
     if packing.cp_group is not None or packing.local_cp_size is not None:
         raise ValueError(
-            "packed_seq_params.cp_group (dynamic context parallelism) is not supported: the grid is one for all "
-            "batches; leave out --dynamic-context-parallel / --hybrid-context-parallel"
+            "packed_seq_params.cp_group (dynamic context parallelism) is not supported: it "
+            f"{REFUSED['dynamic_context_parallel'].reason}; leave out --dynamic-context-parallel"
         )
     if packing.cu_seqlens_q is None:
         raise ValueError("packed_seq_params.cu_seqlens_q is missing: packed sequences need their running totals")
@@ -286,15 +287,9 @@ def keep_totals(packing: PackedSeqParams, totals: Sequence[int], places: Sequenc
 
 
 def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
+    check_model(config)
     launch = launched_with()
     refused = [
-        (config.qk_clip or config.log_max_attention_logit, "qk_clip / log_max_attention_logit", "leave both off"),
-        (
-            config.fp8_dot_product_attention or config.fp8_multi_head_attention,
-            "fp8_dot_product_attention / fp8_multi_head_attention",
-            "bf16 attention; FP8 in linear layers is fine",
-        ),
-        (config.batch_invariant_mode, "batch_invariant_mode", "deterministic_mode"),
         (
             config.deterministic_mode and not torch.are_deterministic_algorithms_enabled(),
             "deterministic_mode without torch.use_deterministic_algorithms(True), by which kernels are chosen,",
@@ -305,11 +300,6 @@ def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
             and {"attention2d", "a2a+p2p"} <= {split_mode(mode)[0] for mode in config.cp_comm_type},
             "cp_comm_type a2a+p2p on one layer and attention2d on another",
             "one of the two, as both would take --hierarchical-context-parallel-sizes for theirs",
-        ),
-        (
-            getattr(config, "hybrid_context_parallel", False) or getattr(config, "dynamic_context_parallel", False),
-            "hybrid_context_parallel (dynamic context parallelism)",
-            "context-parallel groups that stay the same for all batches, as a grid is laid once",
         ),
         (
             getattr(launch, "reset_attention_mask", False),  # the loader's mask, which is not read
@@ -327,11 +317,6 @@ def _refuse_unsupported(config: TransformerConfig, attention_type: str) -> None:
             getattr(launch, "reset_position_ids", False) and launch.position_embedding_type != "learned_absolute",
             "--reset-position-ids, which only learned positions read,",
             "packed sequences (cu_seqlens), whose rotary positions begin anew, or leave it out",
-        ),
-        (
-            config.attention_backend is AttnBackend.local,
-            "attention_backend local, with which Megatron replaces it by an attention to the rank's own tokens",
-            "auto, flash, fused or unfused",
         ),
         (attention_type != "self", f"attention_type {attention_type!r}", "self attention"),
     ]

@@ -15,7 +15,6 @@ from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -30,6 +29,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron_attn2d.megatron.announcement import introduce
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 from megatron_attn2d.megatron.layer_grid import ATTENTION2D, split_mode
+from megatron_attn2d.megatron.refusals import check_model
 from megatron_attn2d.megatron.upstream.patching import Patch, install
 from megatron_attn2d.megatron.upstream.torch_norm import SequenceParallelTorchNorm
 
@@ -109,8 +109,7 @@ def attention2d_layer_spec(
     """
     model = config if isinstance(config, GPTModelConfig) else _model_of(config)
     transformer = config.transformer if isinstance(config, GPTModelConfig) else config
-    if transformer.attention_backend is AttnBackend.local:
-        raise ValueError("attention_backend local: Megatron would replace context-parallel attention by its own")
+    check_model(transformer)
     if transformer.mtp_num_layers:
         install(ATTENDING_IN_CONTEXT)
     transformer.attention2d_head_groups = head_groups  # where the module finds it: builders pass the config alone

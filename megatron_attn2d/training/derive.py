@@ -11,19 +11,11 @@ from dataclasses import dataclass
 
 from megatron_attn2d.config import effects
 from megatron_attn2d.errors import UsageError
+from megatron_attn2d.megatron.refusals import refusal
 from megatron_attn2d.megatron.upstream.graph_environment import graph_fault
 
 logger = logging.getLogger(__name__)
 
-_TOKENS_ALONE = "its attention isn't over whole sequences under one causal mask, which is what is supported so far"
-REFUSED = {
-    "--hybrid-context-parallel": "it changes the context-parallel group with every batch, and a grid is laid once",
-    "--dataloader-inter-document-masking": _TOKENS_ALONE,
-    "--reset-attention-mask": _TOKENS_ALONE,
-    "--sft": _TOKENS_ALONE,
-    "--yaml-cfg": "Megatron would discard every other argument",
-}
-"""Flags that would be ignored silently or lead to attention over other tokens than asked for, and why."""
 _OLD_NAMES = {"--enable-cuda-graph": "local", "--external-cuda-graph": "transformer_engine"}
 """Flags that Megatron still takes for a --cuda-graph-impl."""
 _NOT_IN_GRAPHS = {
@@ -89,16 +81,12 @@ def derived_arguments(arguments: Sequence[str], installed: Installed) -> list[De
         ValueError: `arguments` contradicts what is installed or what this project supports.
     """
     given = _with_values(arguments)
-    for flag, why in REFUSED.items():
-        if flag in given:
-            raise ValueError(f"{flag} is not supported: {why}; leave it out")
+    for flag, value in given.items():
+        if flag.startswith("--") and (refused := refusal(flag[2:].replace("-", "_"), value)):
+            what = flag if refused.value is None else f"{flag} {value}"
+            raise ValueError(f"{what} is not supported: it {refused.reason}; {refused.choice}")
     for unread in effects.ignored(arguments):
         raise ValueError(f"{' '.join([unread.flag, *unread.values])}: {unread.reason}; {unread.choice}")
-    if given.get("--attention-backend") == "local":
-        raise ValueError(
-            "--attention-backend local is not supported: Megatron would silently replace context-parallel attention by "
-            "its own, which sees the tokens of one rank only; choose auto, flash, fused or unfused"
-        )
     for flag in ("--fp8-format", "--fp4-format"):
         if flag in given and not installed.transformer_engine:
             raise ValueError(

@@ -350,7 +350,8 @@ REFUSED = {
     ),
     "megatron_args.reset_attention_mask=true": (
         "megatron_args.reset_attention_mask = true: --reset-attention-mask makes a mask of all tokens, which no "
-        "attention over context ranks reads; data.document_masking does what it is for; leave it out"
+        "attention over context ranks reads; choose data.document_masking, or packed sequences (cu_seqlens), which "
+        "do what it is for"
     ),
     # optimizer and checkpoint
     "optimizer.lr_decay_style=WSD": (
@@ -447,12 +448,12 @@ REFUSED = {
         "megatron_args.bf16 = true: training.precision decides about --bf16; set training.precision"
     ),
     "megatron_args.attention_backend=local": (
-        "megatron_args.attention_backend = 'local': Megatron would silently replace context-parallel attention "
-        "by its own; choose auto, flash, fused or unfused"
+        "megatron_args.attention_backend = 'local': --attention-backend makes Megatron replace context-parallel "
+        "attention by its own, which sees the tokens of one rank only; choose auto, flash, fused or unfused"
     ),
     "megatron_args.hybrid_context_parallel=true": (
         "megatron_args.hybrid_context_parallel = true: --hybrid-context-parallel changes the context-parallel group "
-        "with every batch; leave it out"
+        "with every batch, and a grid is laid once; leave it out"
     ),
     "megatron_args.moe_router_topk=[1, 2]": (
         "megatron_args.moe_router_topk = [1, 2]: --moe-router-topk takes one value; write that alone"

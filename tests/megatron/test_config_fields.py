@@ -90,21 +90,27 @@ def test_each_field_that_touches_attention_has_a_verdict() -> None:
     from megatron.core.extensions import transformer_engine
     from megatron.core.transformer import dot_product_attention
 
-    from megatron_attn2d.megatron import core_attention, cuda_graphs, layer_grid
+    from megatron_attn2d.megatron import core_attention, cuda_graphs, layer_grid, refusals
 
     upstreams = read_in(transformer_engine, "TEDotProductAttention")
     upstreams |= read_in(dot_product_attention, "DotProductAttention")
     touching = upstreams | {name for name in fields() if _NAMES.search(name)}
-    unread = touching - set().union(*map(read_in, (core_attention, cuda_graphs, layer_grid)))
+    unread = touching - set().union(*map(read_in, (core_attention, cuda_graphs, layer_grid, refusals)))
     assert unread == set(ELSEWHERE)
 
 
 SWITCHES: dict[str, tuple[dict[str, Any], str]] = {
-    "FP8 attention": ({"fp8_dot_product_attention": True}, "fp8_dot_product_attention / fp8_multi_head_attention is"),
-    "FP8 attention, fed by FP8 layers": ({"fp8_multi_head_attention": True}, "bf16 attention; FP8 in linear layers"),
+    "FP8 attention": (
+        {"fp8_dot_product_attention": True},
+        "asks for attention in FP8, and ours computes in bf16",
+    ),
+    "FP8 attention, fed by FP8 layers": (
+        {"fp8_multi_head_attention": True},
+        "FP8 in linear layers is fine",
+    ),
     "batch invariance": (
         {"batch_invariant_mode": True, "attention_backend": "flash", "flash_attention_version": 3},
-        "batch_invariant_mode is not supported by context-parallel attention: use deterministic_mode",
+        "kernels of Megatron's own attention; choose deterministic_mode",
     ),
     "determinism that torch does not know of": (
         {"deterministic_mode": True},

@@ -243,7 +243,7 @@ REFUSALS = [
         [2, 1],
         {"log_max_attention_logit": True},
         {},
-        "qk_clip / log_max_attention_logit is not supported",
+        "log_max_attention_logit is not supported by context-parallel attention: it needs",
     ),
     (
         "attention2d",
@@ -276,10 +276,10 @@ REFUSALS = [
         [2, 1],
         {"hybrid_context_parallel": True},
         {},
-        "hybrid_context_parallel (dynamic context parallelism) is not supported by context-parallel attention: use "
-        "context-parallel groups that stay the same",
+        "hybrid_context_parallel is not supported by context-parallel attention: it changes the context-parallel group "
+        "with every batch, and a grid is laid once; leave it out",
     ),
-    ("p2p", None, {"attention_backend": "local"}, {}, "attention_backend local, with which Megatron replaces it by"),
+    ("p2p", None, {"attention_backend": "local"}, {}, "attention_backend local is not supported by context-parallel"),
     (
         "attention2d",
         [2, 1],

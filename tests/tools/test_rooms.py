@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "run": {"errors"},
     "megatron.upstream": set(),
     "megatron": {"attention", "errors", "megatron.upstream", "planner"},
-    "config": {"errors", "megatron.upstream", "planner", "run"},
+    "config": {"errors", "megatron", "megatron.upstream", "planner", "run"},
     "data": {"config", "errors", "megatron.upstream"},
     "training.guards": {"attention", "config", "errors", "megatron", "megatron.upstream", "run"},
     "training": {"attention", "config", "data", "errors", "megatron", "megatron.upstream", "run", "training.guards"},

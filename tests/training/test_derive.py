@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 
-from megatron_attn2d.config import ConfigError, load_run, megatron_arguments
+from megatron_attn2d.config import ConfigError, load_run, megatron_arguments, upstream_flags
 from megatron_attn2d.errors import UsageError
+from megatron_attn2d.megatron.refusals import REFUSED
 from megatron_attn2d.training.derive import (
-    REFUSED,
     Installed,
     derived_arguments,
     set_environment,
@@ -32,6 +32,11 @@ FULL = Installed(
     gradient_accumulation_kernel=True,
     softmax_kernels=True,
 )
+SWITCHES = {
+    flag: row
+    for name, row in REFUSED.items()
+    if (flag := f"--{name.replace('_', '-')}") in upstream_flags.options() and row.value is None
+}
 ALWAYS = ["--no-create-attention-mask-in-dataloader", "--calculate-per-token-loss"]
 
 CASES = {
@@ -129,14 +134,14 @@ def test_deriving_twice_adds_nothing() -> None:
         ),
         (
             ["--attention-backend", "local"],
-            "--attention-backend local is not supported: Megatron would silently replace context-parallel attention",
+            "--attention-backend local is not supported: it makes Megatron replace context-parallel attention",
         ),
         (["--fp8-format", "hybrid"], "--fp8-format needs Transformer Engine, which is not installed; leave it out"),
         (
             ["--cuda-graph-impl", "local"],
             "--cuda-graph-impl local needs a GPU, and there is no CUDA device; leave it out",
         ),
-        *(([flag], f"{flag} is not supported: {why}; leave it out") for flag, why in REFUSED.items()),
+        *(([flag], f"{flag} is not supported: it {row.reason}; {row.choice}") for flag, row in SWITCHES.items()),
     ],
 )
 def test_a_contradiction_is_refused_by_name(given: list[str], message: str) -> None:
@@ -165,7 +170,7 @@ def test_what_no_cuda_graph_holds_is_refused(given: list[str], message: str) -> 
 
 
 def test_what_ranks_refuse_the_configuration_refuses_before() -> None:
-    for flag in REFUSED:
+    for flag in SWITCHES:
         with pytest.raises(ConfigError, match=f"megatron_args.{flag[2:].replace('-', '_')} = "):
             megatron_arguments(load_run("configs/runs/quickstart.yaml", [f"megatron_args.{flag[2:]}=true"]))
 
