@@ -43,6 +43,7 @@ REFUSED = {
         "packs documents that don't divide over context ranks",
         "choose data.document_masking, which packs documents that do",
     ),
+    "sft": Refusal("packs conversations as our loader of data does not", "choose data.format=sft"),
     "yaml_cfg": Refusal("discards all other arguments"),
 }
 """By the names under which Megatron stores its arguments and the fields of its TransformerConfig."""

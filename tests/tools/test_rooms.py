@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "megatron.upstream": set(),
     "megatron": {"attention", "errors", "megatron.upstream", "planner"},
     "config": {"errors", "megatron", "megatron.upstream", "planner", "run"},
-    "data": {"config", "errors", "megatron.upstream"},
+    "data": {"config", "errors", "megatron.upstream", "run"},
     "training.guards": {"attention", "config", "errors", "megatron", "megatron.upstream", "run"},
     "training": {"attention", "config", "data", "errors", "megatron", "megatron.upstream", "run", "training.guards"},
     "launch": {"config", "errors", "megatron.upstream"},
