@@ -37,6 +37,7 @@ from megatron_attn2d.attention import attention2d as algorithm
 from megatron_attn2d.attention import call, comm, partials
 from megatron_attn2d.attention.kernels import base
 from megatron_attn2d.attention.kernels.base import BackwardRows
+from megatron_attn2d.pictures import blank, ruled, save
 
 CASES = [
     (4, 2**14, "12/12", ["4x1", "2x2", "4x1x1"]),
@@ -250,11 +251,10 @@ def show(row: dict[str, Any]) -> None:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Host time against ranks, and the kernels' beside it where they are known."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     heads = max((row["heads"] for row in rows), key=[row["heads"] for row in rows].count)
     rows = [row for row in rows if row["heads"] == heads and "failed" not in row]
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    figure = blank(7, 4.2, dpi=150)
     axes = figure.subplots()
     series: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -273,10 +273,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("context-parallel ranks (one real, the others faked)")
     axes.set_ylabel("ms per call, forward and backward")
     axes.set_title(f"Host time of one attention call, {heads} heads, {rows[0]['seq'] // 1024}K tokens", loc="left")
-    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    ruled(axes)
     axes.legend(frameon=False)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from megatron_attn2d.run.curves import COLOURS
+from megatron_attn2d.pictures import COLOURS, blank, ruled, save
 
 NAMES = {"16/16x96": "760M: 16 heads of 96", "32/32x80": "2.7B: 32 heads of 80", "40/40x128": "13B: 40 heads of 128"}
 STYLES = ("-", (0, (5, 2)), (0, (6, 2, 1, 2)))
@@ -65,12 +65,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], output: Path) -> None:
     """A panel for each number of ranks."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     panels: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         panels[row["hosts"] * row["ranks_per_host"]].append(row)
-    figure = Figure(figsize=(5 * len(panels), 4.4), dpi=110, layout="constrained")
+    figure = blank(5 * len(panels), 4.4, dpi=110)
     for axes, (ranks, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         modes, shapes = (list(dict.fromkeys(row[key] for row in shown)) for key in ("mode", "shape"))
         for mode, style in zip(modes, STYLES, strict=False):
@@ -88,11 +87,9 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
         axes.set_xlabel("sequence length, tokens")
         axes.set_ylabel("speed-up over a ring, forward + backward")
         axes.set_title(f"{ranks} ranks on {shown[0]['hosts']} emulated hosts, {shown[0]['nic']}/s", fontsize=11)
-        axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        ruled(axes)
         axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=len(modes))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    save(figure, output)
 
 
 def _workload(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attn2d.config import RunConfig, load_run
+from megatron_attn2d.pictures import COLOURS
 from megatron_attn2d.preview import memory
-from megatron_attn2d.run.curves import COLOURS
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML = ROOT / "configs/runs/llama_8b_1m.yaml"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_attn2d.run.curves import COLOURS
+from megatron_attn2d.pictures import COLOURS, blank, ruled, save
 
 _BAR = 32
 """Characters of the longest bar."""
@@ -59,11 +59,10 @@ def padding(lengths: np.ndarray, multiple: int) -> float:
 
 def draw(lengths: np.ndarray, title: str, output: Path) -> None:
     """Draw the buckets into the PNG `output`: shares of the documents beside shares of the tokens."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
     from matplotlib.ticker import PercentFormatter
 
     found = buckets(lengths)
-    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
+    figure = blank(8, 4.5)
     axes = figure.subplots()
     at = np.arange(len(found))
     for offset, colour, name in ((-0.2, COLOURS[0], "documents"), (0.2, COLOURS[1], "tokens")):
@@ -74,8 +73,6 @@ def draw(lengths: np.ndarray, title: str, output: Path) -> None:
     axes.set_ylabel("share")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_title(title, loc="left", fontweight="bold")
-    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    ruled(axes)
     axes.legend(frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    save(figure, output)

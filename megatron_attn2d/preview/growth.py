@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_attn2d.config.auto import cluster, described, predictions, workload
+from megatron_attn2d.pictures import blank, ruled, save
 from megatron_attn2d.planner.cost import Candidate, Prediction
 
 if TYPE_CHECKING:
@@ -93,9 +94,8 @@ def table(found: Growth, run: RunConfig, ranks: Sequence[int] = RANKS) -> str:
 
 def draw(found: Growth, run: RunConfig, path: Path, ranks: Sequence[int] = RANKS) -> None:
     """Time, and bytes that a rank receives, against the number of ranks, as a PNG."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    figure = blank(11, 4.6, dpi=150)
     times, volumes = figure.subplots(1, 2)
     kernels = [p.kernels_s * 1e3 for p in next(iter(found.values()))]
     times.plot(ranks, kernels, color="#BBBBBB", linewidth=3, label="kernels alone", zorder=1)
@@ -117,12 +117,10 @@ def draw(found: Growth, run: RunConfig, path: Path, ranks: Sequence[int] = RANKS
         axes.set_yscale("log")
         axes.set_xticks(ranks, [f"{n:,}" for n in ranks], fontsize=8)
         axes.set_xlabel("context ranks")
-        axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        ruled(axes)
     times.legend(frameon=False, fontsize=8)
     work = workload(run)
     figure.suptitle(
         f"{run.run.name}: {work.seq:,} tokens, {work.heads}/{work.kv_heads} heads of {work.head_dim}", fontsize=11
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save(figure, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_attn2d.config.auto import cluster, described, missing_rates, predictions, workload
+from megatron_attn2d.pictures import blank, ruled, save
 from megatron_attn2d.planner.cost import CLOSE, Candidate, Cluster, Prediction, predict
 from megatron_attn2d.planner.traffic import Workload
 
@@ -88,11 +89,10 @@ def waiting_for_the_cpu(run: RunConfig) -> list[str]:
 
 def draw(run: RunConfig, path: Path) -> None:
     """Predicted speed-up over the ring against the sequence length, a line a number of ranks, as a PNG."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     work, machines, size = workload(run), cluster(run), run.context_parallel.size
     lengths = [work.seq // 4 * 2**k for k in range(6)]
-    figure = Figure(figsize=(7.5, 4.5), dpi=150, layout="constrained")
+    figure = blank(7.5, 4.5, dpi=150)
     axes = figure.subplots()
     for ranks in sorted({max(2, size // 4), size, size * 2}):
         axes.plot(lengths, [_speed(ranks, work, machines, seq) for seq in lengths], marker="o", label=f"{ranks} ranks")
@@ -102,11 +102,9 @@ def draw(run: RunConfig, path: Path) -> None:
     axes.set_xlabel("sequence length, tokens")
     axes.set_ylabel("predicted speed-up over a ring")
     axes.set_title(f"{run.run.name}: attention of a layer, forward + backward, best mode", fontsize=11)
-    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    ruled(axes)
     axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _speed(ranks: int, work: Workload, machines: Cluster, seq: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_attn2d.run.curves import COLOURS, STYLES
+from megatron_attn2d.pictures import COLOURS, STYLES, blank, ruled, save
 from megatron_attn2d.run.metrics import Steps, read_steps, read_validation
 
 _SETTLED = 5
@@ -97,10 +97,9 @@ def table(runs: Sequence[Run]) -> str:
 
 def draw(runs: Sequence[Run], output: Path) -> None:
     """Draws loss and throughput of the runs into the PNG `output`."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    figure = Figure(figsize=(11, 4.4), dpi=160, layout="constrained")
+    figure = blank(11, 4.4)
     loss, speed = figure.subplots(1, 2)
     for order, (run, colour, style) in enumerate(zip(runs, cycle(COLOURS), cycle(STYLES), strict=False)):
         line: dict[str, Any] = {"color": colour, "linestyle": style, "linewidth": 2.0, "zorder": 3 + order}
@@ -131,12 +130,10 @@ def draw(runs: Sequence[Run], output: Path) -> None:
     for axes in (loss, speed):
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        ruled(axes)
         axes.margins(x=0.02)
         axes.legend(frameon=False, fontsize="small", loc="best" if axes is loss else "lower right")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    save(figure, output)
 
 
 def _running_median(values: Sequence[float]) -> list[float]:

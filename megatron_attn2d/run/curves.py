@@ -4,15 +4,8 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
+from megatron_attn2d.pictures import COLOURS, STYLES, blank, ruled, save
 from megatron_attn2d.run.metrics import read_steps
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by everyone
-STYLES = (
-    "-",
-    (0, (5, 2)),
-    (0, (1, 1.2)),
-    (0, (6, 2, 1, 2)),
-)  # equal curves cover each other: gaps show the lower
 
 
 @dataclass(frozen=True)
@@ -52,9 +45,8 @@ def table(curves: list[Curve], first: int = 10) -> str:
 
 def draw(curves: list[Curve], output: Path, title: str = "Training loss") -> None:
     """Draw the curves into the PNG `output`."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
+    figure = blank(8, 4.5)
     axes = figure.subplots()
     for order, (curve, colour, style) in enumerate(zip(curves, cycle(COLOURS), cycle(STYLES), strict=False)):
         steps = sorted(curve.losses)
@@ -71,9 +63,7 @@ def draw(curves: list[Curve], output: Path, title: str = "Training loss") -> Non
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
-    axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    ruled(axes)
     axes.margins(x=0.02)
     axes.legend(frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, format="png")
+    save(figure, output)

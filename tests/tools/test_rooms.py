@@ -16,18 +16,19 @@ PACKAGE = ROOT / "megatron_attn2d"
 ALLOWED: dict[str, set[str]] = {
     # A room imports from those of the rooms above it that stand beside it.
     "errors": set(),
+    "pictures": set(),
     "attention": set(),
     "planner": {"attention"},
-    "run": {"errors"},
+    "run": {"errors", "pictures"},
     "megatron.upstream": set(),
     "megatron": {"attention", "errors", "megatron.upstream", "planner"},
     "config": {"errors", "megatron", "megatron.upstream", "planner", "run"},
-    "data": {"config", "errors", "megatron.upstream", "run"},
+    "data": {"config", "errors", "megatron.upstream", "pictures"},
     "training.guards": {"attention", "config", "errors", "megatron", "megatron.upstream", "run"},
     "training": {"attention", "config", "data", "errors", "megatron", "megatron.upstream", "run", "training.guards"},
     "launch": {"config", "errors", "megatron.upstream"},
     "inference": {"attention", "config", "data", "errors", "launch", "megatron", "run", "training"},
-    "preview": {"attention", "config", "data", "errors", "planner", "training"},
+    "preview": {"attention", "config", "data", "errors", "pictures", "planner", "training"},
     "commands": {"config", "data", "errors", "inference", "launch", "preview", "run", "training"},
 }
 ENTRIES = {"": {"attention", "megatron"}, "cli": {"commands", "errors"}, "pretrain_gpt": {"training"}}
