@@ -1,7 +1,7 @@
-"""Before the first messages of a group: do all of its ranks ask for the same attention?
+"""Do all ranks of a group ask for the same attention? The first call on a group compares their arguments.
 
-A rank sees its own arguments alone. With another length or dtype on a peer, messages would end early or be read as what
-they are not, without a word. So the first call on a group compares them, once: it waits for others and for the GPU.
+A rank sees only its own arguments. With another length or dtype on a peer, messages would end early or be read as the
+wrong numbers, without an error. The comparison waits for the other ranks and for the GPU, once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def facts_of(
     dropout: Dropout | None,
     overlap_groups: int | None = None,
 ) -> dict[str, object]:
-    """What has to be the same on all ranks of a call, by the name it has in errors."""
+    """What has to be the same on all ranks of a call, by its name in errors."""
     return {
         "shape of q": tuple(q.shape),
         "shape of k": tuple(k.shape),
@@ -52,13 +52,13 @@ def facts_of(
 def check_agreement(
     groups: Sequence[dist.ProcessGroup | None], facts: Mapping[str, object], device: torch.device, label: str
 ) -> None:
-    """Compare `facts` with the other ranks' in the first call on each of these groups; every rank of it must call.
+    """Compare `facts` with those of other ranks in the first call on each of these groups; all of its ranks must call.
 
-    One group after the other, so that each rank of a grid hears of a difference in any of its rows and columns. Nothing
-    is compared while a CUDA graph is captured, nor over groups that are not real.
+    Groups are compared one after the other, so that each rank of a grid hears of a difference in any row and column.
+    Nothing is compared while a CUDA graph is captured, nor over groups whose ranks are faked.
 
     Args:
-        groups: the axes on which the caller exchanges messages; None for those that have no group.
+        groups: the axes on which the caller exchanges messages; None for an axis without a group.
         facts: by name, as `facts_of` gives them.
         device: of the tensors.
         label: names the call in errors.
@@ -67,7 +67,7 @@ def check_agreement(
         ValueError: on every rank, where facts differ anywhere.
         ExchangeError: as messages do.
     """
-    # By group, of which all ranks know the same: whoever shares one of these with a ring has met there already.
+    # By group, as all of its ranks know the same of it: a ring and a grid that share a group compare there once.
     axes = [group for group in groups if group is not None and group not in _met]
     if not axes or any(dist.get_backend(group) == "fake" for group in axes):
         return
@@ -95,5 +95,5 @@ def check_agreement(
 
 
 def _number(value: object) -> int:
-    """The same for what is equal, in int64."""
+    """A number of int64 that is the same for equal values."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7])

@@ -91,31 +91,33 @@ def attention2d(
         v: [s/cp, b, g, dv].
         grid: the ranks' grid; each rank passes its own view.
         causal: causal mask over the whole sequence, or none.
-        window: how many tokens before and after it a token sees, -1 or None for all; under `causal` none after it.
-        sink: [h], for each of this rank's heads the score of one more key, of value 0, that every row sees.
-        dropout: of probabilities, the same in every layout of ranks (`attention.dropout.Dropout`).
+        window: how many tokens before it and after it a token sees, -1 or None for all; under `causal` it sees none
+            after it.
+        sink: [h], a score per head of this rank, of one more key with value 0 that every row sees.
+        dropout: dropout of probabilities (`attention.dropout.Dropout`); its mask is the same in every layout of ranks.
         cu_seqlens: running totals [0, s1, s1 + s2, ...] of the lengths of packed sequences. q, k and v are then
-            [t/cp, heads, d], by sequence: both chunks of the first, of the second, ... (see `packing`). A tensor on a
-            GPU is not read: its numbers are not checked, and chunks that hold nothing but padding travel too. Pass a
-            new tensor for each batch, or change it by operations of torch: a broadcast into one that an earlier call
-            has had goes unnoticed.
+            [t/cp, heads, d], by sequence: both chunks of the first, both of the second, ... (see `packing`). A tensor
+            on a GPU is not read: its numbers are not checked, and chunks that hold nothing but padding travel too. Pass
+            a new tensor for each batch, or change it by operations of torch. A broadcast into a tensor that an earlier
+            call was given goes unnoticed.
         cu_seqlens_padded: the same with padding, where sequences are padded to multiples of 2 * cp.
-        max_seqlen: tokens of the longest of them with its padding, or more; for totals on a GPU.
+        max_seqlen: tokens of the longest sequence with its padding, or more; asked for where totals are on a GPU.
         softmax_scale: factor on the scores; 1/sqrt(d) by default.
         backend: attention kernel, see `choose_kernel`.
-        overlap_groups: in how many groups of heads communication and kernels overlap; must divide g. Where a grid
-            spreads heads, as many of them as divide what a rank is left with. Each group starts kernels and messages of
-            its own, which costs more than it hides over NVLink; over slow links a planner knows better (`planner`).
-        results: keeps output and log-sum-exp for a second call with the same arguments, which then computes neither:
-            for activation recomputation.
+        overlap_groups: in how many groups of heads communication and kernels overlap; must divide g. Where the grid
+            spreads heads, a rank takes the largest divisor of it that divides the heads it is left with. Each group
+            starts kernels and messages of its own. Over NVLink that costs more than it hides; over slow links the
+            planner says what is best (`planner`).
+        results: for activation recomputation: keeps the output and the log-sum-exp of a first call for a second call
+            with the same arguments, which then computes neither.
         label: names the call, a layer say, in errors.
 
     Returns:
         [s/cp, b, h, dv], like q; [t/cp, h, dv] if packed, 0 where padding is.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that don't fit each other, or a backend that can't serve them; in the
-            first call on a grid also on every rank, if ranks pass what differs.
+        ValueError: shapes, dtypes or devices don't fit each other, or the backend can't serve them. In the first call
+            on a grid it is raised on every rank if the ranks' arguments differ.
         ExchangeError: on CPU ranks, when a peer hangs beyond its group's timeout or is gone.
         RuntimeError: in the backward pass, when second derivatives are asked for.
     """
@@ -149,7 +151,7 @@ def attention2d(
     if grid.rows * grid.cols == 1:
         out = run(SingleRank(call), q, k, v, sink, results)
     else:
-        # fewer groups where the head axis leaves a rank fewer heads
+        # A rank has fewer groups where the Ulysses axis leaves it fewer heads.
         out = run(GridSchedule.of(call, grid, gcd(overlap_groups, k.size(2))), q, k, v, sink, results)
     if grid.ulysses_size > 1:
         out = collect_heads(out, grid, label, call.packing)
@@ -157,20 +159,20 @@ def attention2d(
 
 
 def _forward_group(
-    call: GridSchedule, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    schedule: GridSchedule, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> Iterator[None]:
     """The forward pass of a group of heads, from halves [2, n, b, heads, ...] into `out` and `lse` [2, b, h, n]."""
     # 1 gather Q in the row, K and V in the column
-    gathered_q, gathered_kv = call.row.gather(q), call.column.gather(k, v)
+    gathered_q, gathered_kv = schedule.row.gather(q), schedule.column.gather(k, v)
     yield  # the group before computes meanwhile
-    now, *later = call.diagonal_heads(q, k, returns=call.row.travels)
-    diagonal = [_attend_diagonal(call, op, now, q, k, v)]
+    now, *later = schedule.diagonal_heads(q, k, returns=schedule.row.travels)
+    diagonal = [_attend_diagonal(schedule, op, now, q, k, v)]
     # 2 attend the tile
-    partial = attend(call.tile, op, *gathered_q.wait(), *gathered_kv.wait())
+    partial = attend(schedule.tile, op, *gathered_q.wait(), *gathered_kv.wait())
     # 3 return partial O, LSE in the row
-    returned = call.row.return_partials([partial.outs, partial.lses], [out[LOWER], lse[LOWER]], MERGED)
+    returned = schedule.row.return_partials([partial.outs, partial.lses], [out[LOWER], lse[LOWER]], MERGED)
     del partial
-    diagonal += [_attend_diagonal(call, op, heads, q, k, v) for heads in later]
+    diagonal += [_attend_diagonal(schedule, op, heads, q, k, v) for heads in later]
     yield  # the group after computes meanwhile
     # 4 merge by log-sum-exp
     returned.wait()
@@ -180,7 +182,7 @@ def _forward_group(
 
 
 def _backward_group(
-    call: GridSchedule,
+    schedule: GridSchedule,
     gradients: _Gradients,
     i: int,
     op: AttentionOp,
@@ -193,21 +195,21 @@ def _backward_group(
 ) -> Iterator[None]:
     """The backward pass of group `i` of heads; `statistics` [2, 1 or 2, b, h, n] are log-sum-exps and maybe deltas."""
     # 1 gather Q, dO, LSE, delta in the row, K and V in the column
-    known = () if call.row.travels else (out,)  # delta is what others need of the output
-    gathered_q = call.row.gather(q, dout, *known, statistics=statistics)
-    gathered_kv = call.column.gather(k, v)
+    known = () if schedule.row.travels else (out,)  # other ranks need no more of the output than delta
+    gathered_q = schedule.row.gather(q, dout, *known, statistics=statistics)
+    gathered_kv = schedule.column.gather(k, v)
     yield
-    now, *later = call.diagonal_heads(q, k, returns=True)
-    diagonal = [_differentiate_diagonal(call, op, now, q, k, v, dout, out, statistics)]
+    now, *later = schedule.diagonal_heads(q, k, returns=True)
+    diagonal = [_differentiate_diagonal(schedule, op, now, q, k, v, dout, out, statistics)]
     # 2 differentiate the tile
     rows = BackwardRows.of(op.kernel, *gathered_q.wait())
-    partial = differentiate(call.tile, op, rows, gathered_kv.wait())
+    partial = differentiate(schedule.tile, op, rows, gathered_kv.wait())
     del rows
     # 3 return partial dQ in the row, dK and dV in the column
-    returned_q = call.row.return_partials([partial.dq], [q[LOWER]], SUMMED)
-    returned_kv = call.column.return_partials([partial.dk, partial.dv], [k[LOWER], v[LOWER]], SUMMED)
+    returned_q = schedule.row.return_partials([partial.dq], [q[LOWER]], SUMMED)
+    returned_kv = schedule.column.return_partials([partial.dk, partial.dv], [k[LOWER], v[LOWER]], SUMMED)
     del partial
-    diagonal += [_differentiate_diagonal(call, op, heads, q, k, v, dout, out, statistics) for heads in later]
+    diagonal += [_differentiate_diagonal(schedule, op, heads, q, k, v, dout, out, statistics) for heads in later]
     yield
     # 4 sum
     returned_q.wait()
@@ -220,9 +222,9 @@ def _backward_group(
 
 
 def interleave(groups: Iterable[Iterator[None]]) -> None:
-    """Run groups of heads so that while one computes, the messages of the next and of the previous one travel.
+    """Run groups of heads so that while one group computes, the messages of the next and the previous group travel.
 
-    A group takes three steps: gather, compute, merge. Those of three groups 0, 1 and 2 run in this order:
+    A group takes three steps: gather, compute, merge. The steps of groups 0, 1 and 2 run in this order:
 
         gather 0, gather 1, compute 0, gather 2, compute 1, merge 0, compute 2, merge 1, merge 2
     """
@@ -242,7 +244,7 @@ class GridSchedule:
         call: what is asked for.
         tile: the caller's tile.
         row, column: its axes.
-        overlap_groups: into how many groups of heads the call is cut; divides the key heads.
+        overlap_groups: into how many groups of heads the call is cut; it divides the number of key heads.
     """
 
     call: Call
@@ -253,13 +255,13 @@ class GridSchedule:
 
     @classmethod
     def of(cls, call: Call, grid: Grid, overlap_groups: int) -> GridSchedule:
-        """That of the calling process."""
+        """The schedule of the calling process."""
         plan, row, column = axes(grid, call.sequences.mask(call.band), call.label)
         tile = Tile(plan, call.sequences, call.band, grid.rank)
         return cls(call, tile, TileAxis(row, tile), TileAxis(column, tile), overlap_groups)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Schedule.forward`; the log-sum-exp is that of the two halves of the rows, [2, b, h, n]."""
+        """See `Schedule.forward`; the log-sum-exp comes by half of the rows, [2, b, h, n]."""
         out, lse = q.new_empty((*q.shape[:3], v.size(3))), self._row_statistic(q)
         groups = self._groups(*map(_halves, (q, k, v, out)), lse)
         interleave(_forward_group(self, *group) for group in groups)
@@ -284,17 +286,17 @@ class GridSchedule:
         return diagonal_heads(q, k, self.tile.diagonal_squares, apart=returns and self.overlap_groups == 1)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The head groups of [..., heads, head dim] or [..., heads, n], views."""
+        """The overlap groups of [..., heads, head dim] or [..., heads, n], as views."""
         return (x,) if self.overlap_groups == 1 else x.chunk(self.overlap_groups, -2)
 
     def _groups(self, q: Tensor, *others: Tensor) -> Iterator[tuple[Any, ...]]:
-        """By head group, its `AttentionOp` and its part of each tensor."""
+        """Per overlap group, its `AttentionOp` and its part of each tensor."""
         heads = q.size(3) // self.overlap_groups
         for i, parts in enumerate(zip(*map(self.split, (q, *others)), strict=True)):
             yield self.call.op.starting(i * heads), *parts
 
     def _row_statistic(self, q: Tensor) -> Tensor:
-        """Room for a number per row, [2, b, h, n], by chunk in memory if rows travel, else by head."""
+        """Room for a number per row, [2, b, h, n]. In memory chunks are outermost if rows travel, else heads are."""
         n, (b, h) = q.size(0) // 2, q.shape[1:3]
         dtype = accumulation_dtype(q.dtype)
         if self.row.travels:
@@ -303,17 +305,17 @@ class GridSchedule:
 
 
 class _Gradients:
-    """Gradients of q, k and v, allocated when the first group of heads is summed: what was gathered is gone by then."""
+    """Gradients of q, k and v, allocated when the first group is summed: what it gathered is gone by then."""
 
     def __init__(self, schedule: GridSchedule, *inputs: Tensor) -> None:
         self._schedule, self._inputs = schedule, inputs
 
     def of_group(self, i: int) -> list[Tensor]:
-        """Those of head group `i`, [2, n, b, heads, head dim]."""
+        """The part of overlap group `i`, [2, n, b, heads, head dim]."""
         return [self._schedule.split(_halves(x))[i] for x in self._whole]
 
     def in_sequence(self) -> list[Tensor]:
-        """All of them, like q, k and v; contiguous, whatever these are."""
+        """All three, shaped like q, k and v, and contiguous whether these are or not."""
         row, column = self._schedule.row.travels, self._schedule.column.travels
         for i, travels in enumerate((row, column, column)):  # one after the other, as memory is short
             self._whole[i] = self._schedule.tile.rows(_halves(self._whole[i]), travels)
@@ -325,15 +327,15 @@ class _Gradients:
 
 
 def _attend_diagonal(
-    call: GridSchedule, op: AttentionOp, heads: Heads, q: Tensor, k: Tensor, v: Tensor
+    schedule: GridSchedule, op: AttentionOp, heads: Heads, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Heads, Partials]:
-    """What the own chunks have of themselves, of some heads."""
+    """Attend the diagonal of some heads: the own chunks to themselves."""
     own = heads.of(q), heads.of_keys(k), heads.of_keys(v)
-    return heads, attend_diagonal(call.tile, op.starting(heads.first), *own)
+    return heads, attend_diagonal(schedule.tile, op.starting(heads.first), *own)
 
 
 def _differentiate_diagonal(
-    call: GridSchedule,
+    schedule: GridSchedule,
     op: AttentionOp,
     heads: Heads,
     q: Tensor,
@@ -344,7 +346,9 @@ def _differentiate_diagonal(
     statistics: Tensor,
 ) -> tuple[Heads, PartialGradients]:
     rows = BackwardRows.of(op.kernel, *map(heads.of, (statistics, q, dout, out)))
-    return heads, differentiate_diagonal(call.tile, op.starting(heads.first), rows, heads.of_keys(k), heads.of_keys(v))
+    return heads, differentiate_diagonal(
+        schedule.tile, op.starting(heads.first), rows, heads.of_keys(k), heads.of_keys(v)
+    )
 
 
 def _halves(shard: Tensor) -> Tensor:

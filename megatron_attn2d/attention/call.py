@@ -1,7 +1,7 @@
-"""One call of attention: checked, completed and compared across ranks; and its place in autograd.
+"""One call of attention: `prepare` checks its arguments and compares them across ranks, `run` makes it differentiable.
 
-The grid, the ring and a single rank differ in one thing, their `Schedule`: when messages travel and when kernels run.
-What stands before a schedule (`prepare`) and around it (`run`) is the same for all three and stands here.
+The grid, the ring and a single rank differ in their `Schedule` alone: when messages travel and when kernels run. This
+file holds what is the same for all three.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Call:
     """What a call of attention asks for, the same on all of its ranks.
 
     Attributes:
-        packing: the packed sequences, over all ranks of the call; None for one sequence.
-        sequences: the sequences, over the ranks between which tokens stay spread while heads are attended.
+        packing: the packed sequences, spread over all ranks of the call; None for one sequence.
+        sequences: the sequences, spread over the ranks that still share them while heads are attended.
         band: who sees whom within each sequence.
         op: the kernel, and how scores become probabilities.
         label: names the call in errors.
@@ -79,12 +79,14 @@ def prepare(
 ) -> tuple[Call, Tensor, Tensor, Tensor]:
     """The call that these arguments ask for, and q, k and v as [s/cp, b, heads, head dim].
 
+    Arguments that `attention2d` has too mean the same here.
+
     Args:
-        q, k, v: shards, as `attention2d` takes them; so are all arguments that it has too.
+        q, k, v: shards.
         groups: the process groups on which the call exchanges messages; None for an axis of one rank.
         zigzag_ranks: over how many ranks tokens stay spread while heads are attended.
         ulysses_size: how many ranks share each of these shards and exchange sequence for heads.
-        kinds: keeps what was worked out for each kind of call; None to work it out in every call.
+        kinds: keeps what is worked out once per kind of call; None to work it out in every call.
 
     Raises:
         ValueError, ExchangeError: as `attention2d`.
@@ -133,7 +135,7 @@ class Schedule(Protocol):
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, want_delta: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k and v, contiguous, and delta = rowsum(dout * out), like `lse`; None unless it is wanted."""
+        """Gradients of q, k and v, and delta = rowsum(dout * out), shaped like `lse`; None unless it is wanted."""
         ...
 
 
@@ -158,7 +160,7 @@ def run(
 
 
 class _Attention(torch.autograd.Function):
-    """Attention of whatever schedule; sinks, which touch no key, are applied here."""
+    """Attention by any schedule. Sinks are applied here, as they touch no key."""
 
     @staticmethod
     def forward(
@@ -185,7 +187,7 @@ class _Attention(torch.autograd.Function):
 
 
 def compact_for_save(*tensors: Tensor) -> list[Tensor]:
-    """The tensors; where autograd is going to save them, those are copied that fill at most half of a storage together.
+    """The tensors as autograd should save them: copied where together they fill at most half of their storage.
 
     With rotary positions queries and keys are new tensors. Values stay a part of what the projection of all three
     returned, as in Megatron. Saved as they are, they would keep all of it: with as many key heads as query heads that

@@ -1,4 +1,4 @@
-"""What attention functions ask of their inputs, said before anything is sent."""
+"""Checks of the arguments of attention functions, before any message is sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_attn2d.attention.warn import warn
 def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
     """Check shards q [s/cp, b, h, d], k [s/cp, b, g, d], v [s/cp, b, g, dv] in the zigzag layout.
 
-    With `across`, keys may be of another sequence, as long as it likes.
+    With `across`, keys may be of another sequence of any length.
 
     Raises:
         ValueError: naming what does not fit.
@@ -58,13 +58,13 @@ def check_shards(q: Tensor, k: Tensor, v: Tensor, across: bool = False) -> None:
 
 
 _LARGE, _TIMES = 128, 4
-"""A batch or a number of heads is doubted from `_LARGE` on, where it is `_TIMES` the tokens of the whole sequence."""
+"""A batch or a number of heads is doubted if it is at least `_LARGE` and `_TIMES` the tokens of the whole sequence."""
 
 
 def _doubt_order(q: Tensor, ranks: int) -> None:
-    """Warn where dims of q [s/cp, b, h, d] can only be meant in another order: [b, s, h, d] or [b, h, s, d].
+    """Warn where q [s/cp, b, h, d] is probably in another order: [b, s, h, d] or [b, h, s, d].
 
-    Nobody spreads a sequence over ranks that has fewer tokens than the batch has sequences, or a token heads.
+    Nobody spreads a sequence over ranks that has far fewer tokens than there are sequences or heads.
     """
     tokens, (batch, heads) = q.size(0) * ranks, q.shape[1:3]
     if max(batch, heads) >= max(_LARGE, _TIMES * tokens):
@@ -76,12 +76,12 @@ def _doubt_order(q: Tensor, ranks: int) -> None:
 
 
 def band_of(causal: bool, window: tuple[int | None, int | None] | None, tokens: int) -> Band:
-    """Who sees whom in a sequence of `tokens`; -1 and None are a window's side without a limit.
+    """Who sees whom in a sequence of `tokens` tokens. A side of the window that is -1 or None has no limit.
 
-    Under the causal mask nobody sees what follows, whatever the window's right side says.
+    Under the causal mask no token sees a later one, whatever the window's right side is.
 
     Raises:
-        ValueError: for a window that is none.
+        ValueError: the window is not a pair of sides.
     """
     sides = [None if side == -1 else side for side in _pair(window)]
     if len(sides) != 2 or any(side is not None and side < 0 for side in sides):
@@ -106,7 +106,7 @@ def packed(
     shards: Sequence[Tensor],
     ranks: int,
 ) -> Packing | None:
-    """Where packed sequences lie in shards [t/cp, heads, d] of `ranks` ranks; None where there are none.
+    """The packed sequences of shards [t/cp, heads, d] on `ranks` ranks; None without `cu_seqlens`.
 
     Raises:
         ValueError: naming what does not fit.
@@ -180,7 +180,7 @@ def request_of(q: Tensor, v: Tensor, sequences: Packing, band: Band, dropout: Dr
 
 
 def check_first_derivative() -> None:
-    """Raise RuntimeError in a backward pass that is to be differentiated: messages would be left out of it."""
+    """Raise RuntimeError in a backward pass that is to be differentiated: its messages would be left out."""
     if torch.is_grad_enabled():
         raise RuntimeError("context-parallel attention has no second derivative: leave out create_graph=True")
 

@@ -1,12 +1,12 @@
 """The row and the column of a tile: chunks come into its slots, partial results go back to the chunks' owners.
 
-On the row chunks are those of queries, on the column those of keys and values. `TileAxis.gather` brings the chunks that
-the tile needs into one buffer, in the order of the tile's plan; `TileAxis.return_partials` returns one partial result
-per slot to the chunk's owner. All messages of one are a batched launch, and kernels may run until they are waited for.
-Where ranks share nodes (`relay`) there are two launches, between nodes and within.
+Chunks of queries travel in the row, chunks of keys and values in the column. `TileAxis.gather` brings the chunks that
+the tile needs into one buffer, in the order of the tile's plan. `TileAxis.return_partials` returns one partial result
+per slot to the chunk's owner. Each of the two starts all of its messages by one launch, and kernels may run until the
+messages are waited for. Where ranks share nodes (`relay`) there are two launches, between nodes and within.
 
-Messages go from rank to rank and are no all-gathers: they place each chunk where the plan wants it. No buffer is
-permuted by a copy, and what the causal mask hides is left out. The bytes per rank are an all-gather's at most.
+Messages go from rank to rank. An all-gather would need a copy afterwards to permute its buffer into the plan's order,
+and it would move what the causal mask hides. The bytes per rank are those of an all-gather at most.
 
 Legend as in `attention2d`.
 """
@@ -65,11 +65,11 @@ class TileAxis:
         return Gathered(*self.axis.gather(shards, tag=0), self, statistics is not None)
 
     def return_partials(self, kinds: list[Slots], like: list[Tensor], combine: Combine) -> Returned:
-        """Start to return partial results to where their chunks came from, if they came from others.
+        """Start to return partial results to the owners of their chunks, where chunks travel.
 
         Args:
-            kinds: of each kind of result, one per slot where chunks travel.
-            like: of each kind, a tensor like those of a slot.
+            kinds: per kind of result, the partial results by slot; one per slot where chunks travel.
+            like: per kind, a tensor of the shape and dtype of one result.
             combine: makes one result of those that ranks of a node have of a chunk.
         """
         if not self.travels:
@@ -100,21 +100,21 @@ class Gathered:
 
 
 class Returned:
-    """Partial results of the caller's own two chunks: those of its own tile, and others' on their way."""
+    """Partial results of the caller's own two chunks: those of its own tile, and those of other tiles on their way."""
 
     def __init__(self, local: list[Slots], remote: list[Slots], pending: Pending) -> None:
         self._local, self._remote, self._pending = local, remote, pending
 
     def wait(self) -> Returned:
-        """Itself, when all have arrived."""
+        """Itself, when all messages have arrived."""
         self._pending.wait()
         return self
 
     def beside(self, *diagonal: Slots, of: Callable[[Tensor], Tensor]) -> list[Slots]:
-        """Of each kind all partial results of both chunks, of some heads.
+        """Per kind all partial results of both chunks, for some heads.
 
         Args:
-            diagonal: of each kind, what the own chunks found for themselves, of those heads.
+            diagonal: per kind the results of the diagonal, for those heads.
             of: takes the heads out of a tensor.
         """
         kinds = zip(self._local, diagonal, self._remote, strict=True)
@@ -125,10 +125,10 @@ class Returned:
 
 
 def _merged(kinds: list[list[Tensor]]) -> list[Tensor]:
-    """Partial outputs [chunks, n, b, h, d] and log-sum-exps [chunks, b, h, n], or stacks of such, as one of each."""
+    """One of partial outputs [chunks, n, b, h, d] and log-sum-exps [chunks, b, h, n], or of stacks of them."""
     outs, lses = kinds
     out, lse = outs[0].new_empty(outs[0].shape), lses[0].new_empty(lses[0].shape)
-    for i in range(out.size(2)):  # a launch for all chunks of a sequence: they take the place of the batch
+    for i in range(out.size(2)):  # one launch for all chunks of a sequence, which take the place of the batch
         merge_partials(
             [[_of_sequence(x, i) for x in outs]],
             [[x.select(-3, i) for x in lses]],
@@ -139,7 +139,7 @@ def _merged(kinds: list[list[Tensor]]) -> list[Tensor]:
 
 
 def _summed(kinds: list[list[Tensor]]) -> list[Tensor]:
-    """Partial gradients [chunks, n, b, heads, d], or stacks of such, as one of each kind."""
+    """One of partial gradients [chunks, n, b, heads, d] of each kind, or of stacks of them."""
     totals = [partials[0].new_empty(partials[0].shape) for partials in kinds]
     for partials, total in zip(kinds, totals, strict=True):
         for i in range(total.size(2)):
@@ -162,7 +162,7 @@ _MOST_MASKS = 64
 
 
 def axes(grid: Grid, mask: Mask, label: str) -> tuple[TilePlan, Axis, Axis]:
-    """The plan of the caller's tile, its row (queries) and its column (keys and values); `label` names the layer."""
+    """The plan of the caller's tile, its row (queries) and its column (keys and values); `label` names the call."""
     if mask not in grid.derived:
         if len(grid.derived) >= _MOST_MASKS:  # packed sequences: each batch has lengths of its own
             del grid.derived[next(iter(grid.derived))]
@@ -194,7 +194,7 @@ def _axis(
     slots: dict[int, tuple[Chunk, ...]],
     peers: tuple[int, ...],
 ) -> Axis:
-    """An axis of these ranks, by node, whose global ranks are `peers` and whose tiles need the chunks of `slots`."""
+    """An axis of these ranks, by node; `peers` are their global ranks, and their tiles need the chunks of `slots`."""
     rank, mine = grid.rank, slots[grid.rank]
     order = dict.fromkeys(slots, 0)
     if group is not None:  # whose ranks torch may have sorted

@@ -1,11 +1,11 @@
-"""Dropout of attention probabilities by a hash of where each of them stands, so that no layout changes the mask.
+"""Dropout of attention probabilities by a hash of their position, so that no layout changes the mask.
 
 Whether the probability of a query and a key is dropped depends on the seed, the sequence in the batch, the head among
-all heads of the layer and the positions of both tokens in the whole sequence, and on nothing else: forward and backward
-pass, every grid and every tensor-parallel layout agree without a word or a stored mask.
+all heads of the layer and the positions of both tokens in the whole sequence, and on nothing else. So the forward and
+the backward pass, every grid and every tensor-parallel layout agree without messages and without a stored mask.
 
-On a GPU a pair of query and key must cost few instructions, and a 64-bit multiplication is several of them. The strong
-hashes are therefore made once per row and once per key, and only a short mix is made per pair:
+On a GPU a pair of query and key must cost few instructions, and a 64-bit multiplication takes several. The strong
+hashes are therefore computed once per row and once per key, and only a short mix per pair:
 
     row     multiplier m (odd) and offset a: 64 bits that seed, sequence, head and position decide, each mixed into the
             hash of those before it by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)
@@ -13,9 +13,9 @@ hashes are therefore made once per row and once per key, and only a short mix is
             sequence choose, so that no two keys share a word
     pair    x = m b + a;  x = m (x ^ x >> 16);  dropped where x < p 2^32
 
-All of a pair is modulo 2^32. After one multiplication, rows whose words share low bits and keys whose words do would be
-correlated; the second one, by a number that differs from row to row, undoes it. Integers of torch wrap around, as
-unsigned numbers do.
+The mix of a pair is modulo 2^32. After one multiplication, rows whose words share low bits would be correlated, and so
+would keys whose words do. The second multiplication, by a number that differs from row to row, removes this. Integers
+of torch wrap around, as unsigned numbers do.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Dropout:
     """Dropout of one call of attention.
 
     Attributes:
-        p: probability with which a score's probability is dropped; the others are divided by 1 - p.
-        seed: the same on every rank; another for every call. A tensor [1] of int64 spares a GPU the wait for it.
-        first_head: number of this rank's first query head among all of the layer, under tensor parallelism.
+        p: the chance that a probability is dropped; the others are divided by 1 - p.
+        seed: the same on every rank, and different in every call. With a tensor [1] of int64 nobody waits for the GPU.
+        first_head: the number of this rank's first query head among all heads of the layer, under tensor parallelism.
     """
 
     p: float
@@ -57,10 +57,12 @@ class Dropout:
 
     @classmethod
     def of_call(cls, dropout: Dropout | None) -> Dropout | None:
-        """As a call finds it, whatever its seed's tensor holds when the backward pass comes; None for p = 0.
+        """The dropout with the seed that it has now, even if its tensor changes before the backward pass.
+
+        None for p = 0.
 
         Raises:
-            ValueError: `dropout` is something else, a probability alone, say, which has no seed.
+            ValueError: `dropout` is no Dropout: a probability alone, for example, has no seed.
         """
         if dropout is not None and not isinstance(dropout, cls):
             raise ValueError(f"dropout={dropout!r} is no Dropout: pass attention.dropout.Dropout(p, seed)")
@@ -83,8 +85,8 @@ class KeepMask:
 
     Attributes:
         dropout: probability and seed.
-        sequences: number of the sequence in the batch, [b].
-        heads: number of the head in the layer, [h].
+        sequences: numbers of the sequences in the batch, [b].
+        heads: numbers of the heads in the layer, [h].
         rows, keys: positions of queries and keys in the whole sequence, [b, sq] and [b, sk].
     """
 
@@ -96,7 +98,7 @@ class KeepMask:
 
     @property
     def bound(self) -> int:
-        """What a pair's number, read as int32, must reach to be kept."""
+        """The least number of a pair, read as int32, with which it is kept."""
         return min(round(self.dropout.p * 2**32), _LOW) - 2**31
 
     def row_words(self) -> tuple[Tensor, Tensor]:
@@ -111,7 +113,7 @@ class KeepMask:
         return _scrambled((self.keys ^ state[:, None]) & _LOW).to(torch.int32)
 
     def factors(self, dtype: torch.dtype) -> Tensor:
-        """0 for what is dropped, 1 / (1 - p) for what is kept, [b, h, sq, sk]."""
+        """0 where a probability is dropped, 1 / (1 - p) where it is kept, [b, h, sq, sk]."""
         multipliers, offsets = (words.unsqueeze(-1) for words in self.row_words())
         x = multipliers * self.key_words()[:, None, None, :] + offsets
         kept = (x ^ ((x >> 16) & 0xFFFF)) * multipliers >= self.bound

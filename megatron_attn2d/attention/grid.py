@@ -36,16 +36,16 @@ class Grid:
 
     Attributes:
         ranks: `ranks[row][column]` is the rank there in the zigzag layout of the R x C places.
-        row, column: where the calling process stands.
+        row, column: the place of the calling process.
         kv_group: the process group of the calling process's column; None where the grid has one row.
         q_group: the process group of its row; None where the grid has one column.
         kv_peers, q_peers: global ranks of the column by row, and of the row by column.
         ulysses_group: the process group that exchanges sequence for heads; None where U = 1.
         ulysses_peers: its global ranks.
-        node_rows, node_cols: how many neighbours of a column and of a row share a node: chunks cross the network once
-            a node, see `routes`. 1: each rank for itself.
-        derived: what calls on this grid derive from it once, by mask (`exchange.axes`).
-        calls: what is the same in all calls of a kind, by their arguments (`attention2d`).
+        node_rows, node_cols: how many neighbours of a column and of a row share a node. Chunks cross the network once
+            per node, see `routes`. 1 where each rank counts as a node.
+        derived: what calls on this grid derive from it once, by mask (`comm.axes`).
+        calls: what is the same in all calls of a kind, by their arguments (`call.prepare`).
     """
 
     ranks: tuple[tuple[int, ...], ...]
@@ -94,7 +94,7 @@ class Grid:
 
     @property
     def context_rank(self) -> int:
-        """The calling process's context-parallel rank, that is, whose shard of the sequence it holds."""
+        """The calling process's context-parallel rank, which says whose shard of the sequence it holds."""
         return self.rank * self.ulysses_size + self.ulysses_rank
 
     heads = renamed_property("Grid", "heads", "ulysses_size")
@@ -130,14 +130,14 @@ class Grid:
     ) -> Grid:
         """Lay a context-parallel group on a grid, creating the process groups of the caller's row, column and heads.
 
-        Every rank of `group` must call it; ranks outside need not. Keep the grid: a call creates communicators, with
-        NCCL on streams of high priority. They wait for messages as long as `group` does.
+        Every rank of `group` must call it; ranks outside need not. Keep the grid, as each call creates communicators.
+        With NCCL their streams have high priority. They wait for messages as long as `group` does.
 
         Args:
             rows, cols, ulysses_size: R, C and U.
             node_block: rows and columns of the blocks that consecutive ranks fill, each on a node. What several ranks
                 of a node need crosses the network once. By default ranks fill whole columns and each counts as a node.
-            reuse: take `group` itself for an axis that has all of its ranks, whatever the priority of its streams.
+            reuse: take `group` itself for an axis that has all of its ranks, even if its streams have low priority.
 
         Raises:
             ValueError: if U x R x C is not the group's size or blocks don't fill the grid.

@@ -13,9 +13,9 @@ from torch.distributed import distributed_c10d
 
 
 def subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> dist.ProcessGroup | None:
-    """The group of these global ranks, the caller among them, all of which must call; None for one rank.
+    """The group of these global ranks, one of which is the caller; all of them must call. None for one rank.
 
-    It is `parent` itself where that has the same ranks and `reuse` is set or its streams serve as they are.
+    It is `parent` itself where that has the same ranks and either `reuse` is set or its streams serve as they are.
     """
     if len(ranks) == 1:
         return None
@@ -42,13 +42,13 @@ def subgroup(ranks: tuple[int, ...], parent: dist.ProcessGroup, reuse: bool) -> 
 
 @contextmanager
 def new_name(ranks: tuple[int, ...]) -> Iterator[None]:
-    """Names the group that these ranks make within as no group of theirs was ever named.
+    """Within it, a group that these ranks make gets a name that no group of theirs ever had.
 
-    A group's name is where its ranks find each other's addresses in the store. torch derives that of a group made by
-    its own ranks alone from what the process has counted: its groups of today (2.11), so that one made after another
-    was destroyed finds that one's addresses, or the calls of `new_group` (2.15), of which ranks may have made
-    unequally many, so that they wait for each other under different names. The store counts for all of them, and no
-    rank makes their next group before all have made this one. torch's own count stays as others have it.
+    Under the name of a group its ranks find each other's addresses in the store. For a group that its own ranks alone
+    make, torch derives the name from what the process has counted. torch 2.11 counts the groups that exist: a group
+    made after another was destroyed finds the addresses of that one. torch 2.15 counts the calls of `new_group`: ranks
+    that have made different numbers of calls wait for each other under different names. Here the store counts for all
+    ranks, and no rank makes their next group before all have made this one. torch's own count is restored.
     """
     members = "_".join(map(str, ranks))
     calls = distributed_c10d._get_default_store().add(f"megatron_attn2d/groups/{members}", 1)
@@ -63,10 +63,10 @@ def new_name(ranks: tuple[int, ...]) -> Iterator[None]:
 
 
 def connect(*groups: dist.ProcessGroup | None) -> None:
-    """One collective of each group, by all of its ranks.
+    """Run one collective on each group, by all of its ranks.
 
-    NCCL connects a group in its first call, for which it waits for all of them; but where chunks see nothing of each
-    other, under a window or in padding, a rank may have no message in attention's first calls.
+    NCCL connects a group in its first call and waits for all of its ranks there. But a rank may have no message in
+    attention's first calls, where its chunks see nothing of the others', under a window or in padding.
     """
     for group in groups:
         if group is not None and group.size() > 1:
@@ -75,15 +75,12 @@ def connect(*groups: dist.ProcessGroup | None) -> None:
 
 
 def over_nccl(group: dist.ProcessGroup) -> bool:
-    """Whether NCCL serves the group's CUDA tensors, alone or beside another backend for those of the CPU."""
+    """Whether NCCL serves the group's CUDA tensors; another backend may serve its CPU tensors."""
     return "nccl" in dist.get_backend_config(group)
 
 
 def _option(group: dist.ProcessGroup, name: str) -> Any:
-    """An option of the group's backend, of NCCL where it has several: how long messages are waited for, say.
-
-    None where the backend doesn't tell.
-    """
+    """An option of the group's backend, of NCCL where it has several; None where the backend doesn't tell."""
     devices = group._device_types
     cuda = [device for device in devices if device.type == "cuda"]
     backend = group._get_backend((cuda or devices)[0])

@@ -51,8 +51,8 @@ LOWER, UPPER = 0, 1
 class Band(NamedTuple):
     """Row i of a block of sq x sk scores sees the keys j with -left <= j - i - (sk - sq) <= right; None: no limit.
 
-    Aligned at the bottom right: the last row stands on the last key. Over whole sequences, sq = sk, it is what the
-    attention masks.
+    It is aligned at the bottom right: the last row is on the diagonal of the last key. Over whole sequences, sq = sk,
+    it is the mask of the attention.
     """
 
     left: int | None
@@ -70,28 +70,28 @@ class Chunk(NamedTuple):
 
     @property
     def token_order(self) -> tuple[int, int]:
-        """Sorts chunks as their tokens stand in the sequence, for any number of ranks."""
+        """A key that sorts chunks as their tokens follow each other in the sequence, for any number of ranks."""
         return (self.half, self.rank if self.half == LOWER else -self.rank)
 
     def position(self, ranks: int) -> int:
-        """Where the chunk stands among the 2 * ranks of the sequence."""
+        """The number of the chunk among the 2 * ranks chunks of the sequence."""
         return self.rank if self.half == LOWER else 2 * ranks - 1 - self.rank
 
 
 type Steps = tuple[tuple[int, int], ...]
-"""(stop, reach), ascending by stop: a chunk before position `stop`, and behind the last one, reaches so many chunks."""
+"""(stop, reach), ascending by stop: chunks at positions below `stop`, and not below the stop before, reach so far."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What a call attends, all tiles alike, as far as chunks are concerned: which of them has to do with which.
+    """Which chunks of a call have to do with which; the same for all of its tiles.
 
     Attributes:
         band: who sees whom within each sequence.
-        ranks: P; where it is left out, only full and causal masks without padding can be planned.
-        used: so many chunks, in token order, hold tokens that are no padding; without it, all.
+        ranks: P. Where it is left out, only full and causal masks without padding can be planned.
+        used: the number of chunks, in token order, that hold tokens besides padding; None if all do.
         back: under a window, how many chunks before it a chunk of queries sees, by its position.
-        ahead: how many chunks before it still see a chunk of keys, by the keys' position.
+        ahead: under a window, how many chunks before it still see a chunk of keys, by the position of the keys.
     """
 
     band: Band
@@ -102,7 +102,7 @@ class Mask:
 
     @classmethod
     def of_one(cls, band: Band, ranks: int, chunk: int) -> Mask:
-        """That of one sequence without padding, in chunks of `chunk` tokens."""
+        """The mask of one sequence without padding, in chunks of `chunk` tokens."""
         if band in (FULL, CAUSAL):
             return cls(band, ranks)
         back, ahead = (2 * ranks if side is None else -(-side // chunk) for side in band)
@@ -128,12 +128,12 @@ class TilePlan:
     """What one tile attends, in chunks.
 
     Attributes:
-        queries, keys: the chunk in each slot of the two buffers, in token order if the same keys are seen. On an axis
-            on which nothing travels they are the rank's own two.
+        queries, keys: the chunk in each slot of the two buffers, in token order where the same keys are seen. On an
+            axis on which nothing travels they are the rank's own two.
         rectangles: what is seen in full, under masks without a window.
         diagonal: the tile's own rank attends its own chunks besides, each to itself.
-        diagonal_joined: its upper chunk attends its lower one as well there.
-        queries_travel, keys_travel: others' chunks are among them.
+        diagonal_joined: there its upper chunk attends its lower chunk as well.
+        queries_travel, keys_travel: chunks of other ranks are among them.
     """
 
     queries: tuple[Chunk, ...]

@@ -7,7 +7,7 @@ With l_c the log-sum-exp of a row's scores in tile c and O_c its output there, t
 (Milakov & Gimelshein, arXiv 1805.02867). A tile in which a row sees no key has l_c = -inf and contributes nothing.
 Everything is accumulated in fp32 (fp64 for fp64 inputs) in the order of the arguments, and rounded once.
 
-These are the torch versions, for any device and dtype; on GPUs the same functions run one Triton kernel each.
+The functions here are plain torch, for any device and dtype. On GPUs each of them runs one Triton kernel instead.
 
 Legend: n tokens of a chunk, b batch, h heads, d head dim.
 """
@@ -60,16 +60,17 @@ def _merge_chunk(outs: Sequence[Tensor], lses: Sequence[Tensor], out: Tensor, ls
     merged = torch.zeros_like(out, dtype=stacked.dtype)
     for weight, partial, empty in zip(weights, outs, stacked == -torch.inf, strict=True):
         column, unseen = (x.permute(2, 0, 1).unsqueeze(-1) for x in (weight, empty))
-        # What a kernel leaves in the output of an empty row may be anything, NaN included, and doesn't count. In a row
-        # that saw keys NaN does, even where its weight underflows to 0: it must not be lost here.
+        # A kernel may leave anything in the output of an empty row, NaN included: it does not count. NaN in a row that
+        # saw keys does count, even where the row's weight underflows to 0: it must not be lost here.
         merged += torch.where(unseen, torch.zeros_like(column), partial * column)
     out.copy_(merged)
 
 
 def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor]) -> None:
-    """Sum partial gradients of chunks, each chunk's into its total [n, b, h, d], rounding once.
+    """Sum the partial gradients of each chunk into its total [n, b, h, d], rounding once.
 
-    Partial gradients are like the total or stacks of such, [ranks, n, b, h, d]. All totals have one shape and stride.
+    Partial gradients have the shape of the total or are stacks [ranks, n, b, h, d]. All totals have one shape and
+    stride.
     """
     if on_gpu(totals[0]):
         from megatron_attn2d.attention.kernels.triton import merges
@@ -84,7 +85,7 @@ def sum_partials(partials: Sequence[Sequence[Tensor]], totals: Sequence[Tensor])
 
 
 def _each(partials: Sequence[Tensor], dims: int) -> list[Tensor]:
-    """Partial results of so many dims, those of stacks one by one."""
+    """Partial results of so many dims; those of a stack one by one."""
     return [each for x in partials for each in (x.unbind() if x.dim() > dims else (x,))]
 
 
@@ -107,11 +108,11 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
 
 
 def apply_sink(out: Tensor, lse: Tensor, sink: Tensor) -> None:
-    """Let every row see, besides its keys, one of score `sink` [h] and value 0; in place.
+    """Let every row see one more key, of score `sink` [h] and value 0; changes `out` and `lse`.
 
     Args:
         out: output over the keys, [tokens, b, h, d].
-        lse: their log-sum-exp, [..., h, n] whose rows are the tokens' after (2, 0, 1) or, by half, (0, 3, 1, 2).
+        lse: its log-sum-exp, [b, h, tokens] or, by half of the tokens, [2, b, h, n].
     """
     with_sink = torch.logaddexp(lse, sink.to(lse.dtype).unsqueeze(-1))
     share = _ratio(lse, with_sink)
@@ -127,15 +128,15 @@ def sink_gradient(lse: Tensor, delta: Tensor, sink: Tensor) -> Tensor:
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """exp(part - whole); 0 where the whole is nothing: a row of padding whose sink is -inf."""
+    """exp(part - whole); 0 where the whole is -inf: in a row of padding whose sink is -inf."""
     return torch.exp(part - torch.where(whole == -torch.inf, torch.zeros_like(whole), whole))
 
 
 def surrogate_out(dout: Tensor, delta: Tensor) -> Tensor:
     """An output for kernels that derive delta from it: O' = dO delta / |dO|^2, so that rowsum(dO * O') = delta.
 
-    Delta is all that a backward kernel takes from the output, and gathering it moves 1/d of the bytes. |O'| is at most
-    |O| (Cauchy-Schwarz), so it fits the dtype. Rows with dO = 0 have delta = 0 and get 0.
+    Delta is all that a backward kernel takes from the output, and gathering delta moves 1/d of the bytes. |O'| is at
+    most |O| (Cauchy-Schwarz), so it fits the dtype. Rows with dO = 0 have delta = 0 and get 0.
 
     Args:
         dout: [slots, n, b, h, d].

@@ -1,11 +1,13 @@
-"""Messages between the ranks of a process group: a batch of them is a constant number of calls into torch.
+"""Messages between the ranks of a process group: a batch of messages is a constant number of calls into torch.
 
-Messages stand in *rounds*. A round has for each rank of the group one tensor that goes there and one that comes from
-there, empty where there is none, so that a rank's k-th message to another is in round k on both. NCCL takes a round as
-one all-to-all of lists of tensors, which are sends and receives of its own, no more: what is empty is not sent, and
-what is sent leaves and lands where it lies. All rounds of a batch are one launch. Gloo has no such all-to-all: there
-each message is an operation. It is also what happens under TORCH_DISTRIBUTED_DEBUG=DETAIL, where torch asks that the
-lists of all ranks have the same shapes.
+Messages are ordered in *rounds*. A round has, per rank of the group, one tensor that goes to the rank and one that
+comes from it; a tensor is empty where there is no message. So the k-th message from one rank to another is in round k
+on both.
+
+NCCL takes a round as one all-to-all of lists of tensors. To NCCL these are sends and receives: an empty tensor is not
+sent, and the others are sent from and received into the tensors themselves. All rounds of a batch are one launch. Gloo
+has no such all-to-all: there each message is an operation of its own. So it is under TORCH_DISTRIBUTED_DEBUG=DETAIL,
+where torch demands that the lists of all ranks have the same shapes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class ExchangeError(RuntimeError):
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Names what messages were about in the error of torch.distributed."""
+    """Within it, an error of torch.distributed names the messages that failed."""
     try:
         yield
     except RuntimeError as error:  # what torch.distributed raises, whatever the backend
@@ -43,7 +45,7 @@ def _failed(what: str, error: RuntimeError) -> ExchangeError:
 
 @dataclass
 class Pending:
-    """Messages in flight. They keep their buffers alive until `wait`; `what` they are stands in errors."""
+    """Messages in flight. They keep their buffers alive until `wait`; `what` names them in errors."""
 
     works: list[dist.Work] = field(default_factory=list)
     buffers: list[Any] = field(default_factory=list)
@@ -51,7 +53,7 @@ class Pending:
     what: str = "exchange of chunks"
 
     def wait(self) -> None:
-        """Make the current stream (on CPU: the caller) wait for the messages, and for those that follow on them.
+        """Make the current stream (on CPU: the caller) wait for the messages and for those that follow them.
 
         Raises:
             ExchangeError: on CPU ranks, naming the messages. On GPUs NCCL's watchdog ends the process instead.
@@ -69,14 +71,14 @@ class Pending:
 
 
 type Lists = tuple[Sequence[Tensor], Sequence[Tensor]]
-"""A round: what goes to each rank of a group and what comes from it, contiguous tensors, by rank in the group."""
+"""A round: contiguous tensors that go to each rank of a group and that come from it, by rank in the group."""
 
 
 def launch(group: dist.ProcessGroup, rounds: Sequence[Lists], tag: int, what: str) -> Pending:
-    """Start all messages as one batch; `what` they are stands in errors.
+    """Start all messages as one batch.
 
     Args:
-        group: of all ranks that may have messages. Each of them calls, with as many rounds as the others.
+        group: has all ranks that may have messages. Each of them calls, with the same number of rounds.
         rounds: see above; the tensors of a round share a dtype.
         tag: tells batches apart that are in flight at once, where messages have tags.
         what: names the messages in errors.
@@ -105,9 +107,9 @@ def send_receive(
     tag: int,
     what: str,
 ) -> Pending:
-    """Start messages, (global rank, contiguous tensor) each, as one batch; arguments as in `launch`.
+    """Start messages, each (global rank, contiguous tensor), as one batch; arguments as in `launch`.
 
-    The k-th message to a rank meets that rank's k-th from here.
+    The k-th message sent to a rank is the k-th that this rank receives from here.
     """
     operations = []
     for call, messages in ((dist.irecv, receives), (dist.isend, sends)):
@@ -122,7 +124,7 @@ def send_receive(
 
 
 def nothing(like: Tensor) -> Tensor:
-    """What stands in a round where there is no message."""
+    """The empty tensor of a round where there is no message."""
     return _empty(like.dtype, like.device)
 
 

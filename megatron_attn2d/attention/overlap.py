@@ -1,8 +1,7 @@
-"""Which heads attend their own chunks when, so that messages fly meanwhile."""
+"""Which heads attend the diagonal before the tile, and which after it, so that messages travel meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ if TYPE_CHECKING:  # the planner, which runs without torch, takes SMALLEST_HALF 
 
 @dataclass(frozen=True)
 class Heads:
-    """A run of query heads and the key heads that they share; they are the last dim but one of every tensor."""
+    """A run of query heads and the key heads that they share. Heads are the last dim but one of every tensor."""
 
     queries: slice
     keys: slice
@@ -23,32 +22,27 @@ class Heads:
         return self.queries.start or 0
 
     def of(self, x: Tensor) -> Tensor:
-        """These of tensors with query heads, [..., h, d] or [..., h, n], views."""
+        """These heads of a tensor with query heads, [..., h, d] or [..., h, n], as a view."""
         return x if self == ALL_HEADS else x[..., self.queries, :]
 
     def of_keys(self, x: Tensor) -> Tensor:
-        """These of tensors with key heads, [..., g, d], views."""
+        """These heads of a tensor with key heads, [..., g, d], as a view."""
         return x if self == ALL_HEADS else x[..., self.keys, :]
-
-    @property
-    def of_each(self) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """`of` or `of_keys`: of queries, keys and values."""
-        return self.of, self.of_keys, self.of_keys
 
 
 ALL_HEADS = Heads(slice(None), slice(None))
 
 SMALLEST_HALF = 2e11
-"""FLOP forward, what an H100 does in the third of a millisecond that one more kernel call costs the CPU."""
+"""FLOP of the forward pass: as many as an H100 computes in the 0.3 ms that one more kernel call costs the CPU."""
 
 
 def diagonal_heads(q: Tensor, k: Tensor, squares: float, apart: bool) -> list[Heads]:
-    """In which runs of heads a rank attends its own chunks: the first before its tile, the others after it.
+    """In which runs of heads a rank attends the diagonal: the first run before its tile, the others after it.
 
     Args:
         q, k: [2, n, b, heads, d].
-        squares: work of that attention, in squares of chunk x chunk.
-        apart: there is something to hide after the tile.
+        squares: work of the diagonal, in squares of chunk x chunk.
+        apart: there are messages to hide after the tile.
     """
     _, n, b, h, d = q.shape
     g = k.size(3)

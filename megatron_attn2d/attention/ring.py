@@ -1,8 +1,9 @@
 """Ring attention in the zigzag layout (Liu et al., arXiv 2310.01889): keys and values travel, queries stay.
 
-At step j a rank holds the keys and values of the rank j places before it, attends them as a tile of its own queries and
-sends them on meanwhile. Backward, the gradients of keys and values travel one step behind them and come home last.
-Every rank receives 2(P-1)/x shards of Q's size forward and 4(P-1)/x backward, with x query heads per key head.
+At step j a rank holds the keys and values of the rank j before it in the ring. It attends them as a tile of its own
+queries and sends them on meanwhile. In the backward pass the gradients of keys and values travel one step behind them
+and reach their owner last. Every rank receives 2(P-1)/x shards of Q's size forward and 4(P-1)/x backward, with x query
+heads per key head.
 
 Legend as in `attention2d`.
 """
@@ -28,7 +29,7 @@ from megatron_attn2d.attention.tile import Tile, attend, attend_diagonal, differ
 _KEYS, _GRADIENTS = 0, 1
 
 
-@torch.compiler.disable  # a compiler would get wrong what is merged in place
+@torch.compiler.disable  # a compiler would get merges in place wrong
 def ring_attention(
     q: Tensor,
     k: Tensor,
@@ -49,7 +50,7 @@ def ring_attention(
 ) -> Tensor:
     """Attention of the whole sequence over a ring of the ranks of `group` (None: this rank alone).
 
-    Arguments, result and errors are those of `attention2d`; a rank's place in the zigzag layout is its rank in `group`.
+    Arguments, result and errors are those of `attention2d`. A rank's rank in the zigzag layout is its rank in `group`.
     """
     if not (group is None or isinstance(group, dist.ProcessGroup)):
         raise ValueError(f"group is a {type(group).__name__}, not a process group: pass that of the context ranks")
@@ -87,7 +88,7 @@ class RingSchedule:
     group: dist.ProcessGroup | None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Schedule.forward`; the log-sum-exp is that of the two halves of the rows, [2, b, h, n]."""
+        """See `Schedule.forward`; the log-sum-exp comes by half of the rows, [2, b, h, n]."""
         q, k, v = (_halves(x) for x in (q, k, v))
         wide, op = accumulation_dtype(q.dtype), self.call.op
         out = torch.zeros((*q.shape[:4], v.size(4)), dtype=wide, device=q.device)
@@ -139,9 +140,9 @@ class RingSchedule:
         return dq.flatten(0, 1).to(q.dtype), dk.flatten(0, 1), dv.flatten(0, 1), delta
 
     def _rounds(self, k: Tensor, v: Tensor, direction: str) -> Iterator[tuple[int, Tile, list[Tensor]]]:
-        """Each step's number, tile, and keys and values; those of the next step travel while a step computes.
+        """Number, tile, keys and values of each step. While a step computes, the keys and values of the next travel.
 
-        Whoever takes them empties the list, so that they are gone before the next ones get their memory.
+        The caller empties the list of keys and values, so that their memory is free for the step after.
         """
         travelling, pending = [k, v], Pending()
         for step in range(self._size):
@@ -153,7 +154,7 @@ class RingSchedule:
             yield step, self._tile(step), at_hand
 
     def _tile(self, step: int) -> Tile:
-        """The tile of the own queries and the keys at hand; in the first step of the own chunks to themselves too."""
+        """The tile of the own queries and the step's keys; in the first step it has the diagonal too."""
         sequences, band = self.call.sequences, self.call.band
         plan = tile_plan((self._rank,), ((self._rank - step) % self._size,), sequences.mask(band))
         return Tile(plan, sequences, band, self._rank)

@@ -1,7 +1,7 @@
 """Run the kernel calls of tables of segments, forward and backward.
 
-Rows of both buffers are [rows, b, h, d] and [keys, b, g, d], by sequence (see `packing`), their log-sum-exps and deltas
-[b, h, rows]. A batch is more heads of one sequence to a kernel, but where positions in it decide what is dropped.
+Rows are [rows, b, h, d] and [keys, b, g, d], by sequence (see `packing`); log-sum-exps and deltas are [b, h, rows]. A
+kernel takes a batch as more heads of one sequence, except under dropout, where the number of the sequence matters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron_attn2d.attention.tile import AttentionOp
 
 FEW_CALLS = 4
-"""The gradients of keys that at most so many calls share may be added up in 16 bits, as they come."""
+"""Gradients of keys may be added up in 16 bits, as they come, if at most so many calls contribute."""
 
 type Positions = tuple[Tensor, Tensor] | None
 """Where the rows and keys stand in the whole pack, [1, rows] and [1, keys]; None without dropout."""
@@ -31,9 +31,9 @@ type _Pick = Callable[[Tensor], Tensor]
 def attend_tables(
     tables: TileTables, op: AttentionOp, positions: Positions, q: Tensor, k: Tensor, v: Tensor, zeros: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs [rows, b, h, dv] and log-sum-exps [b, h, rows] of each layer; -inf for rows that no call of it has.
+    """Outputs [rows, b, h, dv] and log-sum-exps [b, h, rows] of each layer of the tables.
 
-    The output of such a row is 0 with `zeros`, else anything.
+    A row that no call of the layer has gets the log-sum-exp -inf. Its output is 0 with `zeros`, else anything.
     """
     rows, batch, heads, _ = q.shape
     wide = accumulation_dtype(q.dtype)
@@ -60,13 +60,13 @@ def differentiate_tables(
     keys: list[Tensor],
     add: Callable[[KeyGroup, list[Tensor]], None],
 ) -> list[Tensor]:
-    """Gradients of queries of each layer, [rows, b, h, d]; 0 for rows that no call of it has.
+    """Gradients of queries of each layer, [rows, b, h, d]; 0 for rows that no call of the layer has.
 
     Args:
         tables, op, positions: as in `attend_tables`.
-        rows: all of them, q [rows, b, h, d].
-        keys: k and v, [keys, b, g, d]; emptied with the last call, as memory is short.
-        add: takes the gradients of both, of one group of calls after the other, and empties its list likewise.
+        rows: all rows, q [rows, b, h, d].
+        keys: k and v, [keys, b, g, d]; the list is emptied after the last call, as memory is short.
+        add: is given the gradients of k and v once per group of calls, and empties their list.
     """
     dqs = [_room(rows.q, covered) for covered in tables.covered]
     for group in tables.groups:
@@ -90,12 +90,12 @@ def differentiate_tables(
 
 
 def _room(like: Tensor, covered: bool) -> Tensor:
-    """Contiguous, for gradients; calls that leave rows out find zeros there."""
+    """A contiguous buffer for gradients; zeros where calls leave rows out."""
     return like.new_empty(like.shape) if covered else like.new_zeros(like.shape)
 
 
 def _sequences(op: AttentionOp, positions: Positions, q: Tensor) -> Iterator[tuple[_Pick, _Pick, Softmax]]:
-    """How to take a kernel's [rows, heads, d] and [heads, rows] out of a batch's tensors, and its softmax."""
+    """Per kernel call: how to take [rows, heads, d] and [heads, rows] out of a batch's tensors, and its softmax."""
     batch, heads = q.shape[1:3]
     if op.dropout is None or positions is None:
         yield lambda x: x.flatten(1, 2), lambda x: x.flatten(0, 1), Softmax(op.scale)

@@ -1,4 +1,4 @@
-"""Attention of whole sequences on one rank: the 1 x 1 grid, where a kernel needs no tiles and no merge."""
+"""Attention of whole sequences on one rank, the 1 x 1 grid: no tiles, no messages and no merge."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from megatron_attn2d.attention.tables import whole_tables
 
 @dataclass(frozen=True)
 class SingleRank:
-    """The schedule of a rank that has all tokens of its heads; its two chunks are a whole sequence.
+    """The schedule of a rank that has all tokens of its heads: its two chunks are the whole sequence.
 
     Attributes:
-        call: what is asked for, its sequences on one place.
+        call: what is asked for; its sequences are on one rank.
     """
 
     call: Call

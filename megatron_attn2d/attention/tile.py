@@ -1,12 +1,13 @@
 """One tile of the score matrix on one device: run its plan's kernel calls forward and backward.
 
-One dense sequence takes a kernel call for each rectangle of its plan. Packed sequences, padding and windows take one
-for each table of segments (`tables`), whatever is packed.
+One dense sequence takes a kernel call per rectangle of its plan. Packed sequences, padding and windows take one per
+table of segments (`tables`), however many sequences there are.
 
 Legend: n tokens of a chunk, b batch, h query heads, g key heads, d head dim, Q and K slots of the plan. Chunks are
-[slots, n, b, heads, d]; log-sum-exps and deltas are kept by chunk, [slots, b, h, n], so that a chunk's part is
-contiguous. Where calls take tables, all rows come as one slot, by sequence (`Tile.in_order`). On an axis on which
-nothing travels, chunks are the halves of the rank's shard as it is: `travel` says on which.
+[slots, n, b, heads, d]. Log-sum-exps and deltas are kept by chunk, [slots, b, h, n], so that the part of a chunk is
+contiguous. Where calls take tables, all rows come as one slot, by sequence (`Tile.in_order`).
+
+`travel` says whether chunks travel on the axis in question. Where they do not, they are the halves of the rank's shard.
 """
 
 from __future__ import annotations
@@ -21,22 +22,30 @@ from torch import Tensor
 from megatron_attn2d.attention.dropout import Dropout
 from megatron_attn2d.attention.kernels.base import BackwardRows, Kernel, Softmax
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, TilePlan
-from megatron_attn2d.attention.merge import accumulation_dtype, merge_partials, sum_partials
+from megatron_attn2d.attention.merge import merge_partials, sum_partials
 from megatron_attn2d.attention.packing import Packing
-from megatron_attn2d.attention.partials import PartialGradients, Partials, Slots
+from megatron_attn2d.attention.partials import (
+    KeyGradients,
+    PartialGradients,
+    Partials,
+    Slots,
+    add_results,
+    no_results,
+    one_per_slot,
+)
 from megatron_attn2d.attention.segmented import FEW_CALLS, Positions, attend_tables, differentiate_tables
 from megatron_attn2d.attention.tables import KeyGroup, TileTables, diagonal_tables, tile_tables
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a rank attends, and in which order its rows stand.
+    """What a rank attends, and the order of its rows.
 
     Attributes:
         plan: the tile's chunks.
-        packing: the sequences that they are of.
+        packing: the sequences that the chunks are cut from.
         band: who sees whom within each sequence.
-        rank: the caller's, whose own chunks it attends besides.
+        rank: the caller, whose own chunks attend the diagonal besides.
     """
 
     plan: TilePlan
@@ -53,28 +62,28 @@ class Tile:
 
     @cached_property
     def diagonal_tables(self) -> TileTables | None:
-        """The calls of the own chunks to themselves; None where squares of one sequence serve."""
+        """The calls of the diagonal; None where squares of one sequence serve."""
         if self.packing.plain:
             return None
         return diagonal_tables(self.plan, self.packing, self.rank, self.band)
 
     @property
     def diagonal_squares(self) -> float:
-        """Work of the own chunks to themselves, in squares of chunk x chunk."""
+        """Work of the diagonal, in squares of chunk x chunk."""
         return self.plan.diagonal_squares * self.packing.diagonal_share(self.band)
 
     def chunks(self, rows: Tensor, slots: int, travel: bool, first: int | None = None) -> Tensor:
-        """The first of `slots` chunks, all by default, from rows in order, [slots * n, ...]: [first, n, ...]."""
+        """The `first` of `slots` chunks, all by default, from rows in order: [slots * n, ...] -> [first, n, ...]."""
         if travel:
             return self.packing.by_slot(rows, slots, first)
         return rows.unflatten(0, (slots, -1))
 
     def rows(self, chunks: Tensor, travel: bool) -> Tensor:
-        """The way back of all of them."""
+        """The way back of all chunks: [slots, n, ...] -> [slots * n, ...]."""
         return self.packing.by_sequence(chunks) if travel else chunks.flatten(0, 1)
 
     def statistics_of_rows(self, rows: Tensor, slots: int, travel: bool) -> Tensor:
-        """`chunks` of numbers of each row, [..., slots * n]: [slots, ..., n], contiguous where they travel."""
+        """Numbers per row by chunk: [..., slots * n] -> [slots, ..., n], contiguous where they travel."""
         if travel:
             return self.packing.statistics_by_slot(rows, slots).contiguous()
         return rows.unflatten(-1, (slots, -1)).movedim(-2, 0)
@@ -84,7 +93,7 @@ class Tile:
         return self.packing.statistics_by_sequence(chunks) if travel else _in_a_row(chunks)
 
     def statistics_to_send(self, halves: Tensor, travel: bool) -> Tensor:
-        """Numbers of each row as they travel, by chunk, [2, ..., n], from halves of the shard as it is."""
+        """Numbers per row as they travel, by chunk, from halves of the shard: both are [2, ..., n]."""
         if not travel or self.packing.one:
             return halves
         return self.statistics_of_rows(_in_a_row(halves), 2, travel)
@@ -100,13 +109,13 @@ class Tile:
         return [self._in_order(buffers.pop(0), travel) for _ in range(len(buffers))]
 
     def statistics_in_order(self, statistics: Tensor) -> Tensor:
-        """The same of numbers of each row of queries, [Q, ..., n]."""
+        """The same of numbers per row of queries, [Q, ..., n]."""
         if self.tables is None:
             return statistics
         return self.statistics_of_chunks(statistics, self.plan.queries_travel).unsqueeze(0)
 
     def halves_in_order(self, rows: BackwardRows) -> BackwardRows:
-        """The same of rows that do not travel: halves of the shard as it is."""
+        """The same of rows that do not travel: halves of the shard."""
         return rows if self.tables is None else rows.each(_as_one, lambda x: _in_a_row(x).unsqueeze(0))
 
     def _in_order(self, chunks: Tensor, travel: bool) -> Tensor:
@@ -133,7 +142,7 @@ class AttentionOp:
 
 
 def attend(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Partials:
-    """The tile's calls: q [Q, n, b, h, d], k and v [K, n, b, g, d], in order; one result per slot that travels."""
+    """Attend the tile: q [Q, n, b, h, d], k and v [K, n, b, g, d], in order. A slot that travels has one result."""
     plan = tile.plan
     if tile.tables is None:
         found = _attend_rectangles(tile, op, q, k, v)
@@ -143,7 +152,10 @@ def attend(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Part
 
 
 def attend_diagonal(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Partials:
-    """The own chunks to themselves: halves [2, n, b, heads, d] of the shards as they are; by chunk of their axis."""
+    """Attend the diagonal, the own chunks to themselves: halves [2, n, b, heads, d] of the shards.
+
+    Results come by chunk, as those of a tile on the same axis.
+    """
     pair = _pair(tile)
     if tile.diagonal_tables is not None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -153,7 +165,7 @@ def attend_diagonal(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor
     if tile.plan.diagonal_joined:
         softmax = _softmax(tile, op, pair, pair, q, k)
         out, lse = op.kernel.forward(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), CAUSAL, softmax)
-        return Partials(_each(out.unflatten(0, (2, -1))), _each(lse.unflatten(2, (2, -1)).movedim(2, 0)))
+        return Partials(one_per_slot(out.unflatten(0, (2, -1))), one_per_slot(lse.unflatten(2, (2, -1)).movedim(2, 0)))
     softmax = _softmax_of_squares(tile, op, q)
     q, k, v = (_side_by_side(x) for x in (q, k, v))
     out, lse = op.kernel.forward(q, k, v, _square(tile), softmax)
@@ -161,9 +173,12 @@ def attend_diagonal(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor
 
 
 def differentiate(tile: Tile, op: AttentionOp, rows: BackwardRows, keys: list[Tensor]) -> PartialGradients:
-    """Gradients of the tile's calls, one per slot that travels.
+    """Gradients of `attend`. A slot that travels has one gradient.
 
-    k and v, as in `attend`, are let go once the last of them is made.
+    Args:
+        tile, op: as in `attend`.
+        rows: as `attend` takes q.
+        keys: k and v; the list is emptied as soon as no call needs them any more.
     """
     plan = tile.plan
     if tile.tables is None:
@@ -179,7 +194,7 @@ def differentiate(tile: Tile, op: AttentionOp, rows: BackwardRows, keys: list[Te
 
 
 def differentiate_diagonal(tile: Tile, op: AttentionOp, rows: BackwardRows, k: Tensor, v: Tensor) -> PartialGradients:
-    """Gradients of `attend_diagonal`, by chunk of their axis."""
+    """Gradients of `attend_diagonal`, by chunk likewise."""
     plan, pair = tile.plan, _pair(tile)
     if tile.diagonal_tables is not None:
         keys = [x.flatten(0, 1) for x in (k, v)]
@@ -189,7 +204,7 @@ def differentiate_diagonal(tile: Tile, op: AttentionOp, rows: BackwardRows, k: T
     if plan.diagonal_joined:
         softmax = _softmax(tile, op, pair, pair, rows.q, k)
         gradients = op.kernel.backward(_as_rows(rows), k.flatten(0, 1), v.flatten(0, 1), CAUSAL, softmax)
-        return PartialGradients(*(_each(x.unflatten(0, (2, -1))) for x in gradients))
+        return PartialGradients(*(one_per_slot(x.unflatten(0, (2, -1))) for x in gradients))
     softmax = _softmax_of_squares(tile, op, rows.q)
     side_by_side = rows.each(_side_by_side, lambda x: x.flatten(0, 1))
     gradients = op.kernel.backward(side_by_side, _side_by_side(k), _side_by_side(v), _square(tile), softmax)
@@ -199,13 +214,13 @@ def differentiate_diagonal(tile: Tile, op: AttentionOp, rows: BackwardRows, k: T
 # Calls of one dense sequence.
 def _attend_rectangles(tile: Tile, op: AttentionOp, q: Tensor, k: Tensor, v: Tensor) -> Partials:
     plan, n = tile.plan, q.size(1)
-    outs, lses = _no_results(len(plan.queries)), _no_results(len(plan.queries))
+    outs, lses = no_results(len(plan.queries)), no_results(len(plan.queries))
     for start, stop, first, last in plan.rectangles:
         softmax = _softmax(tile, op, plan.queries[start:stop], plan.keys[first:last], q, k)
         pieces = _cut(q, start, stop), _cut(k, first, last), _cut(v, first, last)
         out, lse = op.kernel.forward(*pieces, FULL, softmax)
-        _add(outs, start, out.unflatten(0, (-1, n)))
-        _add(lses, start, lse.unflatten(2, (-1, n)).movedim(2, 0))
+        add_results(outs, start, out.unflatten(0, (-1, n)))
+        add_results(lses, start, lse.unflatten(2, (-1, n)).movedim(2, 0))
     return Partials(outs, lses)
 
 
@@ -213,15 +228,15 @@ def _differentiate_rectangles(
     tile: Tile, op: AttentionOp, rows: BackwardRows, k: Tensor, v: Tensor
 ) -> PartialGradients:
     plan, n, key_n = tile.plan, rows.q.size(1), k.size(1)
-    dq = _no_results(len(plan.queries))
+    dq = no_results(len(plan.queries))
     apart, few = not (plan.queries_travel and plan.keys_travel), len(plan.rectangles) <= FEW_CALLS
-    dk, dv = (_KeyGradients(x.shape, x, apart, few) for x in (k, v))
+    dk, dv = (KeyGradients(x.shape, x, apart, few) for x in (k, v))
     for start, stop, first, last in plan.rectangles:
         softmax = _softmax(tile, op, plan.queries[start:stop], plan.keys[first:last], rows.q, k)
         some = rows.each(partial(_cut, first=start, last=stop), partial(_cut_statistics, first=start, last=stop))
         gradients = op.kernel.backward(some, _cut(k, first, last), _cut(v, first, last), FULL, softmax)
         del some
-        _add(dq, start, gradients[0].unflatten(0, (-1, n)))
+        add_results(dq, start, gradients[0].unflatten(0, (-1, n)))
         dk.add(first, gradients[1].unflatten(0, (-1, key_n)))
         dv.add(first, gradients[2].unflatten(0, (-1, key_n)))
     return PartialGradients(dq, dk.slots(), dv.slots())
@@ -229,16 +244,16 @@ def _differentiate_rectangles(
 
 # Calls of tables.
 def _partials(tile: Tile, outs: list[Tensor], lses: list[Tensor], slots: int) -> Partials:
-    """Results of layers by slot, merged where they travel."""
+    """Results of a table's layers by slot, merged where they travel."""
     travel = tile.plan.queries_travel
     if travel and len(outs) > 1:
         out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
         merge_partials([outs], [lses], [out], [lse])
         outs[:], lses[:] = [out], [lse]
-    by_slot: tuple[Slots, Slots] = (_no_results(slots), _no_results(slots))
+    by_slot: tuple[Slots, Slots] = (no_results(slots), no_results(slots))
     while outs:
-        _add(by_slot[0], 0, tile.chunks(outs.pop(0), slots, travel))
-        _add(by_slot[1], 0, tile.statistics_of_rows(lses.pop(0), slots, travel))
+        add_results(by_slot[0], 0, tile.chunks(outs.pop(0), slots, travel))
+        add_results(by_slot[1], 0, tile.statistics_of_rows(lses.pop(0), slots, travel))
     return Partials(*by_slot)
 
 
@@ -250,13 +265,13 @@ def _differentiate_tables(
     rows: BackwardRows,
     k_and_v: list[Tensor],
 ) -> PartialGradients:
-    """Of tables between these chunks of queries and of keys: q [rows, b, h, d], k and v [keys, b, g, d]."""
+    """Gradients of tables between these chunks of queries and of keys: q [rows, b, h, d], k and v [keys, b, g, d]."""
     plan, packing = tile.plan, tile.packing
     queries, keys = chunks
     groups = len(tables.groups)
     apart = 0 < groups <= (1 if plan.keys_travel else FEW_CALLS)
     dk, dv = (
-        _KeyGradients(torch.Size((len(keys), packing.tokens, *x.shape[1:])), x, apart, few=groups <= FEW_CALLS)
+        KeyGradients(torch.Size((len(keys), packing.tokens, *x.shape[1:])), x, apart, few=groups <= FEW_CALLS)
         for x in k_and_v
     )
 
@@ -269,54 +284,10 @@ def _differentiate_tables(
         total = torch.empty_like(dqs[0])
         sum_partials([dqs], [total])
         dqs = [total]
-    dq = _no_results(len(queries))
+    dq = no_results(len(queries))
     while dqs:
-        _add(dq, 0, tile.chunks(dqs.pop(0), len(queries), plan.queries_travel))
+        add_results(dq, 0, tile.chunks(dqs.pop(0), len(queries), plan.queries_travel))
     return PartialGradients(dq, dk.slots(), dv.slots())
-
-
-class _KeyGradients:
-    """Gradients of keys or values by slot, of which several calls may have some.
-
-    Where calls have prefixes of the keys, the shortest first, they are added up in place: kept apart they would take a
-    multiple of memory.
-
-    Args:
-        shape: of all chunks, [K, n, b, g, d].
-        like: for dtype and device.
-        apart: results are kept as they come, to be rounded once with all others of their chunk.
-        few: they are so few that their dtype serves for the sum.
-    """
-
-    def __init__(self, shape: torch.Size, like: Tensor, apart: bool, few: bool) -> None:
-        self._shape, self._dtype, self._device = shape, like.dtype, like.device
-        self._few = few
-        self._kept = _no_results(shape[0]) if apart else None
-        self._total: Tensor | None = None
-
-    def add(self, first: int, chunks: Tensor) -> None:
-        """Those of [slots, n, b, g, d] from slot `first` on, which is 0 where they are added up."""
-        if self._kept is not None:
-            _add(self._kept, first, chunks)
-            return
-        if self._total is None:
-            self._total = chunks if self._few else self._zeros(accumulation_dtype(self._dtype))
-            if self._few:
-                return
-        more, less = (chunks, self._total) if len(chunks) > len(self._total) else (self._total, chunks)
-        more[: len(less)].add_(less)  # with += the sum is copied onto itself afterwards
-        self._total = more
-
-    def slots(self) -> Slots:
-        """By slot; 0 where nobody found anything."""
-        if self._kept is not None:
-            return self._kept
-        total = self._zeros(self._dtype) if self._total is None else self._total.to(self._dtype)
-        assert len(total) == self._shape[0], "somebody sees the last key chunk"
-        return _each(total)
-
-    def _zeros(self, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(self._shape, dtype=dtype, device=self._device)
 
 
 def _positions(tile: Tile, op: AttentionOp, rows: Sequence[Chunk], keys: Sequence[Chunk]) -> Positions:
@@ -330,7 +301,7 @@ def _positions(tile: Tile, op: AttentionOp, rows: Sequence[Chunk], keys: Sequenc
 def _softmax(
     tile: Tile, op: AttentionOp, rows: Sequence[Chunk], keys: Sequence[Chunk], q: Tensor, k: Tensor
 ) -> Softmax:
-    """That of a call of such chunks of one sequence, whose chunks are like q and k [slots, n, b, heads, d]."""
+    """The softmax of a call on these chunks of one sequence; q and k [slots, n, b, heads, d] give their sizes."""
     if op.dropout is None:
         return Softmax(op.scale)
     batch, heads = q.shape[2:4]
@@ -344,7 +315,7 @@ def _softmax(
 
 
 def _softmax_of_squares(tile: Tile, op: AttentionOp, q: Tensor) -> Softmax:
-    """That of the own chunks side by side."""
+    """The softmax of the own chunks side by side."""
     positions = _positions(tile, op, _pair(tile), _pair(tile))
     if positions is None or op.dropout is None:
         return Softmax(op.scale)
@@ -358,29 +329,14 @@ def _pair(tile: Tile) -> tuple[Chunk, Chunk]:
 
 
 def _square(tile: Tile) -> Band:
-    """The band of a chunk to itself."""
+    """The band of a chunk attending itself."""
     left, right = tile.band
     return Band(None if left is None or left >= tile.packing.longest - 1 else left, right)
 
 
-def _no_results(slots: int) -> Slots:
-    return [[] for _ in range(slots)]
-
-
-def _add(slots: Slots, first: int, chunks: Tensor) -> None:
-    """One more result for each slot from `first` on."""
-    for slot, chunk in zip(slots[first:], chunks.unbind(), strict=False):
-        slot.append(chunk)
-
-
-def _each(chunks: Tensor) -> Slots:
-    """One result for each slot."""
-    return [[chunk] for chunk in chunks.unbind()]
-
-
 def _cut(x: Tensor, first: int, last: int) -> Tensor:
     """A run of slots in a row: [slots, n, ...] -> [(last - first) * n, ...]."""
-    # Most calls want all of them, and each operation costs a few microseconds.
+    # Most calls want all slots, and each operation costs a few microseconds.
     return (x if last - first == x.size(0) else x[first:last]).flatten(0, 1)
 
 
@@ -416,4 +372,4 @@ def _side_by_side(halves: Tensor) -> Tensor:
 
 def _halves(batch: Tensor, dim: int) -> Slots:
     """Undo `_side_by_side`: the lower and the upper half of a batch dim."""
-    return _each(batch.unflatten(dim, (2, -1)).movedim(dim, 0))
+    return one_per_slot(batch.unflatten(dim, (2, -1)).movedim(dim, 0))

@@ -1,13 +1,13 @@
 """Sequence for heads: the third axis of the grid (DeepSpeed-Ulysses, arXiv 2309.14509) in the zigzag layout.
 
-The U ranks of a head group hold neighbouring zigzag shards. After the exchange each holds all their tokens for 1/U of
-the heads, as one zigzag shard of the R x C grid: lower chunks in ascending, upper chunks in descending order of the
-ranks are the tokens in sequence.
+The U ranks of a Ulysses group hold neighbouring zigzag shards. After the exchange each rank holds all of their tokens
+for 1/U of the heads, as one zigzag shard of the R x C grid: lower chunks by ascending rank, then upper chunks by
+descending rank, are in the order of the sequence.
 
     rank 0: lower 0, upper 7      U = 2      rank 0: lower 0, lower 1, upper 6, upper 7   first half of the heads
     rank 1: lower 1, upper 6     ------>     rank 1: lower 0, lower 1, upper 6, upper 7   second half
 
-Each rank receives (U-1)/U of its shard's size for every tensor, however large U is.
+Each rank receives (U-1)/U of its shard's size per tensor, which hardly grows with U.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def spread_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shards [s/cp, b, heads, d] -> [U * s/cp, b, heads/U, d], zigzag shards of the R x C grid.
 
-    Both are by sequence, where several are packed.
+    Where sequences are packed, the rows of both are by sequence.
 
-    Key/value heads fewer than U are repeated, so that each rank has those of its query heads; autograd sums their
-    gradients.
+    Where there are fewer key/value heads than U, they are repeated, so that each rank has those of its query heads.
+    Autograd sums their gradients.
     """
     repeats = grid.ulysses_size // min(k.size(2), grid.ulysses_size)
     if repeats > 1:
@@ -75,7 +75,7 @@ class _CollectHeads(torch.autograd.Function):
 
 
 def _to_heads(shards: Sequence[Tensor], grid: Grid, label: str, packing: Packing | None) -> list[Tensor]:
-    # [2n, b, heads, d] -> for each rank of the group the contiguous [2, n, b, heads/U, d] that it is to have
+    # [2n, b, heads, d] -> per rank of the group the contiguous [2, n, b, heads/U, d] that it receives
     if packing is None or packing.one:
         parts = [torch.stack(x.unflatten(0, (2, -1)).chunk(grid.ulysses_size, dim=3)) for x in shards]
     else:
@@ -120,14 +120,14 @@ def _by_half(parts: Tensor) -> _Chunks:
 
 
 def _in_sequence(wide: Tensor) -> _Chunks:
-    """Chunks of [2, U, n, ...], where tokens stand in sequence."""
+    """Chunks of [2, U, n, ...], whose tokens are in the order of the sequence."""
     chunks = wide.flatten(0, 1).unbind()
     parts = wide.size(1)
     return chunks[:parts], chunks[: parts - 1 : -1]
 
 
 def _exchange(outgoing: Sequence[_Chunks], incoming: Sequence[_Chunks], grid: Grid, label: str) -> None:
-    """Send of each tensor its chunks, receive into the like."""
+    """Exchange the chunks of each tensor: send the outgoing ones, receive into the incoming ones."""
     assert grid.ulysses_group is not None
     me = grid.ulysses_group.rank()
     what = f"{label}, Ulysses group of ranks {list(grid.ulysses_peers)}: exchanging sequence for heads or back"

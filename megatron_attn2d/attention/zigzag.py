@@ -7,10 +7,10 @@
     angles = zigzag.positions(s, grid)[:, None] * frequencies         # what rotary positions start from
 
 The sequence is cut into 2P chunks; rank i of P holds chunk i and chunk 2P-1-i, in this order (picture: `layout`).
-Packed sequences are each cut so, and a rank holds both chunks of the first, of the second, ... A plain slice
-`x.chunk(P)[rank]` is another layout: attention would mask the wrong keys, and could not know.
+Each of several packed sequences is cut this way, and a rank holds both chunks of the first, both of the second, ... A
+plain slice `x.chunk(P)[rank]` is another layout: attention would mask the wrong keys without an error.
 
-`place` is the ranks' Grid, or for `ring_attention` the process group.
+`place` is the ranks' Grid, or the process group of `ring_attention`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Place = Grid | dist.ProcessGroup
 
 
 def indices(tokens: int, place: Place, *, cu_seqlens: Totals | None = None) -> Tensor:
-    """Which of `tokens` tokens this rank holds, in the order of its shard: [tokens / cp], int64, on the CPU.
+    """The indices of the tokens that this rank holds, in the order of its shard: [tokens / cp], int64, on the CPU.
 
     Args:
         tokens: of the whole sequence, or of the whole pack.
@@ -44,9 +44,9 @@ def indices(tokens: int, place: Place, *, cu_seqlens: Totals | None = None) -> T
 
 
 def positions(tokens: int, place: Place, *, cu_seqlens: Totals | None = None) -> Tensor:
-    """Where the tokens of this rank's shard stand in their own sequence: [tokens / cp], int64, on the CPU.
+    """The positions in their own sequence of the tokens that this rank holds: [tokens / cp], int64, on the CPU.
 
-    Without `cu_seqlens` that is `indices`; arguments and errors are those of `indices`.
+    Without `cu_seqlens` they are `indices`; arguments and errors are those of `indices`.
     """
     rank, ranks = _rank(place)
     return torch.cat([_own(length, rank, ranks) for _, length in _sequences(tokens, ranks, cu_seqlens)])
@@ -64,8 +64,8 @@ def shard(x: Tensor, place: Place, *, dim: int = 0, cu_seqlens: Totals | None = 
 def unshard(x: Tensor, place: Place, *, dim: int = 0, cu_seqlens: Totals | None = None) -> Tensor:
     """The whole tensor of all ranks' shards `x`, on every rank; [s/cp, b, ...] -> [s, b, ...].
 
-    Every rank must call it, with shards of one shape and dtype. It is for looking at results: no gradient flows through
-    it. Other arguments and errors are those of `indices`.
+    Every rank must call it, with shards of one shape and dtype. No gradient flows through it: it is meant for looking
+    at results. Other arguments and errors are those of `indices`.
     """
     _, ranks = _rank(place)
     sequences = _sequences(x.size(dim) * ranks, ranks, cu_seqlens)

@@ -4,8 +4,8 @@ A kernel attends a rectangle without a mask or a square under the causal mask; s
 some drop probabilities, and some take a table of many such pieces in one call. It returns the log-sum-exp of the scores
 beside the output, and its backward pass takes the log-sum-exp and delta over *all* keys, of which it sees some.
 
-`choose_kernel` picks one for a request, once, and logs it; a request that a kernel can't meet is refused with the
-kernels that can.
+`choose_kernel` picks one for a request, once, and logs it. A request that the asked kernel can't serve is refused, and
+the error names the kernels that can.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a kernel is, what it is asked for and what it is handed; in a module of its own, as kernels and choice need it.
+"""What a kernel is, what a call asks of it, and its arguments.
 
 Legend: sq rows of queries, sk of keys, b batch, h query heads, g key heads, d head dim, dv the values' head dim.
 """
@@ -52,11 +52,11 @@ class BackwardRows(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Kernel, statistics: Tensor, q: Tensor, dout: Tensor, out: Tensor | None = None) -> BackwardRows:
-        """With what the kernel asks for: delta or an output, a surrogate where the true one is not at hand.
+        """The rows with what the kernel needs: delta, or an output, which is a surrogate if `out` is None.
 
         Args:
             kernel: the one that differentiates.
-            statistics: [slots, 1 or 2, b, h, n], log-sum-exps and deltas; these may miss where `out` is asked for.
+            statistics: [slots, 1 or 2, b, h, n], log-sum-exps and deltas; without deltas if the kernel takes `out`.
             q, dout, out: [slots, n, b, h, head dim].
         """
         lse, *delta = statistics.unbind(1)
@@ -139,15 +139,15 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One call's demands, for `choose_kernel` and each kernel's `refusal`.
+    """What a call asks of a kernel, for `choose_kernel` and each kernel's `refusal`.
 
     Attributes:
         device: type of the device, "cpu" or "cuda".
         dtype: of queries, keys and values.
         head_dim: of queries and keys.
         v_head_dim: of values.
-        windows: bands occur besides the full rectangle and the causal square. They come with left and right None or
-            not negative, on rectangles too, and leave no row without a key.
+        windows: bands occur besides the full rectangle and the causal square, on rectangles too. Their left and right
+            are None or not negative, and they leave no row without a key.
         dropout: probabilities are dropped.
         grouped: there are fewer key heads than query heads.
         segments: calls come as tables of segments, for packed sequences and for windows on a grid.

@@ -1,4 +1,4 @@
-"""Tables of segments for kernels that return new tensors: which rows a table has, and how results reach them."""
+"""Tables of segments for kernels that return new tensors: which rows a table has, and how to copy results there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def inside(starts: Tensor, lengths: Tensor, rows: int) -> Tensor:
-    """Which of a buffer's rows a segment has, bool [rows]; no number is read back from the device."""
+    """Which rows of a buffer are in a segment, bool [rows]; no number is read back from the device."""
     steps = torch.zeros(rows + 1, dtype=torch.int32, device=lengths.device)
     begins, ones = starts[:-1].long(), torch.ones_like(lengths)
     steps.index_add_(0, begins, ones).index_add_(0, begins + lengths, ones, alpha=-1)

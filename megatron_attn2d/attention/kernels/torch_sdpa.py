@@ -1,7 +1,7 @@
 """cuDNN's and FlashAttention's kernels as torch ships them, called below autograd for their log-sum-exp.
 
-torch's public `scaled_dot_product_attention` neither returns the log-sum-exp nor takes one in its backward pass; the
-operators that it is made of do. They stand in torch's operator schema (native_functions.yaml).
+torch's public `scaled_dot_product_attention` neither returns the log-sum-exp nor takes one in its backward pass. The
+operators that it is made of do; torch's operator schema (native_functions.yaml) lists them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _aten = torch.ops.aten
 class CudnnKernel:
     """cuDNN's fused attention: on Hopper about twice as fast as FlashAttention-2.
 
-    Its deterministic backward pass keeps partial dQ for every block of keys, gigabytes at long context: not offered.
+    Its deterministic backward pass is not offered: it keeps partial dQ per block of keys, gigabytes at long context.
     """
 
     name = "cudnn"
@@ -152,9 +152,9 @@ class FlashKernel:
         """See `Kernel.forward_segments`."""
         if table.most_q == 0:
             return
-        places = _without_gaps(table)
+        totals = _without_gaps(table)
         found, found_lse, *_ = _aten._flash_attention_forward(
-            *(q, k, v, *places, table.most_q, table.most_k, 0.0, table.band == CAUSAL, False),
+            *(q, k, v, *totals, table.most_q, table.most_k, 0.0, table.band == CAUSAL, False),
             scale=softmax.scale,
             **_window(table.band),
         )
@@ -172,9 +172,9 @@ class FlashKernel:
         q, dout, lse, _, out = rows
         unused = torch.empty((), dtype=torch.int64, device=q.device)
         assert out is not None
-        places = _without_gaps(table)
+        totals = _without_gaps(table)
         found_q, *found_kv = _aten._flash_attention_backward(
-            *(dout, q, k, v, out, lse.contiguous(), *places, table.most_q, table.most_k, 0.0, table.band == CAUSAL),
+            *(dout, q, k, v, out, lse.contiguous(), *totals, table.most_q, table.most_k, 0.0, table.band == CAUSAL),
             *(unused, unused),
             scale=softmax.scale,
             **_window(table.band),

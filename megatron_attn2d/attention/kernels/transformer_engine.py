@@ -1,7 +1,7 @@
 """Transformer Engine's fused attention: cuDNN with larger and unequal head dims than torch gives access to.
 
-`fused_attn_fwd` and `fused_attn_bwd` are what its own attention module is made of. They return and take the
-log-sum-exp, so one tile's call works as any other's.
+Its own attention module is made of `fused_attn_fwd` and `fused_attn_bwd`. They return and take the log-sum-exp, as
+attention of one tile needs.
 """
 
 from __future__ import annotations
