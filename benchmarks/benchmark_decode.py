@@ -121,7 +121,7 @@ def _measure(args: argparse.Namespace, model: Any, write: Callable[[str], None])
             f"{args.batch} sequences, weights {weights / 2**30:.2f} GiB per rank, memory {bandwidth / 1e9:,.0f} GB/s; "
             f"decoded and filled-in logits differ by {difference:.1e} of the largest"
         )
-    if difference > (0.03 if args.device == "cuda" else 1e-4):
+    if difference > (0.05 if args.device == "cuda" else 1e-4):
         raise RuntimeError(f"a decoded token's logits differ by {difference:.1e} of the largest: too much")
     if args.prefill:
         seconds = prefill(model, args.prefill)

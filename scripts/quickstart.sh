@@ -59,6 +59,6 @@ train ring "training.exit_interval=$compare"
 echo "== both, from the same seed"
 "$venv/bin/megatron-attn2d" plot "$out/attention2d" "$out/ring" -o "$out/loss.png"
 
-echo "== what it has learned to write, on the same ranks"
-"$venv/bin/megatron-attn2d" generate "$out/attention2d" --prompt "def __init__(self" \
-    --max-tokens 240 --temperature 0.6 --seed 1
+echo "== how it continues a text after $steps steps, on the same ranks"
+"$venv/bin/megatron-attn2d" generate "$out/attention2d" --prompt "def __init__(self, " \
+    --max-tokens 160 --temperature 0.9 --top-p 0.95 --seed 1

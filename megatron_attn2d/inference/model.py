@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from torch import Tensor
 from megatron_attn2d.inference.cache import Cache
 from megatron_attn2d.inference.latent import Latent
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+from megatron_attn2d.megatron.upstream.graph_environment import graph_fault
 from megatron_attn2d.training import pretrain_gpt
 
 
@@ -64,6 +66,8 @@ class Model:
     @classmethod
     def built(cls) -> Model:
         """Inside Megatron: the model of its arguments, with the weights of their checkpoint."""
+        if graph_fault(os.environ):
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         from megatron.core.enums import ModelType
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.training import training
@@ -104,6 +108,8 @@ class Model:
             return "needs a CUDA device"
         if mpu.get_pipeline_model_parallel_world_size() > 1:
             return "pipeline stages send to each other outside of it"
+        if fault := graph_fault(os.environ):
+            return fault[0]
         if self.layers and self.layers[0].config.num_moe_experts:
             return "experts wait for how many tokens each of them gets"
         return None
@@ -137,14 +143,24 @@ class Model:
             fp32 logits of `rows` of them, [rows, padded vocabulary]; None on all stages but the last.
         """
         self._positions, self._rows = positions, rows
+        inputs = tokens[None], positions[None], None
+        with self._attending(cache):
+            if mpu.get_pipeline_model_parallel_world_size() == 1:
+                found = self._chunk(*inputs)
+            else:
+                found = self._through_stages(inputs, tokens.numel() * cache.ranks)
+        return gather_from_tensor_model_parallel_region(found)[0].float() if self.last else None
+
+    @contextmanager
+    def _attending(self, cache: Cache) -> Iterator[None]:
+        """While entered the layers attend to `cache`; afterwards they hold it no longer, so that it may be freed."""
         for layer in self.layers:
             layer.cache = cache
-        inputs = tokens[None], positions[None], None
-        if mpu.get_pipeline_model_parallel_world_size() == 1:
-            found = self._chunk(*inputs)
-        else:
-            found = self._through_stages(inputs, tokens.numel() * cache.ranks)
-        return gather_from_tensor_model_parallel_region(found)[0].float() if self.last else None
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.cache = None
 
     def _through_stages(self, inputs: tuple[Any, ...], tokens: int) -> Tensor | None:
         found = []
@@ -210,11 +226,11 @@ class Model:
         scaled = isinstance(module, YarnRotaryEmbedding)
         found: Any = module.get_emb(2)  # type: ignore[operator]
         angles, scale = found if scaled else (found, None)
-        unit = angles[1, 0, 0]  # of position 1: angles grow with the position in proportion
+        unit = angles[1, 0, 0].to(self.device)  # of position 1: angles grow with the position in proportion
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             assert self._positions is not None
-            turned = (self._positions.to(unit.dtype)[:, None] * unit.to(self._positions.device))[:, None, None]
+            turned = (self._positions.to(unit.dtype)[:, None] * unit)[:, None, None]
             return (turned, scale) if scaled else turned
 
         module.forward = forward

@@ -27,7 +27,17 @@ ALLOWED: dict[str, set[str]] = {
     "training.guards": {"attention", "config", "errors", "megatron", "megatron.upstream", "run"},
     "training": {"attention", "config", "data", "errors", "megatron", "megatron.upstream", "run", "training.guards"},
     "launch": {"config", "errors", "megatron.upstream"},
-    "inference": {"attention", "config", "data", "errors", "launch", "megatron", "run", "training"},
+    "inference": {
+        "attention",
+        "config",
+        "data",
+        "errors",
+        "launch",
+        "megatron",
+        "megatron.upstream",
+        "run",
+        "training",
+    },
     "preview": {"attention", "config", "data", "errors", "pictures", "planner", "training"},
     "commands": {"config", "data", "errors", "inference", "launch", "preview", "run", "training"},
 }
