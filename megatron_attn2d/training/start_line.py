@@ -71,9 +71,13 @@ def _attention(attention: ContextParallelAttention) -> str:
 
 
 def _data(args: Namespace) -> str:
-    if args.mock_data:
-        return "made-up data"
-    return f"data {' '.join(_shortened(args.data_path or []))}, split {args.split}, seed {args.seed}"
+    data = "made-up data"
+    if not args.mock_data:
+        data = f"data {' '.join(_shortened(args.data_path or []))}, split {args.split}, seed {args.seed}"
+    if not args.document_multiple:
+        return data
+    what = "example" if args.examples else "document"
+    return f"{data}, each {what} a sequence of its own in a multiple of {args.document_multiple} tokens"
 
 
 def _derived(arguments: Sequence[str]) -> str:

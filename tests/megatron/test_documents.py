@@ -21,7 +21,7 @@ COMBINATIONS: dict[str, Combination] = {
     "2x2x2, heads over 2": Combination("llama", 8, grid(2, 2, 2)),
     "TP2 SP, PP2, 1x2": Combination("llama", 8, {**SP, **PP, **grid(1, 2), "micro_batch_size": 1}),
     "PP2 interleaved, 2x1": Combination("four layers", 4, {**VPP, **grid(2, 1), "micro_batch_size": 1}),
-    "DP2, 1x2": Combination("llama", 4, grid(1, 2)),
+    "DP2, 1x2, loss in chunks": Combination("llama", 4, grid(1, 2, loss_chunk_tokens=24)),
     "GPT-3, 2x2": Combination("gpt3", 4, grid(2, 2)),
     "MoE, EP2 over 2x1": Combination("moe", 2, {**EP, **grid(2, 1)}),
     "MLA, 2x1": Combination("mla", 2, grid(2, 1)),

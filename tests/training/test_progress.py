@@ -47,11 +47,12 @@ def test_each_step_is_recorded_once_and_shown_in_a_line(pool: RankPool, text: Pa
 
 def test_a_start_says_in_a_line_what_trains(pool: RankPool, text: Path, tmp_path: Path) -> None:
     options = {**context_parallel("attention2d", 2, 1), "num_layers": 1, "train_iters": 1, "data_path": text}
+    options["document_multiple"] = 8
     (_, said) = pool.run(first_line, 2, arguments(run_dir=tmp_path, **options))
     assert said.startswith(
         "GPT: 1 layer, hidden size 64, 4 heads, 2 key/value heads, float32; 4 x 64 tokens per step; "
         "tensor 1 x context 2 x pipeline 1 x data 1; mode attention2d on a grid of 2x1, kernel reference; "
-        f"data {text}, split 1,0,0, seed 1234; "
+        f"data {text}, split 1,0,0, seed 1234, each document a sequence of its own in a multiple of 8 tokens; "
     )
     derived = said.partition("; derived: ")[2]
     assert re.fullmatch(r"transformer-impl local, distributed-backend gloo, .*\d switches \(reasons in .*\)", derived)
