@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from megatron_attn2d import pictures
 from megatron_attn2d.inference.tasks.catalogue import RULER
 
 
 def draw(result: dict[str, Any], output: Path) -> None:
     """Draws `result`, of `long_context.summary`, into the PNG `output`; nothing where it has no scores."""
-    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
-
     columns = [_tokens(context) for context in result["contexts"]]
     panels = []
     if needle := result["needle"]:
@@ -23,11 +21,10 @@ def draw(result: dict[str, Any], output: Path) -> None:
         return
     width = max(3.4, 1.6 + 0.75 * len(columns))
     height = 1.6 + 0.36 * max(len(rows) for _, _, rows, _ in panels)
-    figure = Figure(figsize=(width * len(panels) + 0.8, height), dpi=160, layout="constrained")
+    figure = pictures.blank(width * len(panels) + 0.8, height)
     image = None
-    for axes, (title, label, rows, scores) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, label, rows, scores) in zip(places, panels, strict=True):
         image = axes.imshow(scores, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel("context, tokens")
@@ -42,9 +39,7 @@ def draw(result: dict[str, Any], output: Path) -> None:
     assert image is not None
     figure.colorbar(image, ax=figure.axes, format=lambda score, _: f"{score:.0%}", shrink=0.9)
     figure.suptitle(f"{Path(result['run']).name}, step {result['step']:,}", x=0.01, ha="left", fontsize=9)
-    scratch = output.with_name(f"{output.name}.new")
-    figure.savefig(scratch, format="png")
-    os.replace(scratch, output)
+    pictures.save(figure, output)
 
 
 def _tokens(number: int) -> str:

@@ -121,7 +121,7 @@ def main(request: Request, run: RunConfig, chunk: int, megatron_args: Sequence[s
 
 
 def write(result: dict[str, Any], request: Request) -> None:
-    """Writes the JSON file and the picture; each appears whole."""
+    """Writes the JSON file, which appears whole, and then the picture."""
     from megatron_attn2d.inference import heatmap
 
     scratch = request.output.with_name(f"{request.output.name}.new")

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         "launch",
         "megatron",
         "megatron.upstream",
+        "pictures",
         "run",
         "training",
     },
