@@ -27,7 +27,7 @@ def main() -> None:
     add_arguments(parser)
     add_sizes(parser, 65536, ["12/12"])
     parser.add_argument("--calls", type=int, default=3)
-    parser.add_argument("--trace", type=Path, required=True, help="write the trace here; one more a mode and grid")
+    parser.add_argument("--trace", type=Path, required=True, help="write the trace here; one more per mode and grid")
     args = parser.parse_args()
     if args.device != "cuda":
         parser.error("--device cpu: there is nothing to overlap, choose cuda")

@@ -31,7 +31,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     build.add_argument("--longest", type=int, metavar="N", help="leave out documents of more tokens, and count them")
     build.add_argument("--key", default="text", help="of the text in a JSON line, or its column (default: text)")
     build.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one a core"
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: one per core"
     )
     build.add_argument("--skip-bad", action="store_true", help="leave bad documents out, and count them")
     build.add_argument("--overwrite", action="store_true", help="replace a data set of that name")

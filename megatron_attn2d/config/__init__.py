@@ -1,9 +1,11 @@
 """One YAML describes a run: load it, check it, compile it to Megatron's arguments.
 
-loading.py    files that extend each other, command-line overrides -> one mapping
+loading.py    files that extend each other and command-line overrides -> one mapping
 schema.py     the keys and their types
+auto.py       numbers in the place of `auto`
 check.py      whether the values fit together
-arguments.py  Megatron's arguments
+read.py       all of this in order: `load_run`
+arguments.py  the run as Megatron's command line
 """
 
 from megatron_attn2d.config.arguments import megatron_arguments

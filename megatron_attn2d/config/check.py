@@ -230,7 +230,7 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
         if heads % parts or (kv_heads % parts and not (repeats and parts % kv_heads == 0)):
             yield (
                 key,
-                f"{heads} query and {kv_heads} key/value heads a tensor rank don't spread over {parts} ranks",
+                f"{heads} query and {kv_heads} key/value heads per tensor rank do not spread over {parts} ranks",
                 f"spread them over one of {_divisors(kv_heads)}",
             )
     ours = context.mode == "attention2d" or not transformer_engine

@@ -1,4 +1,4 @@
-"""Whether a run goes on as it was begun: its configuration against the one that its checkpoint was trained with."""
+"""Whether a run goes on as it was begun: its configuration is compared with that of its checkpoint."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which arguments change nothing in which kind of model: what was measured, and so refused rather than ignored.
+"""Which arguments change nothing in which kind of model, by measurement: they are refused rather than ignored.
 
 `argument_effects.json` holds the arguments that a training with some kind of model ignores, and how they do in each
 kind: two steps with and without each of them, by `scripts/argument_sweep.sh`.

@@ -1,4 +1,4 @@
-"""A trained run as it is only evaluated, or continued as text: without training, and with the same weights."""
+"""The configuration of a trained run for evaluation and generation: the same weights, and nothing about training."""
 
 from collections.abc import Sequence
 from operator import attrgetter

@@ -1,4 +1,4 @@
-"""The keys of a run's YAML: one class a section, a docstring under each field.
+"""The keys of a run's YAML: one class per section, a docstring under each field.
 
 A field becomes the Megatron argument of its own name (`num_layers` -> `--num-layers`) unless its annotation holds a
 `Flag`: another spelling, or `NO_FLAG` where `arguments.py` or the launcher deals with it. None means not given, so that
@@ -109,7 +109,7 @@ class Parallelism(Section):
     tensor: Annotated[Ranks, Flag("tensor-model-parallel-size")] = 1
     pipeline: Annotated[Ranks, Flag("pipeline-model-parallel-size")] = 1
     virtual_pipeline: Annotated[Ranks | None, NO_FLAG] = None
-    """Model chunks a pipeline rank, for the interleaved schedule."""
+    """Model chunks per pipeline rank, for the interleaved schedule."""
     sequence_parallel: bool = False
     """Split norms and dropout over the tensor ranks along the sequence."""
     expert: Annotated[Ranks, Flag("expert-model-parallel-size")] = 1
@@ -200,7 +200,7 @@ class Training(Section):
     """Batch, length and precision."""
 
     micro_batch_size: Positive = 1
-    """Sequences a forward pass."""
+    """Sequences per forward pass."""
     global_batch_size: Positive
     """Sequences per step, over all ranks."""
     train_iters: Positive

@@ -91,7 +91,7 @@ def build(
     """Writes the documents of `paths` as the data set `prefix`.
 
     Args:
-        paths: files, or folders of files, of text (a document a file), JSONL or Parquet (a document a line or row).
+        paths: files, or folders of files, of text (a document per file), JSONL or Parquet (a document per line or row).
         prefix: what Megatron's `--data-path` takes.
         choice: the tokenizer.
         key: of the text in a JSON object, or its column in a Parquet file.

@@ -69,7 +69,7 @@ def sealed_caches(directories: Iterable[Path], *, verifies: bool, seals: bool) -
 
     Args:
         directories: where the indices are cached.
-        verifies: whether this process compares them first; one a host should.
+        verifies: whether this process compares them first; one per host should.
         seals: whether this process writes the checksums of those that come in; one of all should.
 
     Raises:
@@ -96,7 +96,7 @@ def _digest(path: Path) -> str:
 
 
 def build(files: Iterable[Path], prefix: Path) -> Path:
-    """Writes the bytes of `files` as the data set `prefix`.bin and `prefix`.idx, a document a file.
+    """Writes the bytes of `files` as the data set `prefix`.bin and `prefix`.idx, a document per file.
 
     The pair appears whole or not at all, also where several processes build it at once: it is written under
     temporary names and renamed, the index last.

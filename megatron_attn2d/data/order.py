@@ -1,4 +1,4 @@
-"""How much of the tokens that follow a run has trained on before, where its data is dealt otherwise than it was begun.
+"""How many of the coming tokens a continued run has trained on already, where the order of its data has changed.
 
 Megatron deals samples by a seed, the number of epochs and the length of a sequence, and a run goes on by the number of
 samples that it has consumed. In another order that number points at other samples, some of which it has seen.

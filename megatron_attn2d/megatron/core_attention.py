@@ -246,7 +246,8 @@ def _are_padded(totals: dict[str, Any]) -> bool:
 def _totals(packing: PackedSeqParams, read: bool) -> dict[str, Any]:
     """Running totals of packed sequences, and the longest of them, for attention.
 
-    They are read from the GPU once a batch, but for a CUDA graph, whose replays find other numbers in the same tensors.
+    They are read from the GPU once per batch. For a CUDA graph they are not read: its replays find other numbers in the
+    same tensors.
 
     Raises:
         ValueError: for what is packed in a way that is not served.

@@ -353,7 +353,7 @@ def _stage(
 
 
 def _over_heads(name: str, places: int, u: int, ranks_per_node: int, sent: float, tensors: int) -> Iterator[Phase]:
-    """Every rank of a head group sends every other one its heads of its tokens, two chunks a tensor."""
+    """Every rank of a head group sends every other one its heads of its tokens, two chunks per tensor."""
     if u == 1:
         return
     rank = np.arange(places * u)

@@ -88,7 +88,7 @@ def waiting_for_the_cpu(run: RunConfig) -> list[str]:
 
 
 def draw(run: RunConfig, path: Path) -> None:
-    """Predicted speed-up over the ring against the sequence length, a line a number of ranks, as a PNG."""
+    """Predicted speed-up over the ring against the sequence length, a line per number of ranks, as a PNG."""
 
     work, machines, size = workload(run), cluster(run), run.context_parallel.size
     lengths = [work.seq // 4 * 2**k for k in range(6)]

@@ -52,7 +52,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A row a run: its last loss, and medians of what says how fast it was. A dash: not recorded."""
+    """A row per run: its last loss, and medians of what says how fast it was. A dash: not recorded."""
     rows = [
         (
             "run",

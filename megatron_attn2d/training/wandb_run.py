@@ -1,4 +1,4 @@
-"""One run in Weights & Biases for one run directory, which each continuation goes on with."""
+"""One run in Weights & Biases per run directory; each continuation of the run goes on with it."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ REFUSED = {
         "context_parallel.grid = [2, 2]: context_parallel.mode = ring has no grid; choose auto"
     ),
     "context_parallel.mode=ulysses model.num_attention_heads=6 model.hidden_size=48": (
-        "context_parallel.size = 4: 6 query and 6 key/value heads a tensor rank don't spread over 4 ranks; "
+        "context_parallel.size = 4: 6 query and 6 key/value heads per tensor rank do not spread over 4 ranks; "
         "spread them over one of 1, 2, 3, 6"
     ),
     "context_parallel.grid=[2, 2] context_parallel.tile=[2, 4]": (
@@ -237,7 +237,7 @@ REFUSED = {
         "context_parallel.mode = 'ring': context_parallel.layer_modes has attention2d; choose attention2d"
     ),
     "context_parallel.layer_modes=[attention2d,ulysses,ring,ring] model.num_attention_heads=6 model.hidden_size=48": (
-        "context_parallel.size = 4: 6 query and 6 key/value heads a tensor rank don't spread over 4 ranks; ..."
+        "context_parallel.size = 4: 6 query and 6 key/value heads per tensor rank do not spread over 4 ranks; ..."
     ),
     "context_parallel.mode=ring context_parallel.tile=[1, 1]": (
         "context_parallel.tile = [1, 1]: context_parallel.mode = ring has no grid; choose null"
@@ -247,7 +247,7 @@ REFUSED = {
         "choose auto or one of 1, 2, 4"
     ),
     "context_parallel.grid=[4,1,1] model.num_attention_heads=12 model.num_query_groups=3 model.hidden_size=96": (
-        "context_parallel.grid = [4, 1, 1]: 12 query and 3 key/value heads a tensor rank don't spread over 4 ranks; "
+        "context_parallel.grid = [4, 1, 1]: 12 query and 3 key/value heads per tensor rank do not spread over 4 ranks; "
         "spread them over one of 1, 3"
     ),
     # world

@@ -175,7 +175,7 @@ def _phases(name: str, u: int, order: tuple[int, int], parts: list[tuple[_Links,
 
 
 def _over_heads(name: str, places: int, u: int, sent: float, tensors: int) -> Listed:
-    """Every rank of a head group sends every other one its heads of its tokens, two chunks a tensor."""
+    """Every rank of a head group sends every other one its heads of its tokens, two chunks per tensor."""
     links = {
         (place * u + sender, place * u + receiver): sent
         for place in range(places)

@@ -58,7 +58,7 @@ def test_the_largest_published_speed_up() -> None:
 
 
 def test_one_gpu_a_node() -> None:
-    """64 H100, one a node: 9.4 published. Bytes allow 378 / 74.5; a ring's starts, as measured, hide behind them."""
+    """64 H100, one per node: 9.4 published. Bytes allow 378 / 74.5; a ring's starts, as measured, hide behind them."""
     run = load_run("configs/runs/gpt3_175b_32k.yaml", [])
     machines, work = replace(cluster(run), ranks_per_node=1), replace(workload(run), heads=40, kv_heads=40)
     modes = Candidate("ring", None, None), Candidate("attention2d", (1, 8, 8), None)
