@@ -42,6 +42,8 @@ ROOT = Path(__file__).resolve().parents[1]
 YAML = ROOT / "configs/runs/llama_8b_1m.yaml"
 ANCHOR_S = 380.0
 """Published for Qwen3-8B, 1,048,576 tokens per step on 8 x H100, with Ulysses or ring attention."""
+START_S = 240.0
+"""How long the ranks may take until the first layer: they import Megatron and Transformer Engine."""
 SECTIONS = ("layers", "steps", "norms")
 TINY = {"hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 128}
 MODES = ("attention2d", "p2p", "a2a", "all_gather")
@@ -127,7 +129,7 @@ def layers(args: argparse.Namespace, found: dict[str, Any], deadline: float) -> 
 
     rows = args.out / "layers.jsonl"
     command = python(ROOT / "benchmarks/million_layers.py", str(args.out / "layers.json"), str(rows))
-    Watched(command, rows, args.out / "layers.log", 120.0, args.case_timeout, deadline).run(len(cases), tell)
+    Watched(command, rows, args.out / "layers.log", START_S, args.case_timeout, deadline).run(len(cases), tell)
 
 
 def variants(args: argparse.Namespace) -> list[tuple[str, bool]]:

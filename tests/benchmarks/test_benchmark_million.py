@@ -16,7 +16,7 @@ from tests.benchmarks.test_benchmark_multi_gpu import ROOT, script
 def test_measures_layers_and_steps(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/benchmark_million.py", "--out", str(tmp_path), "--device", "cpu"]
     command += ["--model", "tiny", "--seq", "64", "--steps-seq", "64", "--modes", "attention2d", "p2p"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "million.json").read_text())
     assert [(row["mode"], row["kept"]) for row in found["layers"]] == [
