@@ -11,7 +11,7 @@ from megatron_attn2d.preview.memory import GIB, check, estimate, estimate_host, 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
 MODELS = sorted((ROOT / "configs" / "models").glob("*_*[0-9][bm].yaml"))
-ON_GPUS = [path for path in RUNS if path.stem not in {"quickstart", "needle_tiny"}]
+ON_GPUS = [path for path in RUNS if load_run(path).environment.device == "cuda"]
 MODES = ("attention2d", "ring", "all_gather")
 RUN = """
 extends: {model}
