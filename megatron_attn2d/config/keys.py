@@ -1,8 +1,8 @@
 """What a key of a run is about: the weights, the learning rate, the order of the data, or where and how fast it trains.
 
 A continued run may train on other ranks, in another mode of attention, with other logs. What decides about the weights,
-the loss, the learning rate or the order of the data must stay, unless `checkpoint.may_change` names it. So must every key
-or argument that stands in no list here: what nobody has classified is refused rather than overlooked.
+the loss, the learning rate or the order of the data must stay, unless `checkpoint.may_change` names it. So must every
+key or argument that stands in no list here: what nobody has classified is refused rather than overlooked.
 """
 
 import re
