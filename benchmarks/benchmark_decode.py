@@ -155,7 +155,7 @@ def measure(model: Any, tokens: int, args: argparse.Namespace, weights: int, ban
     steps = 2 * args.steps + 4 * WARM_UP
     capacity = -(-(tokens + steps) // context)
     needed = args.batch * capacity * model.bytes_per_token
-    if _slowest(float(needed > 0.95 * model.free_bytes()), model.device):
+    if needed > 0.95 * model.free_bytes():
         return {"tokens": tokens, "needs_gib": needed / 2**30}
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

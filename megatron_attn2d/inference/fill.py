@@ -13,6 +13,9 @@ from megatron_attn2d.inference.cache import Cache
 from megatron_attn2d.inference.model import Model
 from megatron_attn2d.inference.shards import Piece
 
+_LOGITS = 1 << 26
+"""Of which so many are looked at in fp64 at once: 512 MiB."""
+
 
 class _Row(NamedTuple):
     """A row of a pass whose logits are asked for: those after token `place` of the new ones of `sequence`."""
@@ -56,16 +59,15 @@ def fill(
         cache.finish()
         if logits is None:
             continue
-        followed = []
+        followed: dict[int, list[tuple[int, int]]] = {}  # by sequence: row of the logits, place of the next token
         for i, (_, sequence, place) in enumerate(rows):
             if place == ends[sequence]:
                 last[sequence] = logits[i]
             else:
-                followed.append(i)
-        if followed:
-            targets = [tokens[rows[i].sequence][rows[i].place + 1] for i in followed]
-            for i, found in zip(followed, _scored(logits[followed], targets, size), strict=True):
-                scores[rows[i].sequence][rows[i].place + 1] = found
+                followed.setdefault(sequence, []).append((i, place + 1))
+        for sequence, pairs in followed.items():
+            at, places = zip(*pairs, strict=True)
+            scores[sequence][list(places)] = _scored(logits, at, [tokens[sequence][place] for place in places], size)
     if model.last:
         cache.logits = model.last_logits(last)
     if first is None:
@@ -75,7 +77,7 @@ def fill(
             model.sum_over_context(found)
         if before is not None:  # what the text before says of the first token, on every context rank
             for found, row, new in zip(scores, before, tokens, strict=True):
-                found[0] = _scored(row[None], [new[0]], size)[0]
+                found[0] = _scored(row[None], [0], [new[0]], size)[0]
     return [model.broadcast(found)[begin:].cpu() for found, begin in zip(scores, first, strict=True)]
 
 
@@ -101,11 +103,16 @@ def _rows(
     return held, rows
 
 
-def _scored(logits: Tensor, targets: Sequence[int], size: int | None) -> Tensor:
-    """Log probability of a target per row of logits [n, vocabulary], and 1 where it is the likeliest, [n, 2].
+def _scored(logits: Tensor, rows: Sequence[int], targets: Sequence[int], size: int | None) -> Tensor:
+    """Log probability of a target per row of logits [n, vocabulary], and 1 where it is the likeliest, [rows, 2].
 
     As in training, the probabilities are those of all ids; the likeliest is one of the tokenizer's `size`.
     """
-    aimed = torch.tensor(targets, device=logits.device, dtype=torch.long)
-    logprob = logits.double().log_softmax(-1).gather(-1, aimed[:, None])[:, 0]
-    return torch.stack((logprob, (logits[:, :size].argmax(-1) == aimed).double()), -1)
+    at, aimed = (torch.tensor(x, device=logits.device, dtype=torch.long) for x in (rows, targets))
+    step = max(1, _LOGITS // logits.size(-1))
+    found = []
+    for some, wanted in zip(at.split(step), aimed.split(step), strict=True):
+        part = logits[some].double()
+        logprob = part.gather(-1, wanted[:, None])[:, 0] - part.logsumexp(-1)
+        found.append(torch.stack((logprob, (part[:, :size].argmax(-1) == wanted).double()), -1))
+    return torch.cat(found)

@@ -127,11 +127,21 @@ class Model:
         return sum(weight.numel() * weight.element_size() for weight in self._chunk.parameters())
 
     def free_bytes(self) -> int:
-        """Memory that a cache could take on this rank."""
+        """Memory that a cache could take on each rank of the replica; all of them call, and get the same."""
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info()
-            return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        else:
+            free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        least = torch.tensor(free, dtype=torch.long, device=self.device)
+        for group in (
+            mpu.get_context_parallel_group(),
+            mpu.get_tensor_model_parallel_group(),
+            mpu.get_pipeline_model_parallel_group(),
+        ):
+            if group.size() > 1:
+                dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+        return int(least)
 
     @torch.no_grad()
     def logits(self, cache: Cache, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor | None:

@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 
 from megatron_attn2d import cli
-from megatron_attn2d.inference import configuration
 from megatron_attn2d.inference.sampling import Sampling
 from tests.inference.conftest import call, described
 from tests.pool import RankPool
@@ -74,8 +73,7 @@ def _use(args: list[str]) -> None:
     from megatron_attn2d.errors import UsageError
     from megatron_attn2d.inference.generator import Generator
 
-    run = configuration.configuration(Path(args[0]), ["parallelism.tensor=1"])
-    with Generator.started(run, configuration.arguments(run, 1), chunk=8) as generator:
+    with Generator.load(args[0], ["parallelism.tensor=1"], step=1, chunk=8) as generator:
         encode, greedy = generator.tokenizer.encode, Sampling(4, ignore_end=True)
         text = encode("one haystack, many questions")
         asked = [encode("a"), encode("bcd")]

@@ -108,7 +108,7 @@ def check(
             texts = found
             (expected,) = pool.run(recomputed, 1, configuration.arguments(base, step), texts, init_group=False)
         for wanted, tokens in zip(expected, ranks[0].tokens, strict=True):
-            assert wanted[:, :257].argmax(-1).tolist() == tokens, layout
+            assert tolerance > 1e-5 or wanted[:, :257].argmax(-1).tolist() == tokens, layout
         given = [(a, b) for a, b in zip(ranks[-1].logits, expected, strict=True) if a.numel()]
         worst = max(float((a - b).abs().max()) for a, b in given)
         print(layout, "largest difference of logits", worst)
@@ -117,7 +117,7 @@ def check(
 
 def test_prompts_of_1_to_1000_tokens_on_1_to_8_ranks(pool: RankPool, tmp_path: Path) -> None:
     layouts = [(), ("context_parallel.size=3",), ("context_parallel.size=8",)]
-    check(pool, described(tmp_path / "run"), prompts_of(1, 1000, 2, 37, 129, 16), layouts, chunk=32)
+    check(pool, described(tmp_path / "run"), prompts_of(1, 1000, 2, 37, 129, 16), layouts, chunk=128)
 
 
 NO_GROUPS = "model.num_query_groups=null"
@@ -148,6 +148,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "megatron_args.moe_ffn_hidden_size=64",
     ),
     "hybrid": ("model.kind=hybrid",),
+    "bf16": ("training.precision=bf16",),
     "multi-token prediction": ("megatron_args.mtp_num_layers=1", "model.untie_embeddings_and_output_weights=true"),
 }
 
@@ -155,7 +156,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, pool: RankPool, tmp_path: Path) -> None:
     layouts = [("context_parallel.size=2",)]
-    check(pool, described(tmp_path / "run", *FAMILIES[family]), prompts_of(1, 40, 17), layouts)
+    tolerance = 6.5e-2 if family == "bf16" else 1e-5  # two units in the last place of logits from 4 on
+    check(pool, described(tmp_path / "run", *FAMILIES[family]), prompts_of(1, 40, 17), layouts, tolerance=tolerance)
 
 
 def test_a_checkpoint_says_the_same_on_every_layout(pool: RankPool, trained: Path) -> None:
