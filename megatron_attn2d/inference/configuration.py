@@ -9,6 +9,7 @@ from megatron_attn2d.config import RunConfig, load_run, megatron_arguments
 from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, on_another_grid, stages_of_training
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.read import build_run
+from megatron_attn2d.data.matching import check_data
 from megatron_attn2d.errors import ConfigError, UsageError
 
 _DECIDED = (
@@ -66,7 +67,10 @@ def configuration(run_dir: Path, overrides: list[str], world_size: int | None = 
     }
     check_overrides(trained, build_run(read_run(path, decided)), asked, reasons, "generate", _FREE)
     left_out = [f"megatron_args.{name}=null" for name in stages_of_training(trained, asked)]
-    return load_run(path, [*decided, *overrides, *left_out], world_size=world_size)
+    run = load_run(path, [*decided, *overrides, *left_out], world_size=world_size)
+    if run.data.tokenizer_model != trained.data.tokenizer_model:
+        check_data(run)  # which tells another tokenizer from a file that has only moved
+    return run
 
 
 def arguments(run: RunConfig, step: int | None) -> list[str]:

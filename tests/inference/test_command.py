@@ -9,7 +9,11 @@ from unittest import mock
 import pytest
 
 from megatron_attn2d import cli
+from megatron_attn2d.data.build import build
+from megatron_attn2d.errors import UsageError
+from megatron_attn2d.inference import configuration
 from megatron_attn2d.inference.sampling import Sampling
+from tests.data.conftest import _sentencepiece
 from tests.inference.conftest import call, described
 from tests.pool import RankPool
 
@@ -65,12 +69,26 @@ def test_learned_positions_end(trained: Path, tmp_path: Path, capsys) -> None:
     assert "prompt 0: 60 tokens and 6 new ones are more than the 64 positions" in capsys.readouterr().err
 
 
+def test_another_tokenizer_than_the_runs_is_refused(tmp_path: Path) -> None:
+    choice = _sentencepiece(tmp_path)
+    (tmp_path / "text.txt").write_text("Ring attention passes every key by every rank.")
+    build([tmp_path / "text.txt"], tmp_path / "set", choice)
+    moved, other = tmp_path / "moved.model", tmp_path / "other.model"
+    moved.write_bytes(Path(choice.model or "").read_bytes())
+    other.write_bytes(moved.read_bytes() + b"x")
+    keys = ("data.tokenizer_type=SentencePieceTokenizer", f"data.tokenizer_model={choice.model}")
+    null = ("data.vocab_size=null", "data.null_tokenizer_eod_id=null", f"data.paths=[{tmp_path / 'set'}]")
+    run_dir = described(tmp_path / "run", *keys, *null)
+    assert configuration.configuration(run_dir, [f"data.tokenizer_model={moved}"]).data.tokenizer_model == str(moved)
+    with pytest.raises(UsageError, match=r"data.tokenizer_model = .*other.model.*with another vocabulary"):
+        configuration.configuration(run_dir, [f"data.tokenizer_model={other}"])
+
+
 def test_the_api_of_one_process(pool: RankPool, trained: Path) -> None:
     pool.run(call, 1, _use, [str(trained)], init_group=False)
 
 
 def _use(args: list[str]) -> None:
-    from megatron_attn2d.errors import UsageError
     from megatron_attn2d.inference.generator import Generator
 
     with Generator.load(args[0], ["parallelism.tensor=1"], step=1, chunk=8) as generator:
