@@ -8,11 +8,11 @@ Tokens of several chunks, here of two, lie in one of two orders:
 A rank's shard comes by sequence, as Megatron and Transformer Engine have it; gathered chunks come by slot. Both orders
 are one where there is a single sequence.
 
-A sequence may end before the tokens that are set apart for it do: the rest is padding, which sees and is seen by
-nobody. Tokens after the last sequence are padding too.
+A sequence may be shorter than its padded length: the rest is padding, which sees no key and is seen by no query. Tokens
+after the last sequence are padding too.
 
-Totals may be numbers of the host or tensors of a GPU. The latter are never read back: what depends on them is made on
-the GPU, whole chunks travel, and nothing of them is checked.
+Totals may be numbers of the host or tensors of a GPU. A tensor of a GPU is never read back: what depends on it is made
+on the GPU, whole chunks travel, and its numbers are not checked.
 
 Legend: J sequences, n tokens of a chunk of all of them together.
 """
@@ -43,7 +43,7 @@ _MOST_PACKS = 8
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where sequences lie in the chunks of `ranks` places; a single sequence without padding too.
+    """Where sequences lie in the chunks of `ranks` ranks; one sequence without padding is a packing too.
 
     Attributes:
         chunks: [J], tokens of a chunk of each sequence.
@@ -53,7 +53,7 @@ class Packing:
         longest: at least the largest of `chunks`.
         padded: some token is padding, or may be.
         device: where the sequences' tokens are.
-        facts: what tells packings apart that the host knows.
+        facts: tells packings apart that the host knows.
     """
 
     chunks: Numbers
@@ -81,12 +81,12 @@ class Packing:
         device: torch.device,
         max_seqlen: int | None = None,
     ) -> Packing:
-        """From running totals as Megatron's PackedSeqParams have them; kept for the layers of a few batches.
+        """From running totals as in Megatron's PackedSeqParams; kept for the layers of a few batches.
 
         Args:
-            cu_seqlens: [0, length of the first, of the first two, ...]. A tensor on a GPU is not compared with the last
-                call's, and what is written into it is noticed where torch counts it (`Tensor._version`): messages of
-                torch.distributed into it are not, nor is what goes through `.data`.
+            cu_seqlens: [0, length of the first, of the first two, ...]. The numbers of a tensor on a GPU are not
+                compared with those of the last call. Changes of it are noticed if torch counts them
+                (`Tensor._version`). Torch counts neither messages of torch.distributed nor writes through `.data`.
             cu_seqlens_padded: the same with padding, where there is any between sequences.
             tokens: of the whole pack, all ranks together.
             ranks: context-parallel size.
@@ -94,7 +94,7 @@ class Packing:
             max_seqlen: tokens of the longest sequence with its padding, if totals are on a GPU.
 
         Raises:
-            ValueError: for totals that the host knows and that don't fit each other, the tokens or the ranks.
+            ValueError: totals that the host knows don't fit each other, the tokens or the ranks.
         """
         padded = cu_seqlens if cu_seqlens_padded is None else cu_seqlens_padded
         if cls.on_gpu(cu_seqlens):
@@ -125,7 +125,7 @@ class Packing:
 
     @property
     def one(self) -> bool:
-        """There is a single sequence, so that both orders of its tokens are one."""
+        """There is a single sequence, so that both orders of its tokens are the same."""
         return len(self.chunks) == 1
 
     @property
@@ -134,13 +134,13 @@ class Packing:
         return self.one and not self.padded
 
     @property
-    def places(self) -> list[int]:
-        """Tokens set apart for each sequence, for packings that the host knows."""
+    def padded_lengths(self) -> list[int]:
+        """Tokens of each sequence with its padding, for packings that the host knows."""
         numbers: list[int] = (2 * self.ranks * self.chunks).tolist()
         return numbers
 
     def over(self, parts: int) -> Packing:
-        """The same sequences in chunks of `parts` times the tokens, on as many times fewer places."""
+        """The same sequences on 1/`parts` of the ranks, in chunks of `parts` times the tokens."""
         if parts == 1:
             return self
         return self.made(
@@ -156,13 +156,13 @@ class Packing:
         )
 
     def mask(self, band: Band) -> Mask:
-        """Which chunks have to do with each other; chunks that hold nothing but padding are left out where known."""
+        """Which chunks have to do with each other. Chunks of nothing but padding are left out where the host knows."""
         return self.made(("mask", band), lambda: self._mask(band))
 
     def diagonal_share(self, band: Band) -> float:
-        """Work of a chunk's attention to itself under a band, over that of one sequence of n tokens without a window.
+        """Work of the diagonal under a band, relative to one sequence of n tokens per chunk without a window.
 
-        Where the host knows nothing, all tokens count as one sequence.
+        Where the host does not know the lengths, all tokens count as one sequence.
         """
 
         def share() -> float:
@@ -187,28 +187,28 @@ class Packing:
         return rows if self.one else rows.index_select(0, self.sequence_rows(x.size(0)))
 
     def statistics_by_slot(self, x: Tensor, slots: int) -> Tensor:
-        """Numbers of each row by sequence, [..., slots * n], -> [slots, ..., n]."""
+        """Numbers per row by sequence, [..., slots * n], -> by slot, [slots, ..., n]."""
         if not self.one:
             x = x.index_select(-1, self.slot_rows(slots))
         return x.unflatten(-1, (slots, -1)).movedim(-2, 0)
 
     def statistics_by_sequence(self, x: Tensor) -> Tensor:
-        """Numbers of each row by slot, [slots, ..., n], -> [..., slots * n]."""
+        """Numbers per row by slot, [slots, ..., n], -> by sequence, [..., slots * n]."""
         rows = x.movedim(0, -2).flatten(-2)
         return rows if self.one else rows.index_select(-1, self.sequence_rows(x.size(0)))
 
     def slot_rows(self, slots: int) -> Tensor:
-        """Where each row of `slots` chunks by slot stands by sequence, [slots * n] int32."""
+        """The position by sequence of each row of `slots` chunks by slot, [slots * n] int32."""
         return self._rows(slots)[0]
 
     def sequence_rows(self, slots: int) -> Tensor:
-        """Where each row of `slots` chunks by sequence stands by slot, [slots * n] int32."""
+        """The position by slot of each row of `slots` chunks by sequence, [slots * n] int32."""
         return self._rows(slots)[1]
 
     def spread_rows(self, parts: int) -> Tensor:
-        """Where rows of two chunks by slot stand in a shard by sequence, [parts * 2n] int32.
+        """The position in a shard by sequence of each row of two chunks by slot, [parts * 2n] int32.
 
-        Rows are cut in `parts`: the first part of all rows comes first, then the second of all, ...
+        Rows are cut into `parts` parts: the first part of all rows comes first, then the second of all rows, ...
         """
 
         def rows() -> Tensor:
@@ -218,7 +218,7 @@ class Packing:
         return self.made(("spread", parts), rows)
 
     def collected_rows(self, parts: int) -> Tensor:
-        """The way back: where each part of each row of the shard stands, [2n * parts] int32."""
+        """The way back: the position of each part of each row of the shard, [2n * parts] int32."""
 
         def rows() -> Tensor:
             step = 2 * self.tokens
@@ -228,9 +228,9 @@ class Packing:
         return self.made(("collected", parts), rows)
 
     def positions(self, chunks: Sequence[int]) -> Tensor:
-        """Where the rows of chunks of these positions, by sequence, stand in the whole pack, [1, slots * n] int64.
+        """Positions in the whole pack of the rows of these chunks, by sequence, [1, slots * n] int64.
 
-        Made on the device: a copy from the host would wait for it, and can't be captured in a CUDA graph.
+        They are made on the device: a copy from the host would wait for it and can't be captured in a CUDA graph.
         """
 
         def found() -> Tensor:
@@ -241,7 +241,7 @@ class Packing:
         return self.made(("positions", tuple(chunks)), found)
 
     def made[Value](self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """What all layers of a batch need once."""
+        """What is made once for all layers of a batch."""
         if key not in self._made:
             self._made[key] = make()
         value: Value = self._made[key]
@@ -282,7 +282,7 @@ class Packing:
         return self.made("on device", placed)
 
     def _of_each_row(self) -> tuple[Tensor, Tensor]:
-        """For each row of a chunk the offset and the tokens of its sequence's part, [n] each, on the device."""
+        """Per row of a chunk, `offsets` and `chunks` of its sequence, [n] each, on the device."""
 
         def found() -> tuple[Tensor, Tensor]:
             offsets, chunks = (x.long() for x in self._on_device)
@@ -317,35 +317,35 @@ def _on_host(
 ) -> Packing:
     unit = 2 * ranks
     lengths = _steps_between("cu_seqlens", totals)
-    places = lengths if padded is totals else _steps_between("cu_seqlens_padded", padded)
+    padded_lengths = lengths if padded is totals else _steps_between("cu_seqlens_padded", padded)
     if len(totals) != len(padded) or len(totals) < 2 or totals[0] != 0 or padded[0] != 0:
         raise ValueError(f"cu_seqlens {_short(totals)} and cu_seqlens_padded {_short(padded)} don't fit")
-    for i in np.flatnonzero((lengths < 0) | (lengths > places))[:1].tolist():
-        raise ValueError(f"packed sequence {i} has {lengths[i]} tokens in a place of {places[i]}")
-    for i in np.flatnonzero(np.mod(places, unit))[:1].tolist():
-        lower = int(places[i]) // unit * unit
+    for i in np.flatnonzero((lengths < 0) | (lengths > padded_lengths))[:1].tolist():
+        raise ValueError(f"packed sequence {i} has {lengths[i]} tokens, but {padded_lengths[i]} in cu_seqlens_padded")
+    for i in np.flatnonzero(np.mod(padded_lengths, unit))[:1].tolist():
+        lower = int(padded_lengths[i]) // unit * unit
         raise ValueError(
-            f"packed sequence {i} takes {places[i]} tokens, no multiple of 2 * cp = {unit}: pad it to {lower + unit} "
-            f"(cu_seqlens_padded){f' or cut it to {lower}' if lower else ''}"
+            f"packed sequence {i} takes {padded_lengths[i]} tokens, no multiple of 2 * cp = {unit}: pad it to "
+            f"{lower + unit} (cu_seqlens_padded){f' or cut it to {lower}' if lower else ''}"
         )
     rest = tokens - padded[-1]
     if rest < 0 or rest % unit:
         raise ValueError(
             f"packed sequences take {padded[-1]} of {tokens} tokens: what is left must be a multiple of 2 * cp = {unit}"
         )
-    lengths, places = np.append(lengths, 0), np.append(places, rest)
-    taken = places > 0  # places without a token are legal, and nothing
+    lengths, padded_lengths = np.append(lengths, 0), np.append(padded_lengths, rest)
+    taken = padded_lengths > 0  # sequences of no length are legal, and are nothing
     if not taken.any():
         raise ValueError(f"cu_seqlens {_short(totals)} pack no token")
-    lengths, places = lengths[taken], places[taken]
-    chunks = places // unit
+    lengths, padded_lengths = lengths[taken], padded_lengths[taken]
+    chunks = padded_lengths // unit
     return Packing(
         chunks,
         lengths,
         ranks,
         tokens // unit,
         int(chunks.max()),
-        bool((lengths != places).any()),
+        bool((lengths != padded_lengths).any()),
         device,
         (totals, padded),
     )
@@ -377,9 +377,9 @@ _packs: list[tuple[object, Packing, object]] = []
 
 
 def _kept(key: object, make: Callable[[], tuple[Packing, object]]) -> Packing:
-    """What was made for `key`, with what must live as long as it, or is made now in place of the oldest.
+    """The packing of `key`, made now in place of the oldest one if there is none. `make` says what must live as long.
 
-    Keys are compared one by one: to hash the totals of a thousand sequences takes longer in every layer.
+    Keys are compared one by one: in every layer it would take longer to hash the totals of a thousand sequences.
     """
     place = next((i for i, (known, *_) in enumerate(_packs) if known == key), None)
     if place is None:
@@ -396,7 +396,7 @@ def _tuple(totals: Totals) -> tuple[int, ...]:
 
 
 def _steps(used: np.ndarray, reach: np.ndarray) -> Steps:
-    """Of sequences with so many used chunks and such a reach each, the farthest reach of a chunk by its position."""
+    """The farthest reach of a chunk by its position, from each sequence's used chunks and reach."""
     order = np.argsort(used)
     stops, farthest = used[order], np.maximum.accumulate(reach[order][::-1])[::-1]
     last = np.append(farthest[1:] != farthest[:-1], True)

@@ -1,7 +1,7 @@
 """Tables of segments: many pieces of attention of one band, so that one kernel call attends them all.
 
 A segment is a run of query rows and a run of key rows of two flat buffers. Packed sequences, padding and windows make
-many of them; how many there are changes the size of a table and never the number of kernel calls.
+many segments. Their number changes the size of a table and never the number of kernel calls.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Columns(NamedTuple):
 class Segments:
     """Pieces of attention of one band, for one kernel call.
 
-    Segment i attends the query rows [q_starts[i], q_starts[i] + q_lengths[i]) to the key rows likewise. No two segments
-    share a query row or a key row, and both starts ascend. Rows that no segment has are legal.
+    Segment i attends the query rows [q_starts[i], q_starts[i] + q_lengths[i]) to the key rows of the same form. No two
+    segments share a query row or a key row, and both starts ascend. A row may be in no segment.
 
     Attributes:
         columns: makes the table where the rows are. The last entry of the starts is the number of rows; either both
@@ -74,7 +74,7 @@ class Segments:
         return self.columns().k_lengths
 
     def made[Value](self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """What kernels derive from the table once."""
+        """What kernels derive once from the table."""
         if key not in self._made:
             self._made[key] = make()
         value: Value = self._made[key]

@@ -1,4 +1,4 @@
-"""Small tables of numbers on their way from the host to a GPU, which nobody waits for."""
+"""Copies of small tables of numbers from the host to a GPU, for which nobody waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
     """A copy of whole numbers on `device`, int32 of the same shape.
 
     Raises:
-        RuntimeError: while a CUDA graph is captured, whose replays would read memory that has other numbers by then.
+        RuntimeError: a CUDA graph is being captured. Its replays would read memory that holds other numbers by then.
     """
     if device.type != "cuda":
         return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int32))
@@ -28,9 +28,9 @@ def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
 
 
 class _Staging:
-    """Pinned memory that is used again and again: more of it is given out only when the GPU has nothing to do.
+    """Pinned memory that is used again and again: allocating it anew would wait for the GPU.
 
-    Numbers go to one half of it, then to the other, whose last copies have ended by then.
+    Numbers go to one half of it, then to the other half, whose last copies have ended by then.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,22 +1,24 @@
 """A tile's plan over packed sequences, padding and windows, as tables of segments: a constant number of kernel calls.
 
 A plan in chunks is the same for every sequence. Its rows lie by sequence (see `packing`), where a run of chunk slots is
-a run of rows of each sequence, so a rectangle of slots is a table of one segment per sequence. Of chunks in token order
+one run of rows per sequence. So a rectangle of slots is a table of one segment per sequence. Of chunks in token order
 the real rows are the first: padding shortens segments.
 
-Under a window of l tokens back, what a chunk of queries [a, a + x) sees of earlier chunks are two pieces:
+Under a window of l tokens back, a chunk of queries [a, a + x) sees two pieces of the chunks before it:
 
     keys           a - l         T              a            T = a + x - 1 - l, the first key that the last row sees
     row a            # # # # # # # # # # # # # #  own
     ...                # # # # # # # # # # # # #  chunk,       [a - l, T)  a triangle, of band (0, all)
     row a + x - 1              # # # # # # # # #  apart        [T, a)      a full rectangle
 
-The tile holds some of these chunks' keys. Those that it holds follow each other in its buffer, the triangle's too: it
-is shorter than a chunk, so it touches two neighbours at most. Keys after a chunk of queries, under a window of r tokens
-ahead, are the mirror image, but that a band ends at the bottom right: there the triangle must be a square, and rows
-below a square that is cut by a missing chunk or the sequence's end see all of its keys, a full rectangle.
+The tile holds some of the keys of these chunks. The keys that it holds follow each other in its buffer. So do those of
+the triangle: it is shorter than a chunk, so it touches two neighbours at most.
 
-Tables of numbers that the host knows hold no empty segment. Those of a GPU's numbers do.
+Keys after a chunk of queries, under a window of r tokens ahead, are the mirror image, with one difference: a band ends
+at the bottom right. There the triangle must be a square. Where a missing chunk or the end of the sequence cuts the
+square short, the rows below it see all of its keys: a full rectangle.
+
+Tables of numbers that the host knows have no empty segments. Tables of a GPU's numbers may have some.
 
 Legend: J sequences, Q and K slots of the plan's queries and keys.
 """
@@ -47,12 +49,12 @@ class Call:
 
 @dataclass(frozen=True)
 class KeyGroup:
-    """Calls no two of which share a key row.
+    """Calls of which no two share a key row.
 
     Attributes:
-        calls: as above.
-        slots: they have keys of the first so many slots.
-        covered: together they have every row of these.
+        calls: the calls.
+        slots: their keys are in the first so many slots.
+        covered: together they have every row of these slots.
     """
 
     calls: tuple[Call, ...]
@@ -65,8 +67,8 @@ class TileTables:
     """The kernel calls of a tile.
 
     Attributes:
-        groups: all calls; where they share keys, the group of the most keys comes last, which has all slots.
-        covered: for each layer, whether its calls have every query row.
+        groups: all calls. Where groups share keys, the one with the most keys comes last, and it has all slots.
+        covered: per layer, whether its calls have every query row.
     """
 
     groups: tuple[KeyGroup, ...]
@@ -79,10 +81,10 @@ class TileTables:
 
 
 def tile_tables(plan: TilePlan, packing: Packing, band: Band, share_keys: bool) -> TileTables:
-    """The calls of a tile between other ranks' chunks, and between a rank's own two where they are not apart.
+    """The calls of a tile: all of its attention but the diagonal.
 
-    Under a mask without a window they share keys and no queries, or queries and no keys. Where queries travel, they are
-    as the plan has them, which shares keys. A single call that neither way changes is made once.
+    Under a mask without a window calls either share keys and no queries, or queries and no keys. Where queries travel,
+    they are those of the plan, which share keys. A single call is the same both ways and is made once.
     """
     share_keys |= plan.queries_travel or [(r.stop, r.first) for r in plan.rectangles] == [(len(plan.queries), 0)]
     key = plan, band, share_keys or band not in (FULL, CAUSAL)
@@ -90,7 +92,7 @@ def tile_tables(plan: TilePlan, packing: Packing, band: Band, share_keys: bool) 
 
 
 def diagonal_tables(plan: TilePlan, packing: Packing, rank: int, band: Band) -> TileTables:
-    """The call of a rank's two chunks, each to itself or as the plan joins them; none where the tile has them."""
+    """The call of the diagonal: each of a rank's two chunks to itself, or joined as the plan says; none without it."""
     if not plan.diagonal:
         return TileTables((), ())
     key = "diagonal", plan.diagonal_joined, rank, band
@@ -98,12 +100,12 @@ def diagonal_tables(plan: TilePlan, packing: Packing, rank: int, band: Band) -> 
 
 
 def whole_tables(packing: Packing, band: Band) -> TileTables:
-    """The call of whole sequences, on a single place."""
+    """The call of whole sequences on one rank."""
     return packing.made(("whole", band), lambda: _Rows.diagonal(0, packing).squares(band, True))
 
 
 type _Column = Any
-"""Numbers by sequence and slot, int64 [J, slots] or [J, 1]: of the host or a GPU, as those of the packing."""
+"""Numbers by sequence and slot, int64 [J, slots] or [J, 1], on the host or a GPU as the packing's are."""
 
 
 class _Pieces(NamedTuple):
@@ -118,7 +120,7 @@ class _Pieces(NamedTuple):
 class _Rows:
     """Rows of the two buffers of a plan by sequence and slot.
 
-    NumPy works on numbers of the host, in a third of the time that torch takes; functions are those that both have.
+    NumPy works on the host's numbers, in a third of torch's time. The functions used here exist in both.
     """
 
     def __init__(self, plan: TilePlan, packing: Packing) -> None:
@@ -140,12 +142,12 @@ class _Rows:
 
     @classmethod
     def diagonal(cls, rank: int, packing: Packing) -> _Rows:
-        """Of a rank's shard."""
+        """The rows of a rank's own shard."""
         pair = Chunk(rank, LOWER), Chunk(rank, UPPER)
         return cls(TilePlan(pair, pair, (), True, False, False, False), packing)
 
     def squares(self, band: Band, joined: bool) -> TileTables:
-        """Chunks to themselves; with `joined` both of a sequence's as one."""
+        """Each chunk to itself; with `joined` both chunks of a sequence as one."""
         start, length = self._run(self._queries, 0, 2) if joined else self._each(self._queries)
         most = (1 + joined) * self._packing.longest
         left, right = (None if side is None or side >= most - 1 else side for side in band)

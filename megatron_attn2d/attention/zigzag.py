@@ -90,7 +90,7 @@ def _sequences(tokens: int, ranks: int, cu_seqlens: Totals | None) -> list[tuple
             raise ValueError(f"{tokens} tokens can't be cut into 2 * cp = {chunks} chunks: choose {fits}")
         return [(0, tokens)]
     totals = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    lengths = Packing.of(totals, None, tokens, ranks, torch.device("cpu")).places
+    lengths = Packing.of(totals, None, tokens, ranks, torch.device("cpu")).padded_lengths
     return list(zip(accumulate(lengths, initial=0), lengths, strict=False))
 
 

@@ -252,7 +252,7 @@ def test_other_misuse_is_refused() -> None:
         ring_attention(q, q, q, Grid.single())
     with pytest.raises(ValueError, match=r"q of packed sequences must be \[t/cp, heads, head dim\]"):
         attention2d(q, q, q, Grid.single(), cu_seqlens=[0, 4])
-    with pytest.raises(ValueError, match="packed sequence 1 has 3 tokens in a place of 2"):
+    with pytest.raises(ValueError, match="packed sequence 1 has 3 tokens, but 2 in cu_seqlens_padded"):
         attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=[0, 1, 4], cu_seqlens_padded=[0, 2, 4])
     with pytest.raises(ValueError, match=r"cu_seqlens .* and cu_seqlens_padded .* don't fit"):
         attention2d(*[q[:, 0]] * 3, Grid.single(), cu_seqlens=[0, 1, 4], cu_seqlens_padded=[0, 4])
