@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from megatron_attn2d.attention.attention2d import interleave
 from megatron_attn2d.attention.overlap import ALL_HEADS, SMALLEST_HALF, Heads, diagonal_heads
 
 
@@ -42,3 +45,25 @@ def test_views_of_heads() -> None:
     assert ALL_HEADS.of(x) is x
     assert Heads(slice(2, 4), slice(1, 2)).first == 2
     assert ALL_HEADS.first == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "order"),
+    [
+        (1, "gather 0, compute 0, merge 0"),
+        (2, "gather 0, gather 1, compute 0, compute 1, merge 0, merge 1"),
+        (3, "gather 0, gather 1, compute 0, gather 2, compute 1, merge 0, compute 2, merge 1, merge 2"),
+    ],
+)
+def test_messages_of_the_next_group_and_the_previous_one_travel_while_one_computes(groups: int, order: str) -> None:
+    done: list[str] = []
+
+    def group(i: int) -> Iterator[None]:
+        done.append(f"gather {i}")
+        yield
+        done.append(f"compute {i}")
+        yield
+        done.append(f"merge {i}")
+
+    interleave(map(group, range(groups)))
+    assert ", ".join(done) == order

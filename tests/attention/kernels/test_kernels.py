@@ -319,7 +319,7 @@ def test_results_reach_the_rows_of_a_table_alone() -> None:
 
 
 def test_the_benchmark_of_kernels_times_each_mask() -> None:
-    script = Path(__file__).parents[2] / "benchmarks/benchmark_kernels.py"
+    script = Path(__file__).parents[3] / "benchmarks/benchmark_kernels.py"
     sizes = ["--device", "cpu", "--tokens", "32", "--heads", "1", "--head-dims", "8x4", "--window", "4", "--calls", "1"]
     command = [sys.executable, str(script), *sizes, "--documents", "3"]
     _, *lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

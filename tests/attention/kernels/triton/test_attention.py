@@ -183,7 +183,7 @@ def plant(value: float) -> None:
 def test_interpreted_kernels_agree_with_the_reference() -> None:
     # The interpreter is chosen when Triton is imported, hence a process of its own.
     code = (
-        "from tests.attention.test_triton_attention import *; [compare(case) for case in CASES]; "
+        "from tests.attention.kernels.triton.test_attention import *; [compare(case) for case in CASES]; "
         "[compare_table(case) for case in TABLES]; [compare_short(case) for case in TABLES]; "
         "[plant(float(value)) for value in ('nan', 'inf')]; [scale_by(scale) for scale in (-0.3, 0.0)]"
     )
@@ -243,7 +243,7 @@ def compile_for(capability: int) -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not part of this torch")
 @pytest.mark.parametrize("capability", SHARED_KIB)
 def test_kernels_compile_without_a_gpu(capability: int) -> None:
-    code = f"from tests.attention.test_triton_attention import compile_for; compile_for({capability})"
+    code = f"from tests.attention.kernels.triton.test_attention import compile_for; compile_for({capability})"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

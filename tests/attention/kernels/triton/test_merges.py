@@ -72,7 +72,7 @@ def compare(d: int) -> None:
 @pytest.mark.parametrize("call", ["compare(8)", "compare(80)", "compare_row_orders()"])
 def test_interpreted_kernels_agree_with_torch(call: str) -> None:
     # The interpreter is chosen when Triton is imported, hence a process of its own.
-    code = f"from tests.attention import test_triton_merges as test; test.{call}"
+    code = f"from tests.attention.kernels.triton import test_merges as test; test.{call}"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
