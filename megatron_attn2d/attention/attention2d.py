@@ -177,7 +177,7 @@ def _forward_group(
     # 4 merge by log-sum-exp
     returned.wait()
     for heads, own in diagonal:
-        outs, lses = returned.beside(own.outs, own.lses, of=heads.of)
+        outs, lses = returned.with_diagonal(own.outs, own.lses, of=heads.of)
         merge_halves(outs, lses, heads.of(out), heads.of(lse))
 
 
@@ -216,8 +216,8 @@ def _backward_group(
     returned_kv.wait()
     dq, dk, dv = gradients.of_group(i)
     for heads, own in diagonal:
-        (dqs,) = returned_q.beside(own.dq, of=heads.of)
-        dks, dvs = returned_kv.beside(own.dk, own.dv, of=heads.of_keys)
+        (dqs,) = returned_q.with_diagonal(own.dq, of=heads.of)
+        dks, dvs = returned_kv.with_diagonal(own.dk, own.dv, of=heads.of_keys)
         sum_halves((dqs, heads.of(dq)), (dks, heads.of_keys(dk)), (dvs, heads.of_keys(dv)))
 
 

@@ -105,12 +105,11 @@ class Returned:
     def __init__(self, local: list[Slots], remote: list[Slots], pending: Pending) -> None:
         self._local, self._remote, self._pending = local, remote, pending
 
-    def wait(self) -> Returned:
-        """Itself, when all messages have arrived."""
+    def wait(self) -> None:
+        """Wait until all of them are here."""
         self._pending.wait()
-        return self
 
-    def beside(self, *diagonal: Slots, of: Callable[[Tensor], Tensor]) -> list[Slots]:
+    def with_diagonal(self, *diagonal: Slots, of: Callable[[Tensor], Tensor]) -> list[Slots]:
         """Per kind all partial results of both chunks, for some heads.
 
         Args:

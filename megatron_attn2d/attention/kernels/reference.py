@@ -22,7 +22,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _outside_autocast[**Arguments, Result](call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`call` as if no autocast were on: it would round what is to be fp32, log-sum-exps too."""
+    """`call` with autocast off, which would round results that must be fp32, log-sum-exps among them."""
 
     @wraps(call)
     def outside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:

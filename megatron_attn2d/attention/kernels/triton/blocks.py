@@ -1,4 +1,4 @@
-"""What all of the kernels do with a block: find its place, load and store it, mask it, and find the blocks to visit."""
+"""What every kernel does with a block: find its segment, load and store it, mask it, and find the blocks to visit."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -14,7 +14,7 @@ _BEYOND = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def segment_of(block, table):
-    """Which segment of the table a block belongs to, and its number there; their count for blocks after the last."""
+    """The segment of a block and the block's number in it; for blocks after the last, the number of segments."""
     segment, before = 0, 0
     for first in range(0, table[1], _SEARCHED):
         i = first + tl.arange(0, _SEARCHED)

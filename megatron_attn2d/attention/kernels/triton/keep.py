@@ -1,6 +1,6 @@
-"""Dropout by position: the words of rows and keys once per call, and what they decide about each pair of them.
+"""Dropout by position: the words of rows and keys, made once per call, and the decision on each pair of them.
 
-See `dropout` for the arithmetic, which is the same bit for bit.
+The arithmetic is that of `dropout`, bit for bit.
 """
 
 # mypy: disallow-untyped-defs=False

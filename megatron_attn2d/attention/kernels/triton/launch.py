@@ -21,7 +21,7 @@ BACKWARD_KEYS = {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (64, 64, 8, 1)}
 AMPERE_SHARED_BYTES = 163 * 1024
 
 _stages: dict[tuple[Any, ...], int] = {}
-"""Pipeline stages of what did not fit with those of its table."""
+"""Pipeline stages of kernels that did not fit with the number in their table."""
 
 type Table = dict[int, tuple[int, int, int, int]]
 
@@ -57,9 +57,9 @@ def run(
     q: Tensor,
     dropout: bool,
 ) -> None:
-    """Launches a kernel with the pipeline stages of its table, or as many as shared memory has room for.
+    """Launch a kernel with the pipeline stages of its table, or as many as fit into shared memory.
 
-    With dropout Triton before 3.6 takes up to 68 KiB more of it.
+    With dropout Triton before 3.6 takes up to 68 KiB more shared memory.
 
     Raises:
         OutOfResources: one stage does not fit either.
@@ -78,7 +78,7 @@ def run(
 
 
 def precision(q: Tensor) -> str:
-    """How products are formed: fp32 inputs without tensor cores."""
+    """The precision of products: fp32 inputs are multiplied without tensor cores."""
     return "ieee" if q.dtype == torch.float32 else "tf32"  # 16-bit inputs ignore it
 
 
@@ -103,9 +103,9 @@ def blocks_of_keys(table: Segments | None, keys: int, step: int) -> tuple[int, t
 
 
 def _blocks_of(table: Segments, lengths: Tensor, most: int, rows: int, step: int) -> tuple[int, tuple[Any, ...]]:
-    """How many blocks of `step` the segments have at most, and the table as kernels take it.
+    """An upper bound of the number of blocks of `step` rows, and the table as kernels take it.
 
-    A kernel finds its segment among the running totals of blocks: how many there are is not known here.
+    A kernel finds its segment among the running totals of blocks. Their number is known on the device alone.
     """
     count = lengths.size(0)
     ends = ((lengths + (step - 1)) // step).cumsum(0, dtype=torch.int32)

@@ -1,9 +1,10 @@
 """The functions of `merge` as one Triton kernel each: every input is read once, every result written once.
 
 Each program takes BLOCK_N rows of one head of one sequence of the batch. Several chunks share a launch (the third axis
-of its grid): at short sequences launches are what costs. Partial results come as stacks, each with strides of its own,
-so that nothing is copied beforehand; the last dim is contiguous. Stacks of the same strides of different chunks stand
-at one *position*, so that a launch has as many arguments, and a kernel as many variants, for many ranks as for few.
+of its grid), as short sequences spend most of their time on launches. Partial results come as stacks, each with strides
+of its own, so that nothing is copied beforehand; the last dim is contiguous. Stacks of different chunks that have the
+same strides share one *position*. So the number of a launch's arguments, and of a kernel's variants, does not grow with
+the number of ranks.
 """
 
 # mypy: disallow-untyped-defs=False
