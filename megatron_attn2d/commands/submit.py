@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import count
@@ -23,7 +24,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
     parser = commands.add_parser("submit", help="hand a run to Slurm", description=_submit.__doc__)
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the YAML")
-    parser.add_argument("--nodes", type=int, metavar="N", help="default: environment.nodes")
+    parser.add_argument("--nodes", type=int, metavar="N", help="default: environment.nodes, or what the ranks need")
     parser.add_argument("--dry-run", action="store_true", help="print the batch file; write and submit nothing")
     parser.set_defaults(command=_submit)
     return [parser]
@@ -35,7 +36,7 @@ def _submit(args: argparse.Namespace) -> int:
     directory = _next_directory(Path(run.directory))
     script = slurm.render(run, nodes, directory, Path.cwd())
     if args.dry_run:
-        _check_files(run, dry_run=True)
+        _check_files_seen_from_here(run)
         print(script, end="")
         return 0
     if (Path(run.directory) / "finished").exists():
@@ -57,13 +58,17 @@ def _resolved(path: str, overrides: Sequence[str], nodes: int | None) -> tuple[R
     if nodes is not None and nodes < 1:
         raise UsageError(f"--nodes {nodes}: must be at least 1")
     # Unchecked: without the nodes the number of ranks may not fit.
-    on_gpus = build_run(read_run(Path(path), overrides)).environment.device == "cuda"
+    asked = build_run(read_run(Path(path), overrides))
+    on_gpus = asked.environment.device == "cuda"
+    if on_gpus and not asked.environment.gpus_per_node:
+        raise ConfigError("environment.gpus_per_node", None, "not given", "extend a file of configs/clusters")
+    if on_gpus and not nodes and not asked.environment.nodes:
+        nodes = slurm.nodes_for(asked)
+        print(f"megatron-attn2d: --nodes {nodes} follows from the ranks of the run", file=sys.stderr)
     run = load_run(path, [*overrides, f"environment.nodes={nodes}"] if on_gpus and nodes else overrides)
     nodes = nodes or run.environment.nodes
     if nodes is None:
         raise UsageError("on how many nodes? give --nodes, or environment.nodes in the YAML")
-    if on_gpus and not run.environment.gpus_per_node:
-        raise ConfigError("environment.gpus_per_node", None, "not given", "extend a file of configs/clusters")
     if run.world_size % nodes:
         raise UsageError(f"--nodes {nodes}: {run.world_size} ranks do not spread evenly over them")
     slurm.check(run)
@@ -72,17 +77,24 @@ def _resolved(path: str, overrides: Sequence[str], nodes: int | None) -> tuple[R
     return run.model_copy(update={"run": absolute}), nodes
 
 
-def _check_files(run: RunConfig, dry_run: bool = False) -> None:
-    """`check_files`, which makes the directories it misses: for a dry run elsewhere."""
-    if run.slurm.container_image:  # paths are those within it
-        return
+def _check_files(run: RunConfig) -> None:
+    slurm.check_setup(run)
+    if not run.slurm.container_image:  # else paths are those within it
+        check_files(run)
+        check_data(run)
+
+
+def _check_files_seen_from_here(run: RunConfig) -> None:
+    """For a dry run: says which files this host does not see, and makes the directories that are missing elsewhere."""
     with tempfile.TemporaryDirectory() as scratch:
-        for section in ("run", "data") if dry_run else ():
+        for section in ("run", "data"):
             where = getattr(run, section)
             if not Path(where.dir).exists():
                 run = run.model_copy(update={section: where.model_copy(update={"dir": scratch})})
-        check_files(run)
-        check_data(run)
+        try:
+            _check_files(run)
+        except ConfigError as error:
+            print(f"megatron-attn2d: without --dry-run this is refused on this host:\n{error}", file=sys.stderr)
 
 
 def _next_directory(run_dir: Path) -> Path:

@@ -14,6 +14,7 @@ _BY_KEY = {
     "data.paths": ("not a list of prefixes, nor a blend", "write [prefix, ...] or {prefix: weight, ...}"),
     "data.split": ("not three weights", "write 98,1,1"),
     "slurm.sbatch": ("not options of sbatch", "write {long-name: value, ...}"),
+    "slurm.srun": ("not options of srun", "write {long-name: value, ...}"),
     "environment.variables": ("not environment variables", 'write {NAME: "value", ...}'),
 }
 _BY_TYPE = {

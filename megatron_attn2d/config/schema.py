@@ -333,6 +333,8 @@ class Slurm(Section):
     sbatch: Annotated[dict[Option, str | int | bool | None], NO_FLAG] = {}
     """Options of sbatch by their long names: {partition: gpu, time: "24:00:00"}. true: no value; null: leave it out.
     `sbatch+:` adds to those of an extended file, which this replaces."""
+    srun: Annotated[dict[Option, str | int | bool | None], NO_FLAG] = {}
+    """Options of the srun that starts the ranks, written as those of sbatch: {mpi: pmix, cpus-per-task: 96}."""
     grace_s: Annotated[Positive, NO_FLAG] = 300
     """Seconds before the time limit at which the ranks are told to save and exit."""
     max_failures: Annotated[Positive, NO_FLAG] = 3
@@ -341,9 +343,12 @@ class Slurm(Section):
     setup: Annotated[Path | None, NO_FLAG] = None
     """Shell file that the job reads before it starts the ranks: modules, what the site needs."""
     python: Annotated[Path | None, NO_FLAG] = None
-    """Interpreter of the ranks. None: the one of `submit`; in a container python3."""
+    """Interpreter of the ranks, or a wrapper that starts it. None: the one of `submit`; in a container python3."""
+    container_runtime: Annotated[Literal["pyxis", "apptainer", "singularity"], NO_FLAG] = "pyxis"
+    """What runs container_image: Pyxis, which adds options to srun, or the command of that name on the nodes."""
     container_image: Annotated[Path | None, NO_FLAG] = None
-    """Image for Pyxis, a file or registry#name:tag. None: no container."""
+    """For Pyxis a file or registry#name:tag, for Apptainer and Singularity a file or an address such as docker://.
+    None: no container."""
     container_mounts: Annotated[list[Path], NO_FLAG] = []
     """SOURCE:TARGET[:FLAGS], besides the working directory and the run's, which are mounted as they are."""
 

@@ -5,8 +5,9 @@ Names and paths come from users: whatever they hold, the shell sees them quoted,
 
 import re
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +18,11 @@ _OURS = (
     *("chdir", "ntasks", "array", "wrap", "parsable", "test-only"),
 )
 """Options of sbatch on which the batch file rests."""
+_OURS_OF_SRUN = (
+    *("nodes", "ntasks", "ntasks-per-node", "export", "kill-on-bad-exit", "multi-prog", "pty"),
+    *("container-image", "container-mounts", "container-workdir"),  # slurm.container_... say these
+)
+"""Options of srun on which the batch file rests."""
 _EARLY_S = 60
 """By so much Slurm may send `--signal` too early, as sbatch's manual says."""
 
@@ -33,11 +39,13 @@ def check(run: RunConfig) -> None:
     if run.training.exit_interval:
         reason = "a job goes on until training.train_iters"
         raise ConfigError("training.exit_interval", run.training.exit_interval, reason, "choose null")
-    for option, value in run.slurm.sbatch.items():
-        if option in _OURS:
-            raise ConfigError(f"slurm.sbatch.{option}", value, "the batch file rests on this option", "leave it out")
-        if isinstance(value, str) and not value.isprintable():
-            raise ConfigError(f"slurm.sbatch.{option}", value, "holds a line break", "write it on one line")
+    for key, options, ours in (("sbatch", run.slurm.sbatch, _OURS), ("srun", run.slurm.srun, _OURS_OF_SRUN)):
+        for option, value in options.items():
+            if option in ours:
+                reason = "the batch file rests on this option"
+                raise ConfigError(f"slurm.{key}.{option}", value, reason, "leave it out")
+            if isinstance(value, str) and not value.isprintable():
+                raise ConfigError(f"slurm.{key}.{option}", value, "holds a line break", "write it on one line")
     for option in ("time", "time-min"):
         limit = _seconds(run.slurm.sbatch.get(option))
         if limit is not None and limit <= run.slurm.grace_s + _EARLY_S:
@@ -52,8 +60,33 @@ def check(run: RunConfig) -> None:
     if isinstance(dependency, str) and "?" in dependency:
         reason = "with ? one of them is enough, but this run's other jobs must always have ended"
         raise ConfigError("slurm.sbatch.dependency", dependency, reason, "separate them by ,")
-    if run.slurm.container_mounts and not run.slurm.container_image:
-        raise ConfigError("slurm.container_mounts", run.slurm.container_mounts, "there is no container", "choose []")
+    if not run.slurm.container_image:
+        for key, unset in (("container_mounts", []), ("container_runtime", "pyxis")):
+            if (value := getattr(run.slurm, key)) != unset:
+                raise ConfigError(
+                    f"slurm.{key}", value, "there is no container", f"choose {unset}, or name slurm.container_image"
+                )
+
+
+def check_setup(run: RunConfig) -> None:
+    """Raise ConfigError if bash can't read `slurm.setup`, or can't parse it: the job would find out after its wait."""
+    setup = run.slurm.setup
+    if setup is None:
+        return
+    if not Path(setup).is_file():
+        raise ConfigError("slurm.setup", setup, "there is no such file", "name one that the nodes see too, or null")
+    parsed = subprocess.run(["bash", "-n", str(Path(setup).absolute())], capture_output=True, text=True)
+    if parsed.returncode:
+        raise ConfigError("slurm.setup", setup, f"bash can't read it ({parsed.stderr.strip()})", "correct it")
+
+
+def nodes_for(run: RunConfig) -> int:
+    """The fewest nodes of `environment.gpus_per_node` GPUs that hold the ranks which `run` asks for.
+
+    Those are tensor * pipeline * context ranks for each of `parallelism.data` replicas, or for one.
+    """
+    assert run.environment.gpus_per_node
+    return -(-run.model_ranks * (run.parallelism.data or 1) // run.environment.gpus_per_node)
 
 
 def _seconds(limit: object) -> int | None:
@@ -100,9 +133,15 @@ def _sbatch_options(run: RunConfig, nodes: int, workdir: Path) -> Iterator[tuple
     dependency = given.get("dependency")
     if isinstance(dependency, str) and "singleton" not in dependency.split(","):
         given["dependency"] = f"{dependency},singleton"
-    for name, value in (defaults | given).items():
+    for name, value in _given(defaults | given):
+        yield name, f"={_escaped(value[1:])}" if value else ""
+
+
+def _given(options: Mapping[str, str | int | bool | None]) -> Iterator[tuple[str, str]]:
+    """Name and =VALUE of each option that is not left out; only its name where it takes no value."""
+    for name, value in options.items():
         if value is not None and value is not False:
-            yield name, "" if value is True else f"={_escaped(str(value))}"
+            yield name, "" if value is True else f"={value}"
 
 
 def _escaped(text: str) -> str:
@@ -122,10 +161,11 @@ def _joined(words: Sequence[str]) -> str:
 def _settings(run: RunConfig, nodes: int, directory: Path, workdir: Path) -> Iterator[str]:
     slurm = run.slurm
     python = slurm.python or ("python3" if slurm.container_image else sys.executable)
+    of_srun, wrapper = _container(run, workdir)
     yield f"run_dir={_quoted(run.directory)}"
     yield f"code_dir={_quoted(str(directory / 'code'))}"
     yield f"setup={_quoted(str(Path(slurm.setup).absolute()) if slurm.setup else '')}"
-    yield f"python={_quoted(python)}"
+    yield f"python=({_joined([*wrapper, python])})"
     yield f"ranks_per_node={run.world_size // nodes}"
     yield f"train_iters={run.training.train_iters}"
     yield f"max_failures={slurm.max_failures}"
@@ -133,14 +173,17 @@ def _settings(run: RunConfig, nodes: int, directory: Path, workdir: Path) -> Ite
     yield f"train=({_joined(train)})"
     # One task per node takes all its cores; when one node fails the others end too. Whatever the job itself was given
     # of the environment, its tasks need PYTHONPATH.
-    srun = ["--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none", "--unbuffered"]
-    yield f"srun_options=({_joined([*srun, *_container(run, workdir)])})"
+    ours: dict[str, str | int | bool | None] = {"export": "ALL", "kill-on-bad-exit": 1}
+    ours |= {"cpu-bind": "none", "unbuffered": True}
+    srun = [f"--{name}{value}" for name, value in _given(ours | slurm.srun)]
+    yield f"srun_options=({_joined([*srun, *of_srun])})"
 
 
-def _container(run: RunConfig, workdir: Path) -> list[str]:
+def _container(run: RunConfig, workdir: Path) -> tuple[list[str], list[str]]:
+    """Pyxis's options for srun, and the command that runs the interpreter in a container of another runtime."""
     image = run.slurm.container_image
     if not image:
-        return []
+        return [], []
     paths = dict.fromkeys([str(workdir), run.directory])
     for path in paths:
         if set(path) & set(",:"):
@@ -149,7 +192,11 @@ def _container(run: RunConfig, workdir: Path) -> list[str]:
     for mount in run.slurm.container_mounts:
         if "," in mount or not 1 <= mount.count(":") <= 2:
             raise ConfigError("slurm.container_mounts", mount, "not a mount", "write SOURCE:TARGET or SOURCE:TARGET:ro")
-    return [f"--container-image={image}", f"--container-mounts={','.join(mounts)}", f"--container-workdir={workdir}"]
+    bound = ",".join(mounts)
+    if run.slurm.container_runtime == "pyxis":
+        return [f"--container-image={image}", f"--container-mounts={bound}", f"--container-workdir={workdir}"], []
+    gpus = ["--nv"] if run.environment.device == "cuda" else []
+    return [], [run.slurm.container_runtime, "exec", *gpus, "--bind", bound, "--pwd", str(workdir), image]
 
 
 def write_job(run: RunConfig, script: str, directory: Path) -> None:

@@ -143,15 +143,22 @@ def test_ranks_that_end_well_without_a_step_are_a_failure(cluster):
 
 RANK = """
 trap ': >"$STUBS/torchrun-signalled"' TERM
+export TORCHELASTIC_RUN_ID=none
 bash -c 'trap "exit 0" TERM; : >"$STUBS/ready-$SLURM_NODEID"; for _ in {1..2000}; do sleep 0.05; done' &
 wait
 """
 
 
-def test_preemption_is_no_failure_and_reaches_the_ranks_but_not_torchrun(cluster):
+# Runs a command in a container: keeps the signals that reach it to itself.
+APPTAINER = '#!/bin/bash\nprintf "%s\\n" "$@" >"$STUBS/apptainer-arguments"\nshift 6\n"$@"\nexit\n'
+
+
+@pytest.mark.parametrize("container", [[], ["slurm.container_image=a.sif", "slurm.container_runtime=apptainer"]])
+def test_preemption_is_no_failure_and_reaches_the_ranks_but_not_torchrun(cluster, container):
     (cluster.bin / "sleep").symlink_to("/bin/sleep")
+    cluster.executable(cluster.bin / "apptainer", APPTAINER)
     Path(TRACKER).parent.mkdir(parents=True)
-    assert submit(cluster, "--nodes", "2", "slurm.max_failures=1", with_ranks(cluster, RANK)) == 0
+    assert submit(cluster, "--nodes", "2", "slurm.max_failures=1", with_ranks(cluster, RANK), *container) == 0
     ready = [cluster.root / "ready-0", cluster.root / "ready-1"]
 
     def preempt(attempt, batch):
@@ -166,6 +173,27 @@ def test_preemption_is_no_failure_and_reaches_the_ranks_but_not_torchrun(cluster
     assert attempts(cluster) == 3
     assert not (cluster.root / "torchrun-signalled").exists()
     assert Path("runs/job/failures").read_text() == "0\n"
+    if container:
+        workdir, directory = Path.cwd(), Path("runs/job").absolute()
+        options = ["--bind", f"{workdir}:{workdir},{directory}:{directory}", "--pwd", str(workdir)]
+        given = (cluster.root / "apptainer-arguments").read_text().splitlines()
+        assert given[:8] == ["exec", *options, "a.sif", str(cluster.root / "python"), "-m"]
+
+
+def test_a_stop_before_there_are_ranks_reaches_torchrun_behind_a_wrapper(cluster):
+    (cluster.bin / "sleep").symlink_to("/bin/sleep")
+    ranks = """trap 'exit 0' TERM; : >"$STUBS/ready"; for _ in {1..2000}; do sleep 0.05; done"""
+    inner = with_ranks(cluster, ranks).removeprefix("slurm.python=")
+    wrapper = cluster.executable(cluster.root / "wrapper", f'#!/bin/bash\ntrap "" TERM\n{inner} "$@"\nexit\n')
+    assert submit(cluster, "--nodes", "1", f"slurm.python={wrapper}") == 0
+    (cluster.root / "state").write_text("CANCELLED None\n")
+
+    def stop(attempt, batch):
+        wait_until((cluster.root / "ready").exists, "no torchrun")
+        batch.terminate()
+
+    assert cluster.run(stop) == 0
+    assert "cancelled" in cluster.log().read_text()
 
 
 STATES = {
@@ -273,6 +301,7 @@ def test_nothing_that_a_path_holds_is_run(cluster):
         "slurm.container_image": f"/images/{NASTY}.sqsh",
         "slurm.container_mounts": [f"/data {NASTY}:/data:ro"],
         "slurm.sbatch": {"comment": NASTY, "account": "a,b"},
+        "slurm.srun": {"mpi": NASTY, "cpus-per-task": 4, "unbuffered": None, "overlap": True},
         "slurm.max_failures": 1,
     }
     assert (
@@ -299,6 +328,10 @@ def test_nothing_that_a_path_holds_is_run(cluster):
     assert given[-1] == str(job / "config.yaml")
     assert (cluster.root / "environment").read_text() == f" yes {job}/code\n"
     given = (cluster.root / "srun-arguments").read_text().splitlines()
+    assert given[:6] == [
+        *("--export=ALL", "--kill-on-bad-exit=1", "--cpu-bind=none"),
+        *(f"--mpi={NASTY}", "--cpus-per-task=4", "--overlap"),
+    ]
     assert f"--container-image=/images/{NASTY}.sqsh" in given
     mounts = f"{workdir}:{workdir},{nasty}:{nasty},/data {NASTY}:/data:ro"
     assert f"--container-mounts={mounts}" in given
@@ -314,7 +347,7 @@ def test_a_job_keeps_the_code_and_configuration_of_its_submission(cluster):
     assert (run.training.train_iters, run.run.dir) == (9, str(Path("runs/job").absolute()))
     code = (first / "code" / "megatron_attn2d" / "cli.py").read_text()
     assert code == (ROOT / "megatron_attn2d" / "cli.py").read_text()
-    assert (first / "code" / "megatron_attn2d" / "slurm" / "job.sbatch").exists()
+    assert (first / "code" / "megatron_attn2d" / "launch" / "job.sbatch").exists()
 
 
 def test_the_ranks_get_our_code_whatever_the_job_exports(cluster):
@@ -347,7 +380,7 @@ def test_dry_run_prints_the_batch_file_and_leaves_nothing(cluster, capsys):
     text = capsys.readouterr().out
     assert OPTIONS_OF_175B in text
     assert "#SBATCH --partition=gpu\n#SBATCH --time=1-00:00:00\n" in text
-    assert "\npython=python3\nranks_per_node=8\ntrain_iters=70000\nmax_failures=3\n" in text
+    assert "\npython=(python3)\nranks_per_node=8\ntrain_iters=70000\nmax_failures=3\n" in text
     assert not list(Path().iterdir())
     assert cli.main(["submit", path, *args, "--nodes", "128", "slurm.sbatch.exclusive=null"]) == 0
     text = capsys.readouterr().out
@@ -364,9 +397,9 @@ def test_the_example_is_what_is_rendered(monkeypatch):
     assert (ROOT / "scripts" / "slurm" / "example.sbatch").read_text() == script
 
 
-@pytest.mark.parametrize("container", ["", "slurm.container_image=/images/attn2d.sqsh"])
+@pytest.mark.parametrize("container", [[], ["slurm.container_image=/images/attn2d.sqsh"]])
 def test_shellcheck_is_content_with_the_batch_file(cluster, capsys, tmp_path, container):
-    assert submit(cluster, "--nodes", "2", "--dry-run", *filter(None, [container])) == 0
+    assert submit(cluster, "--nodes", "2", "--dry-run", *container) == 0
     (tmp_path / "job.sbatch").write_text(capsys.readouterr().out)
     shellcheck = Path(sys.executable).parent / "shellcheck"
     result = subprocess.run([shellcheck, tmp_path / "job.sbatch"], capture_output=True, text=True, timeout=60)
@@ -394,13 +427,41 @@ def test_ranks_that_only_fit_the_nodes_asked_for(cluster, capsys):
     assert "world size = 3: not a multiple" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("gpus_per_node", "replicas", "nodes"), [(1, "null", 2), (2, "null", 1), (8, "null", 1), (2, 4, 4)]
+)
+def test_nodes_follow_from_the_ranks(cluster, capsys, gpus_per_node, replicas, nodes):
+    gpus = ["environment.device=cuda", f"environment.gpus_per_node={gpus_per_node}", "training.precision=bf16"]
+    run = [f"parallelism.data={replicas}", "training.global_batch_size=8"]
+    assert submit(cluster, "--dry-run", *gpus, *run, "slurm.container_image=i") == 0
+    output, error = capsys.readouterr()
+    assert f"\n#SBATCH --nodes={nodes}\n" in output
+    assert f"--nodes {nodes} follows from the ranks of the run\n" in error
+
+
 def test_files_that_are_missing_are_named_before_the_job_waits(cluster, capsys):
     args = ["--nodes", "1", "data.mock=false", "data.paths=[/nowhere/x]"]
-    for more in (["--dry-run"], []):
-        assert submit(cluster, *args, *more) == 2
-        assert "data.paths = '/nowhere/x': /nowhere/x.bin and /nowhere/x.idx are not" in capsys.readouterr().err
+    missing = "data.paths = '/nowhere/x': /nowhere/x.bin and /nowhere/x.idx are not"
+    assert submit(cluster, *args) == 2
+    assert missing in capsys.readouterr().err
+    assert submit(cluster, *args, "--dry-run") == 0  # a host that doesn't see the data may still print the batch file
+    output, error = capsys.readouterr()
+    assert output.startswith("#!/bin/bash\n")
+    assert error.startswith("megatron-attn2d: without --dry-run this is refused on this host:\ndata.paths = ")
     assert not Path("runs").exists()
     assert submit(cluster, *args, "slurm.container_image=i", "slurm.container_mounts=[/nowhere:/nowhere]") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(None, "there is no such file; name one that the nodes"), ("module load x\nif true\n", "bash can't read it (")],
+)
+def test_what_the_job_reads_first_is_checked_before_it_waits(cluster, capsys, text, reason):
+    if text is not None:
+        Path("site.sh").write_text(text)
+    assert submit(cluster, "--nodes", "1", "slurm.setup=site.sh", "slurm.container_image=i") == 2
+    assert f"slurm.setup = 'site.sh': {reason}" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_a_dry_run_with_the_embedded_data_makes_no_directory(cluster):
@@ -446,11 +507,24 @@ REFUSED = {
     "--nodes 1 megatron_args.no_such=1": "megatron_args.no_such: no argument of Megatron; ...",
     '--nodes 1 slurm.sbatch.comment="a\\nb"': "slurm.sbatch.comment = 'a\\nb': holds a line break; ...",
     "--nodes 1 slurm.sbatch={'a b': c}": "slurm.sbatch = {'a b': 'c'}: not options of sbatch; ...",
-    "--nodes 1 slurm.container_mounts=[/a:/b]": "slurm.container_mounts = ['/a:/b']: there is no container; choose []",
+    "--nodes 1 slurm.srun={export: NONE}": (
+        "slurm.srun.export = 'NONE': the batch file rests on this option; leave it out"
+    ),
+    "--nodes 1 slurm.srun={--mpi: pmix}": "slurm.srun = {'--mpi': 'pmix'}: not options of srun; ...",
+    "--nodes 1 slurm.container_mounts=[/a:/b]": (
+        "slurm.container_mounts = ['/a:/b']: there is no container; choose [], or name slurm.container_image"
+    ),
+    "--nodes 1 slurm.container_runtime=apptainer": "slurm.container_runtime = 'apptainer': there is no container; ...",
+    "--nodes 1 slurm.container_runtime=docker": (
+        "slurm.container_runtime = 'docker': no such choice; choose pyxis, apptainer or singularity"
+    ),
     "--nodes 1 slurm.container_image=i slurm.container_mounts=[/a]": (
         "slurm.container_mounts = '/a': not a mount; write SOURCE:TARGET or SOURCE:TARGET:ro"
     ),
     "--nodes 1 slurm.container_image=i run.dir=a,b": "slurm.container_image = 'i': ...",
+    "environment.device=cuda training.precision=bf16": (
+        "environment.gpus_per_node = null: not given; extend a file of configs/clusters"
+    ),
 }
 
 
