@@ -89,6 +89,7 @@ def described(folder: Path, args: argparse.Namespace) -> Path:
     overrides = [
         *("training.seq_length=4096", "training.global_batch_size=1", "training.train_iters=1", "optimizer.lr=1e-4"),
         *(f"parallelism.tensor={args.tensor}", f"context_parallel.size={context}", f"run.dir={folder}"),
+        "data.mock=true",
         *(["environment.gpus_per_node=null"] if args.device == "cuda" else []),
     ]
     run = load_run(folder / "run.yaml", [*overrides, *args.overrides])

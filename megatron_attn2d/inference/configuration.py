@@ -12,15 +12,15 @@ from megatron_attn2d.config.read import build_run
 from megatron_attn2d.data.matching import check_data
 from megatron_attn2d.errors import ConfigError, UsageError
 
+_FREE = ("parallelism.data", "training.global_batch_size", "data.mock")  # of data only the tokenizer is read
 _DECIDED = (
-    *FORWARD_ONLY,
+    *(one for one in FORWARD_ONLY if one.partition("=")[0] not in _FREE),
     "parallelism.sequence_parallel=false",  # a step may have fewer tokens than there are tensor ranks
     "context_parallel.mode=attention2d",
     "context_parallel.layer_modes=null",
     "training.fp8=none",
     "megatron_args.mtp_num_layers=null",
 )
-_FREE = ("parallelism.data", "training.global_batch_size")
 
 
 def configuration(run_dir: Path, overrides: list[str], world_size: int | None = None) -> RunConfig:

@@ -12,7 +12,7 @@ from megatron_attn2d.inference.cache import Cache
 from megatron_attn2d.inference.model import Model
 
 Graph = Literal["auto", "always", "never"]
-_WORTH = 16
+_WORTH = 64
 """Tokens from which on capturing a graph is worth its seconds."""
 _WARM_UP = 2
 

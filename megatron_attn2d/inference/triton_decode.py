@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_MOST_PARTS = 64
+_MOST_PARTS = 256
 _BLOCKS_PER_PROCESSOR = 4
 """Programs for each multiprocessor of the GPU, so that their loads overlap."""
 
@@ -138,9 +138,9 @@ def merge(parts: Tensor) -> Tensor:
     if number == 1:
         return parts[0]
     out = parts.new_empty(batch, heads, width)
-    tile = min(64, triton.next_power_of_2(width - 1))
-    grid = batch * heads, triton.cdiv(width - 1, tile)
-    _merge[grid](parts.contiguous(), out, number, width - 1, triton.next_power_of_2(number), tile)
+    count = triton.next_power_of_2(number)
+    tile = min(64, max(16, 4096 // count))  # what a program holds in registers
+    _merge[(batch * heads, triton.cdiv(width - 1, tile))](parts.contiguous(), out, number, width - 1, count, tile)
     return out
 
 

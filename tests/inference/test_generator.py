@@ -128,14 +128,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "megatron_args.window_attn_skip_freq=2",
         "megatron_args.softmax_type=learnable",
     ),
-    "MLA": (
-        NO_GROUPS,
-        "megatron_args.multi_latent_attention=true",
-        *(f"megatron_args.{name}=16" for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "v_head_dim")),
-        "megatron_args.qk_pos_emb_head_dim=8",
-        "megatron_args.rope_type=rope",
-    ),
-    "MLA, YaRN": (
+    "MLA": (  # whose rotary positions are YaRN's by default
         NO_GROUPS,
         "megatron_args.multi_latent_attention=true",
         *(f"megatron_args.{name}=16" for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "v_head_dim")),
@@ -147,9 +140,14 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "megatron_args.moe_router_topk=2",
         "megatron_args.moe_ffn_hidden_size=64",
     ),
-    "hybrid": ("model.kind=hybrid",),
+    "hybrid, linear scaling": ("model.kind=hybrid", "model.rope_scaling=linear", "model.rope_scaling_factor=3"),
     "bf16": ("training.precision=bf16",),
-    "multi-token prediction": ("megatron_args.mtp_num_layers=1", "model.untie_embeddings_and_output_weights=true"),
+    "multi-token prediction, YaRN, recomputed while it trained": (
+        *("megatron_args.mtp_num_layers=1", "model.untie_embeddings_and_output_weights=true"),
+        *("model.rope_scaling=yarn", "model.rope_scaling_factor=4.0", "model.rope_original_length=16"),
+        *("training.recompute_granularity=full", "training.recompute_method=uniform"),
+        *("training.recompute_num_layers=1", "training.keep_attention_outputs=true"),
+    ),
 }
 
 
