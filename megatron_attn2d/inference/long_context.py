@@ -21,6 +21,7 @@ from megatron_attn2d.inference.sampling import Sampling
 from megatron_attn2d.inference.tasks import catalogue
 from megatron_attn2d.inference.tasks.filler import Text
 from megatron_attn2d.inference.tasks.haystack import Haystack, Question, Task, fit
+from megatron_attn2d.inference.tasks.needle import Needles
 
 if TYPE_CHECKING:  # it imports torch, which a command line that is wrong should not wait for
     from megatron_attn2d.inference.generator import Generator
@@ -146,6 +147,11 @@ def tasks_of(request: Request) -> list[Task]:
     return made
 
 
+def depth_of(task: Task) -> float | None:
+    """Where `needle` puts its needle; None for other tasks."""
+    return task.depth if isinstance(task, Needles) else None
+
+
 class Fitted:
     """Haystacks in tokens of a tokenizer."""
 
@@ -160,7 +166,7 @@ class Fitted:
         Raises:
             UsageError: the context is too short for the task.
         """
-        seed = f"{self._seed}/{task.name}/{sample}"
+        seed = f"{self._seed}/{task.name}/{depth_of(task)}/{sample}"  # the same needles in every context
         return fit(task, context, lambda text: len(self.tokens(text)), seed, self.answer_tokens)
 
     def tokens(self, text: str, *, begins: bool = False) -> list[int]:
@@ -194,7 +200,7 @@ def evaluate(generator: Generator, request: Request, console: TextIO | None) -> 
                 new = list(_answers(generator, fitted, task, context, sample))
                 answers += new
                 scores += [answer.score for answer in new]
-                at = "" if new[0].depth is None or task.name != "needle" else f" at depth {new[0].depth:.0%}"
+                at = "" if (depth := depth_of(task)) is None else f" at depth {depth:.0%}"
                 line = f"{task.name}, {context:,} tokens{at}: {fmean(scores):.0%}"
                 progress.add(context, line, complete=sample == request.samples - 1)
         if windows:
@@ -213,7 +219,7 @@ def _answers(generator: Generator, fitted: Fitted, task: Task, context: int, sam
         sampling = Sampling(max_tokens=fitted.answer_tokens(question), stop=(_NEXT_QUESTION,))
         (completion,) = generator.generate([fitted.tokens(question.text)], sampling, after=cache)
         said = completion.text
-        depth = task.depth if isinstance(task, catalogue.Needles) and task.depth is not None else question.depth
+        depth = question.depth if depth_of(task) is None else depth_of(task)
         yield Answer(
             task.name, context, sample, depth, question.text, list(question.answers), said, question.score(said)
         )
