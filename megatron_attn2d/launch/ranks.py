@@ -34,6 +34,8 @@ PRELOAD: tuple[str, ...] = (
 )
 """What CPU ranks would each spend seconds on importing; the launcher imports it once, before it forks them."""
 
+_FORWARDED = (signal.SIGTERM, signal.SIGINT)
+"""Signals of this process that its ranks get."""
 _BLAME_S = 0.3
 """How long after a rank's failure to wait for others': the first to fail is to blame, not the first to have exited."""
 _TIMEOUTS_S = 10.0
@@ -77,17 +79,22 @@ def run_local(nprocs: int, target: Target, args: Sequence[str], device: Literal[
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     port = _free_port()
     ranks, reports = [], []
-    for rank in range(nprocs):
-        report, theirs = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_run_rank, args=(rank, nprocs, port, threads, theirs, target, list(args)), name=f"rank {rank}"
-        )
-        process.start()
-        theirs.close()
-        ranks.append(process)
-        reports.append(report)
-    with _forwarded_signals(ranks):
-        return _wait(ranks, reports)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # one that comes now waits until all ranks can get it
+    try:
+        for rank in range(nprocs):
+            report, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run_rank, args=(rank, nprocs, port, threads, theirs, target, list(args)), name=f"rank {rank}"
+            )
+            process.start()
+            theirs.close()
+            ranks.append(process)
+            reports.append(report)
+        with _forwarded_signals(ranks):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+            return _wait(ranks, reports)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
 
 
 def alone() -> None:
@@ -117,6 +124,7 @@ def _run_rank(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the launcher decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     threading.Thread(target=_die_with_launcher, daemon=True).start()
     _name_rank(rank, nprocs, port)
     try:
@@ -212,7 +220,7 @@ def _forwarded_signals(ranks: list[Any]) -> Iterator[None]:
             if process.is_alive():
                 process.terminate() if len(received) == 1 else process.kill()
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
         yield
     finally:
