@@ -29,8 +29,9 @@ def _configs(args: argparse.Namespace) -> int:
         print("\n".join(chosen))
         return 0
     targets = {name: Path(args.copy) / name for name in shipped.with_parents(chosen)}
-    if existing := [str(target) for target in targets.values() if target.exists()]:
-        raise UsageError(f"{existing[0]}: exists already; copy into another folder")
+    for name, target in targets.items():
+        if target.exists() and target.read_bytes() != (shipped.folder() / name).read_bytes():
+            raise UsageError(f"{target}: exists already, and is another; copy into another folder")
     for name, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(shipped.folder() / name, target)

@@ -106,7 +106,8 @@ def with_grid(run: RunConfig) -> RunConfig:
         candidate = Candidate("attention2d", axes, tile)
         known = fits and not missing_rates(run)
         groups = _head_groups(candidate, context.size, workload(run), cluster(run)) if known else 1
-    numbers = {"grid": list(axes if axes[0] > 1 else axes[1:]), "tile": list(tile), "head_groups": groups}
+    chosen = None if tile == (axes[1], 1) else list(tile)  # whole columns need no words, whatever the grid
+    numbers = {"grid": list(axes if axes[0] > 1 else axes[1:]), "tile": context.tile or chosen, "head_groups": groups}
     return run.model_copy(update={"context_parallel": context.model_copy(update=numbers)})
 
 

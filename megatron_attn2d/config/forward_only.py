@@ -45,13 +45,12 @@ _STAGES = ("num_layers_per_virtual_pipeline_stage", "microbatch_group_size_per_v
 """Arguments of Megatron about the interleaved schedule, which needs more than one batch."""
 _WEIGHTS = ("model.", "megatron_args.", "data.vocab_size", "data.tokenizer_type")
 """How the keys begin on which the weights depend, or what they mean."""
-
-
-_LAYOUT = ("context_parallel.size=", "context_parallel.mode=", "parallelism.")
+_LAYOUT = ("context_parallel.size=", "context_parallel.mode=", "context_parallel.grid=", "parallelism.")
+"""How overrides begin that lay the ranks out anew."""
 
 
 def on_another_grid(overrides: Sequence[str]) -> list[str]:
-    """What comes before `overrides` so that the planner chooses a grid anew, where they change the layout of ranks."""
+    """What comes before `overrides` so that the saved grid does not hold where they lay the ranks out anew."""
     if not any(override.startswith(_LAYOUT) for override in overrides):
         return []
     return ["context_parallel.grid=auto", "context_parallel.tile=null", "context_parallel.head_groups=auto"]

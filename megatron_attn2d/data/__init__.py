@@ -7,7 +7,6 @@ build.py       raw documents -> PREFIX.bin, PREFIX.idx and PREFIX.json, whole or
 histogram.py   how long documents are, in lines and as a PNG
 inspect.py     what such a data set holds
 matching.py    whether it was written with the tokenizer of the run that reads it
-
 indexed.py     the files of a data set, their checksums, and the embedded byte-level set of the quick start
 docstrings.py  the embedded examples: docstrings and their functions
 documents.py   Megatron's data sets of documents and of examples that are sequences of their own

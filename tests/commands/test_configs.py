@@ -42,8 +42,11 @@ def test_a_copied_run_is_a_run(folder: Path, capsys: pytest.CaptureFixture[str])
     assert "mine/runs/llama_8b_32k.yaml" in capsys.readouterr().out.split()
     assert "models/llama.yaml" in shipped.with_parents(["runs/llama_8b_32k.yaml"]), "what it extends comes along"
     assert load_run("mine/runs/llama_8b_32k.yaml").model.num_layers == 32
+    assert cli.main(["configs", "runs", "--copy", "mine"]) == 0, "what is there already is the same"
+    Path("mine/models/llama.yaml").write_text("model: {num_layers: 2}\n")
     assert cli.main(["configs", "runs", "--copy", "mine"]) == 2
-    assert capsys.readouterr().err.endswith(": exists already; copy into another folder\n")
+    told = "mine/models/llama.yaml: exists already, and is another; copy into another folder\n"
+    assert capsys.readouterr().err.endswith(told)
     assert cli.main(["configs", "modelz"]) == 2
     assert "modelz: no such configuration; megatron-attn2d configs lists them" in capsys.readouterr().err
 
