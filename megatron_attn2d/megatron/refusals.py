@@ -30,6 +30,9 @@ REFUSED = {
     "hybrid_context_parallel": _GROUPS,
     "dynamic_context_parallel": _GROUPS,
     "max_seqlen_per_dp_cp_rank": _GROUPS,
+    "attention_cp_layout": Refusal(
+        "deals out other tokens than the zigzag, by which attention masks", "choose zigzag", value="contiguous"
+    ),
     "qk_clip": _SCORES,
     "log_max_attention_logit": _SCORES,
     "fp8_dot_product_attention": _FP8,

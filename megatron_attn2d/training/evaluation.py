@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from megatron_attn2d.megatron.upstream.batches import to_context_rank
 from megatron_attn2d.training import chunked_loss, pretrain_gpt
 
 
@@ -72,11 +73,10 @@ def _bucket_sums(request: Request, args: Any, model: list[torch.nn.Module]) -> t
     """Of this rank's tokens: the losses' sum [0] and the number [1] in each bucket, [2, buckets], float64."""
     from megatron.core import parallel_state as mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.utils import get_batch_on_this_cp_rank
 
     positions = torch.arange(args.seq_length, device="cuda")[None]
     group = mpu.get_context_parallel_group()
-    own = get_batch_on_this_cp_rank({"position_ids": positions}, is_hybrid_cp=False, cp_group=group)["position_ids"]
+    own = to_context_rank({"position_ids": positions}, group)["position_ids"]
     bucket = torch.bucketize(own[0], torch.tensor(request.edges[1:], device="cuda"), right=True)
     sums = torch.zeros(2, len(request.edges) - 1, dtype=torch.float64, device="cuda")
 

@@ -9,19 +9,17 @@ from typing import Any
 import torch
 from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_batch_on_this_tp_rank
 from megatron.training import training
 
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.data.documents import PLACES, TOTALS
 from megatron_attn2d.megatron.core_attention import keep_totals
+from megatron_attn2d.megatron.upstream.batches import Batch, to_tensor_ranks
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 _ROTARY_LENGTHS = 8
 """How many lengths the longest document is rounded up to: upstream keeps a table of rotary angles for each that comes
 by, as long as it."""
-
-Batch = dict[str, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -100,22 +98,7 @@ def packed_on_this_rank(
         }
         numbers = {"cu_seqlens": pack.totals, "cu_seqlens_padded": pack.places, "max_seqlen": [pack.places[-1]]}
         batch |= {key: torch.tensor(x, dtype=torch.int32, device="cuda") for key, x in numbers.items()}
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=True,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=False,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=group,
-        cp_size=2,  # that of padded totals, which documents have on one context rank too
-        tp_rank=group.rank(),
-        micro_batch_size=1,
-        seq_length=args.micro_batch_size * args.seq_length,
-        mtp_on_this_rank=mtp,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=first,
-        is_pipeline_last_stage=last,
-    )
+    batch = to_tensor_ranks(batch, args, first=first, last=last, mtp=mtp, packed=True)
     totals_there, places_there = (batch[key].flatten() for key in ("cu_seqlens", "cu_seqlens_padded"))
     if pack is None:
         pack = Pack(totals_there.tolist(), places_there.tolist())

@@ -24,14 +24,13 @@ from megatron_attn2d.config.prefixes import is_complete
 from megatron_attn2d.data import indexed
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.megatron.upstream import compat, cpu
+from megatron_attn2d.megatron.upstream.batches import Batch, to_context_rank, to_tensor_ranks
 from megatron_attn2d.megatron.upstream.patching import Patch, applied
 from megatron_attn2d.training import chunked_loss, derive, progress, wandb_run
 from megatron_attn2d.training.guards import same_start
 from megatron_attn2d.training.guards.fitting import fitting
 from megatron_attn2d.training.guards.integrity import verified
 from megatron_attn2d.training.guards.retention import retained
-
-Batch = dict[str, torch.Tensor | None]
 
 
 def main(megatron_args: Sequence[str]) -> None:
@@ -275,7 +274,6 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> tuple[
         tensors [b, s/cp], and None; or, with each document a sequence of its own, [1, b * s/cp] and PackedSeqParams.
     """
     from megatron.core import parallel_state as mpu
-    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
     from megatron.training import get_args
 
     args = get_args()
@@ -298,23 +296,8 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> tuple[
         held = next(iterator)
         _check_batch(held)
         batch = {key: t.cuda(non_blocking=True) if (t := held.get(key)) is not None else None for key in keys}
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=mtp,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=first,
-        is_pipeline_last_stage=last,
-    )
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()), None
+    batch = to_tensor_ranks(batch, args, first=first, last=last, mtp=mtp)
+    return to_context_rank(batch, mpu.get_context_parallel_group()), None
 
 
 def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
