@@ -40,7 +40,7 @@ from megatron_attn2d.attention.segments import Columns, Numbers, Segments
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """One kernel call: no two calls of one `layer` share a query row."""
 
     segments: Segments
@@ -57,7 +57,7 @@ class KeyGroup:
         covered: together they have every row of these slots.
     """
 
-    calls: tuple[Call, ...]
+    calls: tuple[KernelCall, ...]
     slots: int
     covered: bool
 
@@ -75,7 +75,7 @@ class TileTables:
     covered: tuple[bool, ...]
 
     @property
-    def calls(self) -> Iterator[Call]:
+    def calls(self) -> Iterator[KernelCall]:
         """All calls."""
         return (call for group in self.groups for call in group.calls)
 
@@ -155,7 +155,7 @@ class _Rows:
         covered = not self._packing.padded
         if segments is None:  # all is padding
             return TileTables((), (False,))
-        return TileTables((KeyGroup((Call(segments, 0),), len(self._keys), covered),), (covered,))
+        return TileTables((KeyGroup((KernelCall(segments, 0),), len(self._keys), covered),), (covered,))
 
     def _of_rectangles(self, share_keys: bool) -> TileTables:
         """Rectangles that share no query row, or no key row; see `tile_tables`."""
@@ -176,10 +176,10 @@ class _Rows:
             for i, (rectangle, segments) in enumerate(calls, 1):
                 # Rows that see the last keys may all be padding: the last call that there is finds zeros for these.
                 slots = rectangle.last if plan.keys_travel and i < len(calls) else len(plan.keys)
-                groups.append(KeyGroup((Call(segments, 0),), slots, whole and slots == rectangle.last))
+                groups.append(KeyGroup((KernelCall(segments, 0),), slots, whole and slots == rectangle.last))
             all_rows = whole and sum(r.stop - r.start for r, _ in calls) == len(plan.queries)
             return TileTables(tuple(groups), (all_rows,) if calls else ())
-        together = tuple(Call(segments, layer) for layer, (_, segments) in enumerate(calls))
+        together = tuple(KernelCall(segments, layer) for layer, (_, segments) in enumerate(calls))
         covered = tuple(whole and (r.start, r.stop) == (0, len(plan.queries)) for r, _ in calls)
         all_keys = whole and sum(r.last - r.first for r, _ in calls) == len(plan.keys)
         return TileTables((KeyGroup(together, len(plan.keys), all_keys),) if calls else (), covered)
@@ -198,7 +198,7 @@ class _Rows:
         tables = [(layer, self._table(p, kind, most, len(self._keys) * most)) for layer, kind, p in pieces]
         found = [(layer, table) for layer, table in tables if table is not None]
         layers = sorted({layer for layer, _ in found})
-        groups = (KeyGroup((Call(table, layers.index(layer)),), len(self._keys), False) for layer, table in found)
+        groups = (KeyGroup((KernelCall(table, layers.index(layer)),), len(self._keys), False) for layer, table in found)
         return TileTables(tuple(groups), (False,) * len(layers))
 
     # Pieces of a window. Positions are tokens of the sequence.
