@@ -140,6 +140,13 @@ def test_it_can_be_typed(found: list[str], monkeypatch: pytest.MonkeyPatch, caps
         ours(found[found.index("megatron-attn2d") + 1 :])
 
 
+def test_the_tests_that_keep_our_promises_exist() -> None:
+    named = set(re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "guarantees.md").read_text()))
+    places = [ROOT / "tests" / "guarantees", ROOT / "tests", ROOT]
+    assert len(named) >= 20
+    assert {name for name in named if not any((place / name).exists() for place in places)} == set()
+
+
 def test_the_table_has_every_page() -> None:
     """A pattern that no longer matches must not empty the table without a word."""
     pages = {parameter.id.partition(":")[0] for parameter in FOUND}
