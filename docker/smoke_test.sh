@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Whether what was installed works, without a GPU: the command compiles a cluster's run, and two steps on two CPU ranks.
+# Whether what was installed works, without a GPU: which kernels of attention are there, the command compiles a cluster's
+# run, and two steps on two CPU ranks.
 set -euo pipefail
 
 if [[ $(id -u) == 0 && -z ${ALLOW_ROOT:-} ]]; then
@@ -14,11 +15,18 @@ cd "$scratch"
 python3 - <<'PYTHON'
 from importlib.metadata import PackageNotFoundError, version
 
-for package in ("torch", "megatron-core", "transformer-engine", "apex", "megatron-attn2d"):
+import torch
+
+from megatron_attn2d.attention.kernels import refusals
+from megatron_attn2d.attention.kernels.base import Request
+
+for package in ("torch", "megatron-core", "transformer-engine", "flash-attn-4", "apex", "megatron-attn2d"):
     try:
         print(f"{package} {version(package)}")
     except PackageNotFoundError:
         print(f"{package} is not installed")
+for kernel, refused in refusals(Request("cuda", torch.bfloat16, head_dim=128, v_head_dim=128)).items():
+    print(f"kernel {kernel}: {refused or 'found'}")
 PYTHON
 megatron-attn2d train "$repository/configs/runs/gpt3_175b_32k.yaml" "context_parallel.grid=[4, 4]" \
     --dry-run >dry-run.txt

@@ -16,7 +16,9 @@ TOOLS = ("bash", "cat", "dirname", "grep", "mktemp", "rm", "sed")
 PYTHON = """#!/bin/bash
 echo "NVTE_CUDA_ARCHS=${NVTE_CUDA_ARCHS:-} TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-} $*" >>"$LOG"
 case "$*" in
-    *"pip list"*) printf 'torch==2.8.0a0+nv25.6\\nmegatron-core==0.12.0\\nnumpy==1.26.4\\n' ;;
+    *"pip list"*)
+        printf '%s\\n' torch==2.13.0a0+nv26.6 megatron-core==0.12.0 numpy==1.26.4 nvidia-cutlass-dsl-libs-base==4.2.0 \\
+            flash_attn==2.7.4 quack_kernels==0.1.0 ;;
     *--constraint*) echo "PIP_CONSTRAINT=$PIP_CONSTRAINT" >>"$LOG"; cat "$6" >>"$LOG" ;;
 esac
 """
@@ -95,9 +97,9 @@ def test_a_revision_is_a_name(bare, revision):
 def test_the_package_is_installed_without_touching_the_images_torch(bare):
     code, logged, error = bare("install_package.sh")
     assert (code, error) == (0, "")
-    assert logged[1].endswith(str(ROOT))
+    assert logged[1].endswith(f" {ROOT}[data,hopper] flash-attn-4[cu13]")
     locked = re.search(r"^megatron-core==.*$", (ROOT / "requirements.lock").read_text(), re.M)
-    assert logged[2:] == ["PIP_CONSTRAINT=", "torch==2.8.0a0+nv25.6", "numpy==1.26.4", locked[0]]
+    assert logged[2:] == ["PIP_CONSTRAINT=", "torch==2.13.0a0+nv26.6", "numpy==1.26.4", "flash_attn==2.7.4", locked[0]]
 
 
 def test_the_user_is_made_unless_the_image_has_that_number(bare):
@@ -119,6 +121,7 @@ def test_the_smoke_test_passes_on_this_installation():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "smoke_test: passed"
     assert "transformer-engine" in result.stdout
+    assert "kernel triton: found\nkernel reference: found\n" in result.stdout
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="runs as another user")

@@ -24,7 +24,7 @@ from megatron_attn2d.attention.kernels.torch_sdpa import CudnnKernel, FlashKerne
 from megatron_attn2d.attention.kernels.transformer_engine import TransformerEngineKernel
 from megatron_attn2d.attention.kernels.triton.kernel import TritonKernel
 
-__all__ = ["Kernel", "choose_kernel"]
+__all__ = ["Kernel", "choose_kernel", "refusals"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,12 @@ def choose_kernel(name: str, request: Request) -> Kernel:
     return _choose(name, replace(request, deterministic=deterministic))
 
 
-@lru_cache
-def _choose(name: str, request: Request) -> Kernel:
+def refusals(request: Request) -> dict[str, str | None]:
+    """Why each kernel can't serve the request, in the order in which "auto" prefers them; None: it can.
+
+    For a request of a CUDA device on a machine without one, what the installed packages serve.
+    """
+
     def refusal(kernel: Any) -> str | None:
         if request.device != "cuda" and kernel is not ReferenceKernel:
             return "needs a CUDA device"
@@ -72,17 +76,22 @@ def _choose(name: str, request: Request) -> Kernel:
         refused: str | None = kernel.refusal(request)
         return refused
 
-    refusals = {each: refusal(kernel) for each, kernel in _KERNELS.items()}
-    able = [each for each, refused in refusals.items() if refused is None]
+    return {each: refusal(kernel) for each, kernel in _KERNELS.items()}
+
+
+@lru_cache
+def _choose(name: str, request: Request) -> Kernel:
+    found = refusals(request)
+    able = [each for each, refused in found.items() if refused is None]
     if name != "auto" and name not in _KERNELS:
         raise ValueError(f"backend={name!r} is no attention kernel: choose one of auto, {', '.join(_KERNELS)}")
-    if name != "auto" and refusals[name] is not None:
-        raise ValueError(f"backend={name!r} {refusals[name]} ({request}): choose one of auto, {', '.join(able)}")
+    if name != "auto" and found[name] is not None:
+        raise ValueError(f"backend={name!r} {found[name]} ({request}): choose one of auto, {', '.join(able)}")
     if not able:
-        raise ValueError(f"no attention kernel serves {request}: reference {refusals['reference']}")
+        raise ValueError(f"no attention kernel serves {request}: reference {found['reference']}")
     chosen = _preferred(able, request) if name == "auto" else name
     if chosen == "reference" and request.device == "cuda":
-        why = "; ".join(f"{each} {refused}" for each, refused in refusals.items() if refused is not None)
+        why = "; ".join(f"{each} {refused}" for each, refused in found.items() if refused is not None)
         logger.warning(
             "attention kernel: reference, slow, its memory grows with the square of tokens (%s): %s", request, why
         )

@@ -57,7 +57,7 @@ class FlashAttention4Kernel:
             )
         if not _installed():
             return "needs the package flash-attn-4"
-        if torch.cuda.get_device_capability()[0] != 9:
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
             return "serves Hopper GPUs so far"
         return None
 
