@@ -538,19 +538,21 @@ def _check_documents(run: RunConfig) -> Iterator[Refusal]:
     if run.training.micro_batch_size > 1 and run.parallelism.pipeline > 1:
         reason = "documents of several samples go through as one sequence, for which pipeline stages are not prepared"
         yield "training.micro_batch_size", reason, "choose 1, and a longer training.seq_length"
+    masking = "data.format = sft" if data.format == "sft" else "data.document_masking"
+    other = "leave it out" if data.format == "sft" else "leave it out, or data.document_masking=false"
     if run.graph_implementation != "none":
-        reason = "a graph is for one set of lengths, and data.document_masking brings others with each batch"
+        reason = f"a graph is for one set of lengths, and {masking} brings others with each batch"
         yield "training.cuda_graphs", reason, "choose none"
     if given.get("reset_position_ids"):
-        reason = "data.document_masking begins positions anew in each document already"
+        reason = f"{masking} begins positions anew in each document already"
         yield "megatron_args.reset_position_ids", reason, "leave it out"
     for name in ("experimental_attention_variant", "linear_attention_freq"):
         if given.get(name):
-            reason = "its layers would carry what they know from a document into the next, under data.document_masking"
-            yield f"megatron_args.{name}", reason, "leave it out, or data.document_masking=false"
+            reason = f"its layers would carry what they know from a document into the next, under {masking}"
+            yield f"megatron_args.{name}", reason, other
     if layers := sorted(set(str(given.get("hybrid_layer_pattern") or "")) & _RECURRENT):
-        reason = f"layers {', '.join(layers)} would carry what they know from a document into the next"
-        yield "megatron_args.hybrid_layer_pattern", reason, "choose * or +, or data.document_masking=false"
+        reason = f"layers {', '.join(layers)} would carry what they know from a document into the next, under {masking}"
+        yield "megatron_args.hybrid_layer_pattern", reason, "choose * or +"
 
 
 def _check_rest(run: RunConfig) -> Iterator[Refusal]:

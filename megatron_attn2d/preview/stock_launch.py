@@ -27,7 +27,8 @@ def stock_launch(run: RunConfig, arguments: Sequence[str]) -> str:
     if run.environment.device == "cpu":
         return "none: Megatron-LM needs GPUs (environment.device=cuda)"
     if run.document_multiple:
-        return "none: Megatron-LM's scripts do not train with data.document_masking"
+        key = "data.format = sft" if run.data.format == "sft" else "data.document_masking"
+        return f"none: Megatron-LM's scripts do not train with {key}"
     known = upstream_flags.options()
     words = [_with_grid(one, run) for one in _by_flag(arguments) if one[0] != "--hierarchical-context-parallel-sizes"]
     given = [one for one in words if one[0] in known]

@@ -34,14 +34,9 @@ class Pack:
     @classmethod
     def of(cls, totals: torch.Tensor, places: torch.Tensor) -> Pack:
         """Of samples [b, n], which go one after the other."""
-        found: tuple[list[int], list[int]] = [0], [0]
-        for rows in zip(totals.tolist(), places.tolist(), strict=True):
-            first = [all_[-1] for all_ in found]
-            for (_, total), (before, place) in zip(*map(pairwise, rows), strict=True):
-                if place > before:  # behind the last document totals go on with their last number
-                    found[0].append(first[0] + total)
-                    found[1].append(first[1] + place)
-        return cls(*found)
+        lengths, taken = totals.diff(), places.diff()
+        held = taken > 0  # behind the last document of a sample totals go on with their last number
+        return cls(*([0, *one[held].cumsum(0).tolist()] for one in (lengths, taken)))
 
     def parameters(self, totals: torch.Tensor, places: torch.Tensor) -> PackedSeqParams:
         """What Megatron's layers are told of the documents, given the same totals on the device, [n] int32."""

@@ -338,8 +338,8 @@ REFUSED = {
         "already; leave it out"
     ),
     "data.document_masking=true megatron_args.hybrid_layer_pattern='*M'": (
-        "megatron_args.hybrid_layer_pattern = '*M': layers M would carry what they know from a document into the next; "
-        "choose * or +, or data.document_masking=false"
+        "megatron_args.hybrid_layer_pattern = '*M': layers M would carry what they know from a document into the next, "
+        "under data.document_masking; choose * or +"
     ),
     "data.document_masking=true megatron_args.linear_attention_freq=2": (
         "megatron_args.linear_attention_freq = 2: its layers would carry what they know from a document into the next, "
