@@ -36,4 +36,10 @@ def test_nobody_else_silences_or_imports_megatron_aloud():
     files = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
     assert {name for name, text in files.items() if silences.search(text)} == {"megatron/upstream/quiet_imports.py"}
     greeted = {name for name, text in files.items() if aloud.search(text) and "with hushed():" not in text}
-    assert {name for name in greeted if not name.startswith(("megatron/", "training/", "inference/"))} == set()
+    in_ranks = (
+        "megatron/",
+        "training/",
+        "inference/",
+        "data/documents.py",
+    )  # the last: subclasses
+    assert {name for name in greeted if not name.startswith(in_ranks)} == set()
