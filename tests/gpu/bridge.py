@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import runpy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from tests.megatron.runs import _train_states
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "bridge_long_context.py"
 LENGTH = 512
 STEPS = 4
 LLAMA: dict[str, Any] = {
@@ -168,6 +170,21 @@ def pretrain(
         initialize.destroy_global_state()
         forget_groups()
     return steps
+
+
+def example(rank: int, path: Path, out: Path) -> None:
+    """Runs examples/bridge_long_context.py as one rank."""
+    from megatron.bridge.training import initialize
+
+    start(rank)
+    main = runpy.run_path(str(EXAMPLE))["main"]
+    given = ["--length", LENGTH, "--steps", STEPS, "--batch", 2, "--lr", 1e-3, "--rotary-base", 50000, "--grid", "2x1"]
+    try:
+        with mock.patch.object(initialize, "compile_helpers"):
+            main([str(word) for word in (path, out, *given)])
+    finally:
+        initialize.destroy_global_state()
+        forget_groups()
 
 
 def train(rank: int, args: list[str]) -> dict[str, Tensor]:

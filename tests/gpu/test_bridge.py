@@ -43,11 +43,14 @@ BOUND, GRADIENT_BOUND = 3e-2, 6e-2
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where Hugging Face's model lies."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("llama")
     torch.manual_seed(1)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).to(torch.bfloat16).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)  # a folder of Hugging Face's has one
     return path
 
 
@@ -113,6 +116,21 @@ def test_training(changes: dict[str, Any], pool: RankPool, llama: Path) -> None:
         for (loss, norm), (expected_loss, expected_norm) in zip(steps, expected, strict=True):
             assert loss == pytest.approx(expected_loss, abs=2e-2)
             assert norm == pytest.approx(expected_norm, rel=GRADIENT_BOUND)
+
+
+@pytest.mark.skipif(missing("nvidia_resiliency_ext"), reason="Bridge's training needs nvidia-resiliency-ext")
+def test_the_example_of_a_long_context(pool: RankPool, llama: Path, tmp_path: Path) -> None:
+    """What it writes is a model of Hugging Face's: every weight trained, for the new length and base."""
+    from transformers import LlamaForCausalLM
+
+    pool.run(bridge.example, 2, llama, tmp_path / "long", init_group=False)
+    before, after = (LlamaForCausalLM.from_pretrained(path) for path in (llama, tmp_path / "long"))
+    assert after.config.max_position_embeddings == LENGTH
+    assert after.config.rope_parameters["rope_theta"] == 50000
+    weights = before.state_dict()
+    moved = {name: (weight - weights[name]).abs().max().item() for name, weight in after.state_dict().items()}
+    assert moved.keys() == weights.keys()
+    assert 0 < min(moved.values()) <= max(moved.values()) < 10 * STEPS * 1e-3
 
 
 def test_a_checkpoint_of_ours(pool: RankPool, tmp_path: Path) -> None:
