@@ -120,14 +120,18 @@ def attend(
     parts = _parts(batch * key_heads, q.device)
     found = q.new_empty(parts, batch, heads, dv + 1, dtype=torch.float32)
     wide = triton.next_power_of_2(max(d, dv))
+    if wide <= 128:
+        keys, stages = 64, 3
+    else:  # a block of 32 latent vectors in fp32 takes 258 KiB of shared memory, of which a Hopper GPU has 227
+        keys, stages = (32 if wide * q.element_size() <= 2048 else 16), 2
     _attend_part[(parts, batch * key_heads)](
         q, k, v, ends, key_positions, positions, found, k.stride()[:3], v.stride()[:3],
         0 if key_positions is None else key_positions.stride(0), scale * 1.4426950408889634, window, key_heads,
         parts, shared, window is not None, d, dv,
-        max(16, triton.next_power_of_2(shared)), 64 if wide <= 128 else 32,
+        max(16, triton.next_power_of_2(shared)), keys,
         max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(dv)),
         "ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=3 if wide <= 128 else 2,
+        num_warps=4, num_stages=stages,
     )  # fmt: skip
     return merge(found)
 

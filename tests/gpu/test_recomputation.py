@@ -21,7 +21,7 @@ SHARD = TOKENS * WIDTH * 2
 
 
 def train(offload: bool, attention: bool) -> tuple[list[torch.Tensor], int]:
-    """Gradients of some steps of recomputed layers, and the bytes that the forward pass left on the GPU."""
+    """Gradients of some steps of recomputed layers, and by how many bytes a forward pass made the GPU fuller."""
     from megatron.core import tensor_parallel
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
@@ -59,7 +59,6 @@ def test_offloaded_layers_have_the_gradients_of_plain_recomputation(attention: b
     expected, all_of_them = train(False, False)
     found, left = train(True, attention)
     apart = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, expected, strict=True))
-    print(f"attention kept {attention}: apart {apart:.1e}, left {left / SHARD:.1f} of {all_of_them / SHARD:.1f} inputs")
+    print(f"attention kept {attention}: apart {apart:.1e}, {(all_of_them - left) / SHARD:.1f} inputs left the GPU")
     assert apart <= 1e-2  # the kernels' sums in the backward pass have no fixed order
-    assert all_of_them >= LAYERS * SHARD
-    assert left <= 3 * SHARD
+    assert all_of_them - left >= (LAYERS - 2) * SHARD
