@@ -107,7 +107,8 @@ def _mode(config: TransformerConfig, layer: int) -> str:
 def _modes(config: TransformerConfig, sizes: tuple[int, ...], transformer_engine: bool) -> str:
     """'layers 1-31: attention2d on a grid of 4x4 (cp_comm_type); layer 32: ring (p2p)'"""
     if config.context_parallel_size == 1:
-        chosen = f"{config.cp_comm_type} has no effect" if config.cp_comm_type else "nothing is spread"
+        asked = ATTENTION2D in str(config.cp_comm_type)  # p2p is Megatron's default
+        chosen = f"{config.cp_comm_type} has no effect" if asked else "nothing is spread"
         return f"{chosen} (context_parallel_size 1)"
     layers: dict[str, list[int]] = {}
     for layer in range(1, config.num_layers + 1):
