@@ -6,8 +6,9 @@ context-parallel ranks: the same outputs, and the same gradients of inputs and w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,50 @@ from tests.pool import RankPool
 
 SEQUENCE, BATCH, HIDDEN, HEADS, GROUPS = 32, 2, 64, 8, 4
 
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gate and norms": {"attention_output_gate": True, "qk_layernorm": True},
+}
 CASES = [
-    (tp, sp, cp, grid)
+    ("plain", tp, sp, cp, grid)
     for tp, sp, cp in [(4, False, 1), (4, True, 1), (1, False, 4), (2, False, 2), (2, True, 2)]
     for grid in [[rows, cp // rows] for rows in range(1, cp + 1) if cp % rows == 0]
 ]
+CASES += [("gate and norms", 1, False, 4, [2, 2]), ("gate and norms", 2, True, 2, [2, 1])]
 
 
 @pytest.fixture(scope="module")
-def whole(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tensor]:
-    """One rank's checkpoints of weights and of their gradients; output and the input's gradient."""
-    directory = tmp_path_factory.mktemp("attention")
-    [(_, out, gradient)] = pool.run(_attend, 1, 1, False, 1, None, directory, True)
-    return directory, out, gradient
+def whole(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Tensor, Tensor]]:
+    """Of a kind of layer one rank's checkpoints of weights and of their gradients; output and the input's gradient."""
+
+    @cache
+    def attended(kind: str) -> tuple[Path, Tensor, Tensor]:
+        directory = tmp_path_factory.mktemp("attention")
+        [(_, out, gradient)] = pool.run(_attend, 1, kind, 1, False, 1, None, directory, True)
+        return directory, out, gradient
+
+    return attended
 
 
-@pytest.mark.parametrize(("tp", "sp", "cp", "grid"), CASES)
+@pytest.mark.parametrize(("kind", "tp", "sp", "cp", "grid"), CASES)
 def test_outputs_and_gradients_equal_those_of_one_rank(
-    tp: int, sp: bool, cp: int, grid: list[int], pool: RankPool, whole: tuple[Path, Tensor, Tensor], tmp_path: Path
+    kind: str,
+    tp: int,
+    sp: bool,
+    cp: int,
+    grid: list[int],
+    pool: RankPool,
+    whole: Callable[[str], tuple[Path, Tensor, Tensor]],
+    tmp_path: Path,
 ) -> None:
-    start, out, gradient = whole
-    for positions, own_out, own_gradient in pool.run(_attend, 4, tp, sp, cp, grid, start, False, tmp_path):
+    start, out, gradient = whole(kind)
+    for positions, own_out, own_gradient in pool.run(_attend, 4, kind, tp, sp, cp, grid, start, False, tmp_path):
         assert_close(own_out, out[positions])
         assert_close(own_gradient, gradient[positions])
     expected, found = tensors(start / "gradients"), tensors(tmp_path)
     assert expected.keys() == found.keys()
-    assert len(expected) == 4  # weights and biases of both projections
+    # weights and biases of both projections, and of the norms
+    assert len(expected) == (8 if LAYERS[kind] else 4)
     for name in expected:
         assert_close(found[name], expected[name])
 
@@ -56,7 +75,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 @contextmanager
-def layer(tp: int, sp: bool, cp: int, grid: list[int] | None) -> Iterator[Any]:
+def layer(kind: str, tp: int, sp: bool, cp: int, grid: list[int] | None) -> Iterator[Any]:
     """A self-attention layer of our spec on Megatron's groups, which end with the block."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -85,6 +104,7 @@ def layer(tp: int, sp: bool, cp: int, grid: list[int] | None) -> Iterator[Any]:
                 context_parallel_size=cp,
                 cp_comm_type="attention2d",
                 hierarchical_context_parallel_sizes=grid,
+                **LAYERS[kind],
             )
             [spec] = attention2d_layer_spec(config).layer_specs  # type: ignore[union-attr]
             yield build_module(
@@ -101,6 +121,7 @@ def layer(tp: int, sp: bool, cp: int, grid: list[int] | None) -> Iterator[Any]:
 
 def _attend(
     rank: int,
+    kind: str,
     tp: int,
     sp: bool,
     cp: int,
@@ -119,7 +140,7 @@ def _attend(
     from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    with layer(tp, sp, cp, grid) as attention:
+    with layer(kind, tp, sp, cp, grid) as attention:
         context, tensor = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         weights = start / "weights"

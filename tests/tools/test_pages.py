@@ -147,6 +147,19 @@ def test_the_tests_that_keep_our_promises_exist() -> None:
     assert {name for name in named if not any((place / name).exists() for place in places)} == set()
 
 
+def test_the_tests_beside_upstreams_own_exist() -> None:
+    """Files, and tests and rows of tables within them, in the third column of docs/upstream_tests.md."""
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs" / "upstream_tests.md").read_text().splitlines() if line[:1] == "|"
+    ]
+    named = {name for row in rows if len(row) >= 4 for name in re.findall(r"`([^`]+)`", row[2])}
+    files = {name for name in named if name.endswith(".py")}
+    assert len(files) >= 10
+    assert {name for name in files if not any((place / name).exists() for place in (ROOT / "tests", ROOT))} == set()
+    written = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    assert {name for name in named - files if name not in written} == set()
+
+
 def test_the_table_has_every_page() -> None:
     """A pattern that no longer matches must not empty the table without a word."""
     pages = {parameter.id.partition(":")[0] for parameter in FOUND}
