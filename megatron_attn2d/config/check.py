@@ -376,7 +376,7 @@ def _check_layers(run: RunConfig) -> Iterator[Refusal]:
         )
     for name in PER_LAYER:
         value = given.get(name)
-        if isinstance(value, list) and len(value) != layers and not pattern:
+        if isinstance(value, list) and len(value) != layers and (not pattern or is_hybrid(run)):
             yield f"megatron_args.{name}", f"says it of {len(value)} layers, model.num_layers is {layers}", "name each"
 
 

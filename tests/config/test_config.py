@@ -521,6 +521,10 @@ REFUSED = {
         "megatron_args.hybrid_layer_pattern = 'M*-|M*-': has 2 layers of attention (* or +), model.num_layers is 4; "
         "choose model.num_layers=2, or another pattern"
     ),
+    "model.kind=hybrid megatron_args={hybrid_layer_pattern: 'M*M*|-*M*M', window_size: [8, 0], "
+    "window_attn_skip_freq: [0, 1]}": (
+        "megatron_args.window_attn_skip_freq = [0, 1]: says it of 2 layers, model.num_layers is 4; name each"
+    ),
     "model.kind=hybrid megatron_args.hybrid_layer_pattern='*|*|*|*'": (
         "megatron_args.hybrid_layer_pattern = '*|*|*|*': has 4 stages, parallelism.pipeline x virtual_pipeline are 2; "
         "write 1 | into it"
