@@ -17,7 +17,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_attn2d.config import RunConfig
-from megatron_attn2d.inference.sampling import Sampling
 from megatron_attn2d.inference.tasks import catalogue
 from megatron_attn2d.inference.tasks.filler import Text
 from megatron_attn2d.inference.tasks.haystack import Haystack, Question, Task, fit
@@ -212,6 +211,8 @@ def evaluate(generator: Generator, request: Request, console: TextIO | None) -> 
 
 
 def _answers(generator: Generator, fitted: Fitted, task: Task, context: int, sample: int) -> Iterator[Answer]:
+    from megatron_attn2d.inference.sampling import Sampling
+
     made = fitted.haystack(task, context, sample)
     room = max(len(fitted.tokens(question.text)) + fitted.answer_tokens(question) for question in made.questions)
     cache = generator.prefill([fitted.tokens(made.text, begins=True)], room=room)
