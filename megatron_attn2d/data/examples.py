@@ -30,6 +30,8 @@ def encode(record: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np
     """
     parts = _parts(record, tokenizer)
     ids = [np.array([tokenizer.eod]) if text is END else tokenizer.plain(text) for text, _ in parts]
+    if "messages" not in record:  # else it is the chat template that begins a text
+        ids[0] = tokenizer.begun(record["prompt"])
     counts = [np.full(len(some), counts, dtype=np.uint8) for some, (_, counts) in zip(ids, parts, strict=True)]
     return np.concatenate(ids), np.concatenate(counts)
 

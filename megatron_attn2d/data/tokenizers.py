@@ -58,8 +58,11 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text` and the one that ends the document."""
 
+    def begun(self, text: str) -> np.ndarray:
+        """The ids of `text`, after the token with which the tokenizer begins a text, if it has one."""
+
     def plain(self, text: str) -> np.ndarray:
-        """The ids of `text` alone."""
+        """The ids of `text` alone, as in the middle of a document."""
 
     def chat(self, messages: Sequence[Message]) -> list[Part]:
         """A conversation up to its last answer, in parts that count in a loss and parts that don't.
@@ -77,7 +80,10 @@ class _Bytes:
     vocab_size = END_OF_DOCUMENT + 1
 
     def encode(self, text: str) -> np.ndarray:
-        return np.append(self.plain(text), np.uint16(self.eod))
+        return np.append(self.begun(text), np.uint16(self.eod))
+
+    def begun(self, text: str) -> np.ndarray:
+        return self.plain(text)
 
     def plain(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
@@ -108,13 +114,21 @@ class _Megatron:
         self.eod = int(eod)
 
     def encode(self, text: str) -> np.ndarray:
+        return np.append(self.begun(text), np.int32(self.eod))
+
+    def begun(self, text: str) -> np.ndarray:
         ids = list(self._tokenizer.tokenize(text))
         while ids and ids[-1] == self.eod:
             ids.pop()
-        return np.array([*ids, self.eod], dtype=np.int32)
+        return np.array(ids, dtype=np.int32)
 
     def plain(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.tokenize(text), dtype=np.int32)
+        wrapper: Any = self._tokenizer._tokenizer
+        if getattr(wrapper, "include_special_tokens", False):  # Hugging Face's alone; they would stand in each part
+            ids = wrapper.tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            ids = self._tokenizer.tokenize(text)
+        return np.array(ids, dtype=np.int32)
 
     def chat(self, messages: Sequence[Message]) -> list[Part]:
         """By the template of the tokenizer: what it writes from where an answer is asked for to its end counts."""

@@ -91,6 +91,24 @@ def test_a_chat_is_written_by_the_template_and_answers_with_their_end_count(temp
     assert counts.tolist() == [i % 2 for i, turn in enumerate(expected) for _ in turn]
 
 
+def test_what_a_tokenizer_puts_around_a_text_is_not_put_around_each_part(templated: Any) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    choice = templated(TEMPLATE)
+    file = f"{choice.model}/tokenizer.json"
+    library = Tokenizer.from_file(file)
+    begin, end = library.token_to_id("A"), library.token_to_id("<|end|>")
+    library.post_processor = TemplateProcessing(single="A $A <|end|>", special_tokens=[("A", begin), ("<|end|>", end)])
+    library.save(file)
+    tokenizer = load(choice)
+    ids, counts = examples.encode({"prompt": "b", "completion": "c"}, tokenizer)
+    assert ids.tolist() == [begin, library.token_to_id("b"), library.token_to_id("c"), end]
+    assert counts.tolist() == [0, 0, 1, 1]
+    assert ids[:2].tolist() == tokenizer.encode("b")[:-1].tolist()  # as `generate` begins it
+    assert begin not in examples.encode({"messages": TALK}, tokenizer)[0]
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
