@@ -73,7 +73,8 @@ class TextStream:
         if found:
             self.text, self.stopped = self.text[: min(found)], True
             return self.rest()
-        return self._show(len(self.text.rstrip(_UNFINISHED)) - self._begun())
+        sure = self.text.rstrip(_UNFINISHED)
+        return self._show(len(sure) - self._begun(sure))
 
     def rest(self) -> str:
         """What has not been shown yet."""
@@ -84,7 +85,7 @@ class TextStream:
         self._shown = max(self._shown, end)
         return shown
 
-    def _begun(self) -> int:
-        """Characters at the end that may become a stop text."""
-        lengths = [n for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])]
+    def _begun(self, text: str) -> int:
+        """Characters at the end of `text` that may become a stop text."""
+        lengths = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return max(lengths, default=0)

@@ -70,6 +70,7 @@ def test_values_out_of_range_are_named(wrong: dict, message: str) -> None:
         ("ab\nc", ("\n\n",), ["a", "b", "", "\nc"], "ab\nc"),
         ("abcd", ("bcd", "c"), ["a", "", "b"], "ab"),
         ("ab", ("bc",), ["a", ""], "ab"),
+        ("abéz", ("bé",), ["a", "", "", ""], "a"),
     ],
 )
 def test_text_is_shown_as_far_as_it_is_sure(text: str, stop: tuple[str, ...], shown: list[str], whole: str) -> None:
