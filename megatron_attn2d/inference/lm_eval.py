@@ -29,6 +29,8 @@ _SHARED_FROM = 256
 """Tokens of a context from which on it is cached once for all its continuations, in place of computing them at once."""
 _MAX_TOKENS = 256
 """Of a generated text whose task names no number; the harness's own default."""
+_NUMBERS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""How tasks spell that number; of several the first counts, as in the harness."""
 _opened: list[MegatronLM] = []
 
 
@@ -50,7 +52,7 @@ class MegatronLM(LM):
         Args:
             run_dir: the run's directory.
             step: of the checkpoint; None: the last complete one.
-            batch_size: requests that are computed at once.
+            batch_size: requests that are computed at once; the harness hands over its --batch_size, 1 by default.
             chunk: tokens that a rank computes at once.
             max_batch_size: only for the automatic batch size, which there is not.
             device: not read: the harness names one in every call, and the run's configuration has environment.device.
@@ -167,11 +169,13 @@ def sampling(options: dict[str, Any]) -> Sampling:
     """
     options = dict(options)
     until = options.pop("until", None) or []
-    samples = options.pop("do_sample", False)
-    temperature = float(options.pop("temperature", 1.0 if samples else 0.0))
+    samples, temperature = options.pop("do_sample", None), options.pop("temperature", None)
+    if samples is None:  # as in the harness a temperature alone asks for it
+        samples = bool(temperature)
+    numbers = [options.pop(name) for name in _NUMBERS if name in options]
     chosen = Sampling(
-        max_tokens=int(options.pop("max_gen_toks", options.pop("max_new_tokens", _MAX_TOKENS))),
-        temperature=temperature if samples else 0.0,
+        max_tokens=int(numbers[0] if numbers else _MAX_TOKENS),
+        temperature=0.0 if not samples else 1.0 if temperature is None else float(temperature),
         top_p=float(options.pop("top_p", 1.0)),
         top_k=int(options.pop("top_k", 0)),
         seed=int(options.pop("seed", 0)),

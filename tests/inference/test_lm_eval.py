@@ -98,11 +98,14 @@ def test_a_rolling_score_takes_each_token_once(model: Any, positions: int | None
 
 def test_texts_are_generated_by_options(model: Any) -> None:
     greedy, drawn = {"until": ["\n"], "max_gen_toks": 5}, {"until": ".", "do_sample": True, "top_p": 0.9}
-    said = model.generate_until([asked("abc", greedy), asked("ab", drawn), asked("", greedy)])
-    assert said == ["3", "2", "1"]
+    warm, cold = {"temperature": 0.5, "max_tokens": 7}, {"temperature": 0.5, "do_sample": False}
+    requests = [asked("abc", greedy), asked("ab", drawn), asked("", greedy), asked("a", warm), asked("abcd", cold)]
+    assert model.generate_until(requests) == ["3", "2", "1", "1", "4"]
     assert model.generator.options == [
         Sampling(max_tokens=5, stop=("\n",)),
         Sampling(max_tokens=256, temperature=1.0, top_p=0.9, stop=(".",)),
+        Sampling(max_tokens=7, temperature=0.5),
+        Sampling(max_tokens=256),
     ]
     with pytest.raises(UsageError, match="generation option num_beams: not served; served are until"):
         model.generate_until([asked("a", {"num_beams": 4})])
