@@ -32,7 +32,7 @@ def add(commands: Any) -> list[argparse.ArgumentParser]:
         "--context", required=True, nargs="+", action=Words, metavar="N", help="tokens; several with --tasks"
     )
     parser.add_argument("--samples", type=int, metavar="N", help="windows at most (default: 16), haystacks (4)")
-    parser.add_argument("--buckets", type=int, default=8, metavar="N", help="each twice as long as the one before it")
+    parser.add_argument("--buckets", type=int, metavar="N", help="each twice as long as the one before it (default: 8)")
     parser.add_argument("--step", type=int, metavar="N", help="of the checkpoint (default: the last complete one)")
     parser.add_argument("-o", "--output", metavar="JSON", help="default: RUN_DIR/eval-CONTEXT.json, eval-tasks.json")
     evaluate_tasks.add_arguments(parser)
@@ -65,7 +65,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         prefix = stack.enter_context(data_set(args.data, args.key, run, launched=world_size is not None))
         windows = samples(Path(prefix), context, 16 if args.samples is None else args.samples)
-        edges = bucket_edges(context, args.buckets)
+        edges = bucket_edges(context, 8 if args.buckets is None else args.buckets)
         from megatron_attn2d.launch import ranks
         from megatron_attn2d.training import evaluation
 

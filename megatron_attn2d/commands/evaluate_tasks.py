@@ -19,6 +19,14 @@ from megatron_attn2d.launch import environment
 from megatron_attn2d.run import checkpoints
 
 _DEFAULTS = {"samples": 4, "depths": 11, "digits": 7, "seed": 0, "chunk": 4096}
+_READ_BY = {
+    "data": ("perplexity",),
+    "haystack": ("needle", *sorted(catalogue.IN_TEXT)),
+    "questions": ("qa",),
+    "depths": ("needle",),
+    "digits": ("needle",),
+}
+"""Options that only some tasks read."""
 
 
 class Words(argparse.Action):
@@ -69,11 +77,14 @@ def run_tasks(args: argparse.Namespace, asked: tuple[int, ...]) -> int:
     """Evaluates `args.tasks` at the contexts `asked`, on ranks that it starts or, under a launcher, as one of them."""
     world_size = environment.launched_world_size()
     run_dir, names = Path(args.run), catalogue.chosen(args.tasks)
+    _refuse_unread(args, names)
     options = {name: _number(args, name) for name in _DEFAULTS}
     run = configuration.configuration(run_dir, args.overrides, world_size)
     step = checkpoints.chosen(run_dir / "checkpoints", args.step)
     output = Path(args.output or run_dir / "eval-tasks.json")
     check_output(output)
+    if output.suffix == ".png":
+        raise UsageError(f"--output {output}: is the JSON file's name, and of the picture beside it; end it with .json")
     with ExitStack() as stack:
         prefix = None
         if "perplexity" in names:
@@ -81,8 +92,8 @@ def run_tasks(args: argparse.Namespace, asked: tuple[int, ...]) -> int:
                 raise UsageError("--tasks perplexity: is of a text of yours; give --data, a data set or a file")
             prefix = Path(stack.enter_context(data_set(args.data, args.key, run, launched=world_size is not None)))
             samples(prefix, asked[-1], options["samples"])  # refuses a text that is too short
-        elif args.data is not None:
-            raise UsageError(f"--data {args.data}: perplexity alone reads it; name it in --tasks, or leave --data out")
+            if asked[0] < 2:
+                raise UsageError(f"--context {asked[0]}: perplexity takes two tokens at least; choose 2 or more")
         request = long_context.Request(
             tasks=tuple(names),
             contexts=asked,
@@ -122,6 +133,20 @@ def _check(request: long_context.Request, run: RunConfig) -> None:
     fitted = long_context.Fitted(Tokenizer(run.data), request.seed)
     for task in long_context.tasks_of(request):
         fitted.haystack(task, request.contexts[0], 0)
+        if task.most is not None:  # of documents there may be too few for the longest
+            for sample in range(request.samples):
+                fitted.haystack(task, request.contexts[-1], sample)
+
+
+def _refuse_unread(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise UsageError where an option is given that none of the tasks `names` reads."""
+    if args.buckets is not None:
+        raise UsageError("--buckets: is about loss by position; leave it out, or --tasks")
+    for option, readers in _READ_BY.items():
+        if getattr(args, option) is not None and not set(readers) & set(names):
+            raise UsageError(
+                f"--{option}: none of --tasks {' '.join(names)} reads it; add {' or '.join(readers)}, or leave it out"
+            )
 
 
 def _number(args: argparse.Namespace, name: str) -> int:

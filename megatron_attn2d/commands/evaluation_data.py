@@ -1,4 +1,4 @@
-"""What `eval` reads and writes: text or a data set of the run's tokenizer, and a JSON file."""
+"""What `eval` reads, text or a data set of the run's tokenizer, and where it and `generate` may write."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_attn2d.errors import ConfigErrors, UsageError
 
 
 def check_output(output: Path) -> None:
-    """Refuses before the evaluation what could not be written after it."""
+    """Refuses before the work what could not be written after it."""
     if output.is_dir():
-        raise UsageError(f"--output {output}: a directory; name a JSON file")
+        raise UsageError(f"--output {output}: a directory; name a file")
     if not output.parent.is_dir():
         raise UsageError(f"--output {output}: there is no directory {output.parent}; make it, or choose another")
     if not os.access(output.parent, os.W_OK | os.X_OK):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_attn2d.commands.evaluation_data import check_output
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.launch import environment
 from megatron_attn2d.run import checkpoints
@@ -51,8 +52,8 @@ def _generate(args: argparse.Namespace) -> int:
     run = configuration.configuration(run_dir, args.overrides, world_size)
     step = checkpoints.chosen(run_dir / "checkpoints", args.step)
     texts = [args.prompt] if args.prompts is None else _read(Path(args.prompts))
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise UsageError(f"--output {args.output}: there is no such directory; make it, or choose another")
+    if args.output:
+        check_output(Path(args.output))
     environment.apply_variables(run.environment.device, run.environment.variables)
     from megatron_attn2d.inference.completions import Request, check, main
     from megatron_attn2d.launch import ranks
@@ -80,7 +81,7 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 
 def _read(path: Path) -> list[str]:
     texts = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             text = json.loads(line)["prompt"]
         except (ValueError, TypeError, KeyError) as error:

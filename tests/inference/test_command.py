@@ -17,12 +17,12 @@ from tests.data.conftest import _sentencepiece
 from tests.inference.conftest import call, described
 from tests.pool import RankPool
 
-PROMPTS = ["import os", "x", "def f():\n    return"]
+PROMPTS = ["import os", "x", "def f():\n    return", "one\u2028line"]
 
 
 def test_prompts_of_a_file_are_completed(trained: Path, in_pool: None, tmp_path: Path) -> None:
     asked, found = tmp_path / "prompts.jsonl", tmp_path / "found.jsonl"
-    asked.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    asked.write_text("".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in PROMPTS))
     words = ("--prompts", str(asked), "--max-tokens", "5", "--temperature", "1", "--seed", "3", "-o", str(found))
     assert cli.main(["generate", str(trained), "context_parallel.size=2", "parallelism.tensor=1", *words]) == 0
     lines = [json.loads(line) for line in found.read_text().splitlines()]
@@ -30,7 +30,7 @@ def test_prompts_of_a_file_are_completed(trained: Path, in_pool: None, tmp_path:
     for line in lines:
         assert len(line["tokens"]) == len(line["logprobs"])
         assert line["stop_reason"] == ("length" if len(line["tokens"]) == 5 else "end")
-    assert len({tuple(line["tokens"]) for line in lines}) == 3
+    assert len({tuple(line["tokens"]) for line in lines}) == len(PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,8 @@ def test_prompts_of_a_file_are_completed(trained: Path, in_pool: None, tmp_path:
         (["--prompt", "a", "--max-tokens", "0"], "--max-tokens 0: choose 1 or more"),
         (["--prompt", "a", "--batch", "0"], "--batch 0: choose 1 or more"),
         (["--prompt", "a", "--step", "9"], "no complete checkpoint of step 9; there are 1"),
-        (["--prompt", "a", "-o", "none/e.jsonl"], "--output none/e.jsonl: there is no such directory"),
+        (["--prompt", "a", "-o", "none/e.jsonl"], "--output none/e.jsonl: there is no directory none"),
+        (["--prompt", "a", "-o", "."], "--output .: a directory; name a file"),
         (["--prompts", "bad.jsonl"], "bad.jsonl, line 2: not a JSON object"),
         (["--prompts", "number.jsonl"], "number.jsonl, line 1: the prompt is a int; give a text"),
         (["--prompts", "empty.jsonl"], "empty.jsonl: empty; give a line"),

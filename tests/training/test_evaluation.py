@@ -158,7 +158,7 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
         (["--context", "64", "--buckets", "0"], "--buckets 0: choose 1 or more"),
         (["--context", "64", "--data", "missing"], "missing: no data set"),
         (["--context", "64", "-o", "none/e.json"], "--output none/e.json: there is no directory none; make it, or"),
-        (["--context", "64", "-o", "."], "--output .: a directory; name a JSON file"),
+        (["--context", "64", "-o", "."], "--output .: a directory; name a file"),
         (
             ["--context", "64", "--data", "a/"],
             "--data a/: a folder, whose files need a name to begin with",
@@ -208,8 +208,15 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
         (["--context", "64", "--tasks", "neddle"], "--tasks neddle: no such task; did you mean needle?"),
         (
             ["--context", "64", "--tasks", "needle"],
-            "perplexity alone reads it; name it in --tasks, or",
+            "--data: none of --tasks needle reads it; add perplexity, or leave it out",
         ),
+        (
+            ["--context", "64", "--tasks", "perplexity", "--haystack", "books"],
+            "--haystack: none of --tasks perplexity reads it; add needle or niah_",
+        ),
+        (["--context", "64", "--tasks", "perplexity", "--buckets", "4"], "--buckets: is about loss by position; leave"),
+        (["--context", "64", "--tasks", "perplexity", "-o", "a.png"], "--output a.png: is the JSON file's name, and"),
+        (["--context", "1", "64", "--tasks", "perplexity"], "--context 1: perplexity takes two tokens at least"),
         (["--context", "64", "--tasks", "perplexity", "needle"], "--context 64: needle takes 2"),
         (["--context", "64", "--tasks", "qa", "perplexity"], "--tasks qa: asks about documents of yours; give --quest"),
         (["--context", "64", "--tasks", "perplexity", "--samples", "0"], "--samples 0: choose 1 or more"),

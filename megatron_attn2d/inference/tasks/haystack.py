@@ -80,7 +80,7 @@ def fit(task: Task, context: int, count: Count, seed: str, answer_tokens: Callab
         answer_tokens: how many tokens an answer may take.
 
     Raises:
-        UsageError: the context does not hold the smallest one.
+        UsageError: the context does not hold the smallest one, or the largest one leaves more than a tenth of it empty.
     """
 
     def tokens(size: int) -> int:
@@ -101,6 +101,11 @@ def fit(task: Task, context: int, count: Count, seed: str, answer_tokens: Callab
         size = too_large + max(1, int(1.1 * growth * (too_large - fits)))
         fits, used = too_large, over
     else:
+        if context - used > context // 10:  # its score would stand under a context that it does not have
+            raise UsageError(
+                f"--context {context}: all that {task.name} is made of takes {used} tokens; give more of it, choose a "
+                "shorter context, or other tasks"
+            )
         return task.haystack(fits, Random(seed))
     while too_large - fits > 1 and context - used > context // 256:
         between = fits + (too_large - fits) * (context - used) // (over - used)

@@ -72,11 +72,11 @@ def from_file(path: Path) -> list[Known]:
     if not path.is_file():
         raise UsageError(f"--questions {path}: no such file")
     known = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             read = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"--questions {path}, line {number}: broken JSON ({error.msg})") from None
+        except ValueError as error:
+            raise UsageError(f"--questions {path}, line {number}: broken JSON ({error})") from None
         if not isinstance(read, dict) or not (
             isinstance(read.get("question"), str) and _texts(read.get("answers")) and _texts(read.get("documents"))
         ):
