@@ -37,6 +37,8 @@ def check(request: Request) -> None:
     """Raise UsageError, before ranks start, for prompts that can't be completed."""
     tokenizer = Tokenizer(request.run.data)
     for i, text in enumerate(request.texts):
+        if not text:
+            raise UsageError(f"prompt {i}: empty; give a text of one character or more")
         check_tokens(f"prompt {i}", tokenizer.encode(text), 0, request.sampling.max_tokens, tokenizer, request.run)
     for name, value in (("--batch", request.batch), ("--chunk", request.chunk)):
         if value < 1:

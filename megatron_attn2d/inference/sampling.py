@@ -51,8 +51,8 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
         return logits.argmax(-1)
     scores = logits.float() / sampling.temperature
     if 0 < sampling.top_k < scores.size(-1):
-        lowest = scores.topk(sampling.top_k).values[:, -1:]
-        scores = scores.masked_fill(scores < lowest, -torch.inf)
+        highest = scores.topk(sampling.top_k)  # by their places: in bf16 several may be as likely as the last of them
+        scores = torch.full_like(scores, -torch.inf).scatter(-1, highest.indices, highest.values)
     probabilities = scores.softmax(-1)
     if sampling.top_p < 1:
         ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)

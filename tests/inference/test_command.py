@@ -36,7 +36,7 @@ def test_prompts_of_a_file_are_completed(trained: Path, in_pool: None, tmp_path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prompt", ""], "prompt 0: empty; give a token, such as 256"),
+        (["--prompt", ""], "prompt 0: empty; give a text of one character"),
         (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: choose more than 0"),
         (["--prompt", "a", "--max-tokens", "0"], "--max-tokens 0: choose 1 or more"),
         (["--prompt", "a", "--batch", "0"], "--batch 0: choose 1 or more"),

@@ -37,6 +37,12 @@ def test_tokens_are_drawn_by_their_shares(sampling: Sampling, shares: list[float
         assert counts[token] / 4000 == pytest.approx(share, abs=0.03)
 
 
+def test_of_equally_likely_tokens_no_more_than_top_k_are_drawn() -> None:
+    sampling = Sampling(temperature=1.0, top_k=2)
+    (generator,) = generators_of(sampling, [0], CPU)
+    assert len({int(choose(torch.zeros(1, 9), sampling, [generator])) for _ in range(100)}) == 2
+
+
 def test_a_prompt_draws_the_same_wherever_it_stands_in_a_batch() -> None:
     sampling = Sampling(temperature=1.0, seed=5)
     logits = LOGITS.expand(3, -1)
