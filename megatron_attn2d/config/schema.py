@@ -235,7 +235,7 @@ class Training(Section):
     """
     loss_chunk_tokens: Positive | None = None
     """Tokens per rank whose logits exist at a time: the output layer and the loss are computed in chunks, forward and
-    backward. None: all at once, which for 128K tokens and a vocabulary of 128K takes 256 GB."""
+    backward. None: all at once, which for 128K tokens and a vocabulary of 128K takes 137 GB."""
     self_check: Annotated[bool, Flag("no-attention-self-check", when=False)] = True
     """Before the first step compare a tiny attention over the run's groups with the dense answer."""
     check_finite: Annotated[bool, Flag("check-finite-attention")] = False
