@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from megatron_attn2d.megatron.announcement import kernel_name
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
+from megatron_attn2d.megatron.layer_grid import ATTENTION2D, split_mode
 from megatron_attn2d.megatron.upstream.patching import Patch, applied
 from megatron_attn2d.training.guards.self_check import describe, distinct_attentions
 
@@ -43,8 +44,7 @@ def line(args: Namespace, attentions: Iterable[ContextParallelAttention], derive
             f"{args.global_batch_size:,} x {args.seq_length:,} tokens per step",
             f"tensor {args.tensor_model_parallel_size} x context {args.context_parallel_size} x pipeline "
             f"{args.pipeline_model_parallel_size} x data {args.data_parallel_size}",
-            ", ".join(dict.fromkeys(_attention(one) for one in attentions))
-            or f"attention of Transformer Engine ({' '.join(args.cp_comm_type)})",
+            ", ".join(dict.fromkeys(_attention(one) for one in attentions)) or _no_attention_of_ours(args.cp_comm_type),
             _data(args),
             _derived(derived),
         ]
@@ -68,6 +68,13 @@ def _attention(attention: ContextParallelAttention) -> str:
     where = describe(attention) if config.context_parallel_size > 1 else "attention on one rank"
     window = f", window {attention.window}" if windows else ""
     return f"{where}{window}, kernel {kernel}"
+
+
+def _no_attention_of_ours(modes: Sequence[str]) -> str:
+    """Where the last pipeline stage has none: in a hybrid model it may have no attention at all."""
+    if all(split_mode(mode)[0] == ATTENTION2D for mode in modes):
+        return "no attention in the last pipeline stage"
+    return f"attention of Transformer Engine ({' '.join(modes)})"
 
 
 def _data(args: Namespace) -> str:

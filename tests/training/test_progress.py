@@ -58,6 +58,27 @@ def test_a_start_says_in_a_line_what_trains(pool: RankPool, text: Path, tmp_path
     assert re.fullmatch(r"transformer-impl local, distributed-backend gloo, .*\d switches \(reasons in .*\)", derived)
 
 
+@pytest.mark.parametrize(
+    ("modes", "expected"),
+    [
+        (["attention2d:2x1", "attention2d"], "no attention in the last pipeline stage"),
+        (["attention2d:2x1", "p2p"], "attention of Transformer Engine (attention2d:2x1 p2p)"),
+    ],
+)
+def test_a_start_says_what_attends_in_a_stage_without_attention_of_ours(modes: list[str], expected: str) -> None:
+    from megatron_attn2d.training.start_line import line
+
+    parallel = [f"{kind}_model_parallel_size" for kind in ("tensor", "pipeline")]
+    parallel += ["context_parallel_size", "data_parallel_size"]
+    sizes = ["global_batch_size", "seq_length", "num_layers", "hidden_size", "num_attention_heads", *parallel]
+    args = Namespace(
+        **dict.fromkeys(sizes, 2),
+        **dict.fromkeys(["group_query_attention", "num_experts", "document_multiple"], 0),
+        **{"hybrid_layer_pattern": "*-|M-", "params_dtype": "torch.bfloat16", "mock_data": True, "cp_comm_type": modes},
+    )
+    assert f"; {expected}; made-up data; " in line(args, [], [])
+
+
 def first_line(rank: int, args: list[str]) -> str:
     from megatron_attn2d.training import pretrain_gpt
 
