@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TextIO, cast
 
@@ -213,7 +214,8 @@ class Generator:
             UsageError: a prompt is empty, holds tokens that are none, or is too long for positions or memory.
         """
         sampling = sampling or Sampling()
-        asked = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        encode = partial(self.tokenizer.encode, begins=after is None)
+        asked = [encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         cached = 0 if after is None else self._one_sequence(after)
         for i, tokens in enumerate(asked):
             self._check(f"prompt {i}", tokens, cached, sampling.max_tokens)

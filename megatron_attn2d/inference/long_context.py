@@ -157,7 +157,6 @@ class Fitted:
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         """`seed` chooses the haystacks."""
         self._tokenizer, self._seed = tokenizer, seed
-        self._begin = tokenizer.encode("")  # what a tokenizer puts before every text: nothing, or a token
 
     def haystack(self, task: Task, context: int, sample: int) -> Haystack:
         """That of number `sample`: it fills `context` tokens, room for the longest answer included.
@@ -170,8 +169,7 @@ class Fitted:
 
     def tokens(self, text: str, *, begins: bool = False) -> list[int]:
         """Those of `text`, with what the tokenizer puts before a text where it begins one."""
-        tokens = self._tokenizer.encode(text)
-        return tokens if begins else tokens[len(self._begin) :]
+        return self._tokenizer.encode(text, begins=begins)
 
     def answer_tokens(self, question: Question) -> int:
         """How many tokens a model may say in answer."""

@@ -29,11 +29,12 @@ class Tokenizer:
         """
         self._tokenizer = tokenizers.load(tokenizers.from_yaml_section(data))
         self.end, self.size = self._tokenizer.eod, self._tokenizer.vocab_size
+        self._before = len(self.encode(""))  # ids that it puts before every text: none, or one
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without the one that ends a document."""
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """The ids of `text` but for the one that ends a document and, unless it `begins` one, any that stands first."""
         ids: list[int] = self._tokenizer.encode(text)[:-1].tolist()
-        return ids
+        return ids if begins else ids[self._before :]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`."""

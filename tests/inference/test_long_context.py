@@ -21,8 +21,8 @@ from megatron_attn2d.inference.sampling import Sampling
 class Bytes:
     """Tokens are bytes, after one that begins a text."""
 
-    def encode(self, text: str) -> list[int]:
-        return [256, *text.encode()]
+    def encode(self, text: str, *, begins: bool) -> list[int]:
+        return [256, *text.encode()] if begins else list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(token for token in tokens if token < 256).decode()

@@ -1,12 +1,16 @@
 """Which token is drawn, and what of a text may be shown."""
 
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_attn2d.config.schema import Data
+from megatron_attn2d.data import tokenizers
 from megatron_attn2d.inference.sampling import Sampling, choose, generators_of
-from megatron_attn2d.inference.text import TextStream
+from megatron_attn2d.inference.text import TextStream, Tokenizer
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 CPU = torch.device("cpu")
@@ -89,6 +93,15 @@ def test_text_is_shown_as_far_as_it_is_sure(text: str, stop: tuple[str, ...], sh
     assert found == shown
     assert stream.text == whole
     assert "".join(found) + stream.rest() == whole
+
+
+def test_a_text_that_goes_on_has_no_token_that_begins_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Llama's tokenizer puts one before every text."""
+    library = SimpleNamespace(eod=9, vocab_size=300, encode=lambda text: np.array([8, *text.encode(), 9]))
+    monkeypatch.setattr(tokenizers, "load", lambda choice: library)
+    tokenizer = Tokenizer(Data(vocab_size=512, null_tokenizer_eod_id=256))
+    assert tokenizer.encode("ab") == [8, 97, 98]
+    assert tokenizer.encode("ab", begins=False) == [97, 98]
 
 
 def test_a_token_is_decoded_after_the_one_before_it() -> None:
