@@ -26,14 +26,23 @@ _READ_EOD = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
 """Arguments of Megatron under which the token that ends a document counts."""
 
 
-def check_data(run: RunConfig) -> None:
-    """Raise ConfigError if a data set of `run` was written with another tokenizer than the run's, or lacks examples."""
+def check_data(run: RunConfig, *, trains: bool = True) -> None:
+    """Raise ConfigError if a data set of `run` was written with another tokenizer than the run's, or in another format.
+
+    Where it does not train on them (`trains`), sets of examples may be read as text.
+    """
     reads_eod = any(map(run.megatron_args.get, _READ_EOD))
     errors = [error for prefix in run.data.paths for error in mismatches(Path(prefix), run.data, reads_eod)]
     if run.data.format == "sft":
         for prefix in map(Path, run.data.paths):
             known = description(prefix) if is_sealed(prefix) else {}
             errors += filter(None, [examples.fault(prefix, run.training.seq_length, known)])
+    elif trains:
+        for prefix in map(Path, run.data.paths):
+            if examples.path(prefix).is_file():
+                reason = f"{prefix} holds examples for fine-tuning, whose prompts would count in the loss"
+                choice = "choose sft, or a set that was built without --format sft"
+                errors.append(ConfigError("data.format", run.data.format, reason, choice))
     if errors:
         raise ConfigErrors(errors)
 

@@ -69,7 +69,7 @@ def configuration(run_dir: Path, overrides: list[str], world_size: int | None = 
     left_out = [f"megatron_args.{name}=null" for name in stages_of_training(trained, asked)]
     run = load_run(path, [*decided, *overrides, *left_out], world_size=world_size)
     if run.data.tokenizer_model != trained.data.tokenizer_model:
-        check_data(run)  # which tells another tokenizer from a file that has only moved
+        check_data(run, trains=False)  # which tells another tokenizer from a file that has only moved
     return run
 
 

@@ -154,6 +154,15 @@ def test_what_others_keep_beside_a_set_is_no_description(tmp_path: Path, monkeyp
     check_data(load_run(QUICKSTART, ["data.paths=[set]"]))
 
 
+def test_examples_are_no_text_to_train_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set.loss").touch()
+    run = load_run(QUICKSTART, ["data.paths=[set]"])
+    with pytest.raises(ConfigError, match=r"data\.format = 'text': set holds examples for fine-tuning.*choose sft"):
+        check_data(run)
+    check_data(run, trains=False)  # generation reads the tokenizer alone
+
+
 def test_of_a_set_that_others_built_the_largest_id_is_found(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.txt").write_text("a" * 1000)
     text = indexed.build([tmp_path / "a.txt"], tmp_path / "text")
