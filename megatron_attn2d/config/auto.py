@@ -118,7 +118,8 @@ def _chosen_axes(run: RunConfig) -> tuple[tuple[int, int, int], tuple[int, int]]
     if context.grid != "auto":
         heads, rows, columns = run.grid
     elif missing_rates(run):
-        heads, (rows, columns) = 1, best_grid(context.size, run.model.queries_per_kv_head, tile or (1, 1))
+        work = workload(run)
+        heads, (rows, columns) = 1, best_grid(context.size, work.heads // work.kv_heads, tile or (1, 1))
     else:
         found: Sequence[Prediction] = predictions(context.size, workload(run), cluster(run))
         if tile:

@@ -7,7 +7,7 @@ from math import prod
 
 from megatron_attn2d.config import keys
 from megatron_attn2d.config.auto import with_grid
-from megatron_attn2d.config.layer_pattern import ATTENTION, PIPE, is_hybrid, main_layers
+from megatron_attn2d.config.layer_pattern import ATTENTION, PIPE, SKIPPED, is_hybrid, main_layers
 from megatron_attn2d.config.prefixes import prefix_fault
 from megatron_attn2d.config.schema import GRAPH_IMPLEMENTATIONS, RunConfig
 from megatron_attn2d.errors import ConfigError, ConfigErrors
@@ -225,7 +225,6 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
     for mode in sorted(spread.keys() & {context.mode, *(context.layer_modes or [])}):
         key, parts = spread[mode]
         heads = max(run.model.num_attention_heads // run.parallelism.tensor, 1)
-        kv_heads = max((run.model.num_query_groups or run.model.num_attention_heads) // run.parallelism.tensor, 1)
         repeats = not transformer_engine or mode == "attention2d"  # Transformer Engine does not repeat heads
         if heads % parts or (kv_heads % parts and not (repeats and parts % kv_heads == 0)):
             yield (
@@ -378,6 +377,8 @@ def _check_layers(run: RunConfig) -> Iterator[Refusal]:
         value = given.get(name)
         if isinstance(value, list) and len(value) != layers and (not pattern or is_hybrid(run)):
             yield f"megatron_args.{name}", f"says it of {len(value)} layers, model.num_layers is {layers}", "name each"
+        elif isinstance(value, int) and value < 1:
+            yield f"megatron_args.{name}", "means every layer of that many", "choose 1 or more, or leave it out"
 
 
 def _check_hybrid(run: RunConfig) -> Iterator[Refusal]:
@@ -388,8 +389,9 @@ def _check_hybrid(run: RunConfig) -> Iterator[Refusal]:
         if given.get(name):
             choice = "write stages as | in megatron_args.hybrid_layer_pattern"
             yield f"megatron_args.{name}", "the stages of model.kind = hybrid stand in its pattern", choice
-    if isinstance(given.get("moe_layer_freq"), str):
-        yield "megatron_args.moe_layer_freq", "is text, which is not read here", "write a number, or [1, 0, ...]"
+    for name in ("moe_layer_freq", *SKIPPED):  # which a hybrid model's layers spell otherwise
+        if isinstance(given.get(name), str):
+            yield f"megatron_args.{name}", "is text, which is not read here", "write a number, or [1, 0, ...]"
     if not (pattern := str(given.get("hybrid_layer_pattern") or "")):
         return
     if (found := len(ATTENTION.findall(main_layers(pattern)))) != model.num_layers:

@@ -21,7 +21,7 @@ from megatron_attn2d.config.schema import RunConfig
 ATTENTION = re.compile(r"[*+]")
 PIPE, MTP = "|", "/"
 _IN_THE_PATTERN = ("moe_layer_freq", "mtp_num_layers")
-_SKIPPED: dict[str, Callable[[int, int], bool]] = {
+SKIPPED: dict[str, Callable[[int, int], bool]] = {
     "window_attn_skip_freq": lambda layer, every: layer % every != 0,
     "no_rope_freq": lambda layer, every: layer % every == 0,
 }
@@ -68,7 +68,7 @@ def hybrid_arguments(run: RunConfig, passed: dict[str, Any]) -> dict[str, Any]:
         for name in _IN_THE_PATTERN:
             arguments.pop(name, None)
     numbers = range(1, run.model.num_layers + 1)
-    for name, of_every in _SKIPPED.items():
+    for name, of_every in SKIPPED.items():
         value = arguments.get(name)
         if isinstance(value, int):
             value = [int(of_every(number, value)) for number in numbers]

@@ -97,11 +97,6 @@ class Model(Section):
     init_method_std: Annotated[float | None, Field(gt=0)] = None
     """Standard deviation of the initial weights."""
 
-    @property
-    def queries_per_kv_head(self) -> int:
-        """Query heads that share a key/value head."""
-        return self.num_attention_heads // (self.num_query_groups or self.num_attention_heads)
-
 
 class Parallelism(Section):
     """How the model is spread over ranks; the context's part stands in context_parallel."""

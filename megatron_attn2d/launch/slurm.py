@@ -44,6 +44,8 @@ def check(run: RunConfig) -> None:
             if option in ours:
                 reason = "the batch file rests on this option"
                 raise ConfigError(f"slurm.{key}.{option}", value, reason, "leave it out")
+            if len(option) == 1:
+                raise ConfigError(f"slurm.{key}.{option}", value, "not the long name of an option", "write that")
             if isinstance(value, str) and not value.isprintable():
                 raise ConfigError(f"slurm.{key}.{option}", value, "holds a line break", "write it on one line")
     for option in ("time", "time-min"):

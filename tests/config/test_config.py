@@ -517,6 +517,12 @@ REFUSED = {
     "model.kind=hybrid megatron_args={num_experts: 4, moe_layer_freq: '[1,0]*2'}": (
         "megatron_args.moe_layer_freq = '[1,0]*2': is text, which is not read here; write a number, or [1, 0, ...]"
     ),
+    "model.kind=hybrid megatron_args={window_size: [8, 0], window_attn_skip_freq: '[1,0]*2'}": (
+        "megatron_args.window_attn_skip_freq = '[1,0]*2': is text, which is not read here; write a number, or ..."
+    ),
+    "model.kind=hybrid megatron_args={num_experts: 4, moe_layer_freq: 0}": (
+        "megatron_args.moe_layer_freq = 0: means every layer of that many; choose 1 or more, or leave it out"
+    ),
     "model.kind=hybrid megatron_args.hybrid_layer_pattern='M*-|M*-'": (
         "megatron_args.hybrid_layer_pattern = 'M*-|M*-': has 2 layers of attention (* or +), model.num_layers is 4; "
         "choose model.num_layers=2, or another pattern"

@@ -267,6 +267,9 @@ def test_latent_attention_has_keys_for_every_head() -> None:
     work = workload(run)
     assert work.kv_heads == work.heads
     assert work.head_dim == (128 + 64 + 64) // 2
+    grouped = ["model.num_query_groups=8", "context_parallel.grid=auto", "cluster.nic_gb_per_s=null"]
+    assert load_run(RUN, grouped).grid == (1, 16, 1)
+    assert load_run(RUN, [*grouped, "megatron_args.multi_latent_attention=true"]).grid == (1, 4, 4)
 
 
 def test_what_a_plan_leaves_out_is_said() -> None:
