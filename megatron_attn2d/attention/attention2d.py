@@ -98,8 +98,8 @@ def attention2d(
         cu_seqlens: running totals [0, s1, s1 + s2, ...] of the lengths of packed sequences. q, k and v are then
             [t/cp, heads, d], by sequence: both chunks of the first, both of the second, ... (see `packing`). A tensor
             on a GPU is not read: its numbers are not checked, and chunks that hold nothing but padding travel too. Pass
-            a new tensor for each batch, or change it by operations of torch. A broadcast into a tensor that an earlier
-            call was given goes unnoticed.
+            a new tensor for each batch, or change it by operations of torch. If a broadcast or the replay of a CUDA
+            graph writes into a tensor that an earlier call was given, it goes unnoticed.
         cu_seqlens_padded: the same with padding, where sequences are padded to multiples of 2 * cp.
         max_seqlen: tokens of the longest sequence with its padding, or more; asked for where totals are on a GPU.
         softmax_scale: factor on the scores; 1/sqrt(d) by default.

@@ -116,6 +116,8 @@ def prepare(
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
     facts = facts_of(q, k, v, sequences, band, scale, sink, dropout, overlap_groups)
     check_agreement(groups, facts, q.device, label)
+    for each in {sequences} if packing is None else {sequences, packing}:
+        each.keep_if_captured()
     return Call(packing, sequences, band, AttentionOp(kernel, scale, dropout), label), q, k, v
 
 
@@ -155,6 +157,7 @@ def run(
     schedule: Schedule, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, results: Results | None = None
 ) -> Tensor:
     """The output of a call that a schedule makes, differentiable once; not computed where `results` has it."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as kernels ask for
     out: Tensor = _Attention.apply(*compact_for_save(q, k, v), sink, schedule, results)
     return out
 

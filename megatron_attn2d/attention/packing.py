@@ -86,7 +86,8 @@ class Packing:
         Args:
             cu_seqlens: [0, length of the first, of the first two, ...]. The numbers of a tensor on a GPU are not
                 compared with those of the last call. Changes of it are noticed if torch counts them
-                (`Tensor._version`). Torch counts neither messages of torch.distributed nor writes through `.data`.
+                (`Tensor._version`). Torch counts neither messages of torch.distributed, nor replays of CUDA graphs, nor
+                writes through `.data`.
             cu_seqlens_padded: the same with padding, where there is any between sequences.
             tokens: of the whole pack, all ranks together.
             ranks: context-parallel size.
@@ -247,6 +248,14 @@ class Packing:
         value: Value = self._made[key]
         return value
 
+    def keep_if_captured(self) -> None:
+        """While a CUDA graph is captured: keep the tables on the device, which each replay reads, for good.
+
+        What depends on numbers that only the GPU knows is part of the graph itself.
+        """
+        if self.known and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured.add(self)
+
     @property
     def offsets(self) -> Numbers:
         """[J], tokens of a chunk before those of each sequence."""
@@ -373,6 +382,8 @@ def _on_device(
     return Packing(chunks, lengths, ranks, tokens // (2 * ranks), -(-longest // (2 * ranks)), True, device)
 
 
+_captured: set[Packing] = set()
+"""Those that CUDA graphs read."""
 _packs: list[tuple[object, Packing, object]] = []
 
 

@@ -38,6 +38,7 @@ class SingleRank:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `Schedule.backward`."""
         call, kernel = self.call, self.call.op.kernel
+        dout = dout.contiguous()  # that of a sum has one number
         delta = None
         if want_delta or not kernel.needs_out:
             delta = (dout.to(lse.dtype) * out).sum(-1).permute(1, 2, 0)

@@ -1,6 +1,9 @@
-"""What waits for the backward pass is what it needs: no larger tensor that an input is a part of."""
+"""What waits for the backward pass is what it needs, no larger tensor that an input is a part of; and its layout."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_attn2d import Grid, attention2d, ring_attention
-from megatron_attn2d.attention.call import compact_for_save
+from megatron_attn2d.attention.call import compact_for_save, prepare, run
+from megatron_attn2d.attention.kernels.base import BackwardRows
+from megatron_attn2d.attention.kernels.reference import ReferenceKernel
+from megatron_attn2d.attention.single_rank import SingleRank
 from tests.attention.dense import dense_gradients, zigzag
 from tests.pool import RankPool
 
@@ -81,3 +87,46 @@ def test_no_larger_tensor_is_kept(mode: str, parts: str, shards: int, lives: boo
         assert found == shards + 1 / DIM  # q, k, v, the output, and its log-sum-exp
         assert living == lives
         assert error < 1e-12
+
+
+class AsksForContiguousHeads(ReferenceKernel):
+    """As the seam promises, and as kernels in Triton assert."""
+
+    needs_out = True
+
+    def forward_segments(self, *arguments: Any) -> None:
+        assert all(x.stride(-1) == 1 for x in arguments[:3])
+        super().forward_segments(*arguments)
+
+    def backward_segments(self, rows: BackwardRows, *arguments: Any) -> None:
+        assert rows.out is not None
+        assert all(x.stride(-1) == 1 for x in (rows.q, rows.dout, rows.out, *arguments[:2]))
+        super().backward_segments(rows, *arguments)
+
+
+def test_kernels_are_given_a_contiguous_last_dim() -> None:
+    """Inputs have another, and the gradient of a sum is one number that is expanded."""
+    gradients = []
+    whole = torch.randn(3, HEADS, TOKENS, DIM, dtype=torch.float64)
+    for lie in (lambda x: x.contiguous(), lambda x: x.mT.contiguous().mT):
+        inputs = [lie(x.transpose(0, 1)).requires_grad_() for x in whole]
+        call, *shards = prepare(
+            *inputs,
+            (None,),
+            1,
+            causal=True,
+            window=None,
+            sink=None,
+            dropout=None,
+            cu_seqlens=(0, 4, 10),
+            cu_seqlens_padded=None,
+            max_seqlen=None,
+            softmax_scale=None,
+            backend="reference",
+            label="attention",
+        )
+        call = replace(call, op=replace(call.op, kernel=AsksForContiguousHeads()))
+        out = run(SingleRank(call), *shards, None)
+        gradients.append(torch.autograd.grad(out.squeeze(1).sum(), inputs))
+    for expected, found in zip(*gradients, strict=True):
+        assert torch.equal(expected, found)

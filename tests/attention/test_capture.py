@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -109,6 +111,22 @@ def waits_nowhere(rank: int, layout: tuple[int, ...] | None, **how: Any) -> bool
 )
 def test_nothing_waits_for_the_gpu(pool: RankPool, layout: tuple[int, ...] | None, how: dict[str, Any]) -> None:
     assert all(pool.run(waits_nowhere, 4, layout, **how))
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_tables_that_a_graph_reads_outlive_other_packs(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays read them, however many packs come between."""
+    monkeypatch.setattr(packing_module, "_captured", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    gpu = torch.device("cuda")
+    packing = Packing.of([0, 8], None, 8, 2, gpu).over(2)
+    packing.keep_if_captured()
+    kept = weakref.ref(packing)
+    del packing
+    for tokens in range(3, 3 + packing_module._MOST_PACKS):
+        Packing.of([0, 4 * tokens], None, 4 * tokens, 2, gpu)
+    gc.collect()
+    assert (kept() is not None) == captured
 
 
 def test_what_waits_is_noticed() -> None:
