@@ -32,6 +32,10 @@ def renamed_arguments[**Arguments, Result](
         def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             given: dict[str, Any] = kwargs
             for old in names.keys() & given.keys():
+                if names[old] in given:
+                    raise TypeError(
+                        f"{function.__qualname__}() got {names[old]}= and its old name {old}=: pass the first"
+                    )
                 warn(f"{function.__qualname__}({old}=...) is deprecated: pass {names[old]}=", DeprecationWarning)
                 given[names[old]] = given.pop(old)
             return function(*args, **kwargs)

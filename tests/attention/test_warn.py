@@ -50,6 +50,11 @@ def test_old_names_work_and_say_the_new_one(
     assert [warning.filename for warning in warned] == [__file__]
 
 
+def test_both_names_of_an_argument_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"attention2d\(\) got overlap_groups= and its old name head_groups="):
+        on_one_rank(head_groups=2, overlap_groups=1)
+
+
 def grid_of_groups(world: dist.ProcessGroup) -> Grid:
     """2 x 2 x 2, by existing groups of rank 0."""
     grid = Grid.from_group(world, rows=2, cols=2, ulysses_size=2)
