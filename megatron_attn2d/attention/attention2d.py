@@ -102,7 +102,7 @@ def attention2d(
             graph writes into a tensor that an earlier call was given, it goes unnoticed.
         cu_seqlens_padded: the same with padding, where sequences are padded to multiples of 2 * cp.
         max_seqlen: tokens of the longest sequence with its padding, or more; asked for where totals are on a GPU.
-        softmax_scale: factor on the scores; 1/sqrt(d) by default.
+        softmax_scale: factor on the scores, a number; 1/sqrt(d) by default.
         backend: attention kernel, see `choose_kernel`.
         overlap_groups: in how many groups of heads communication and kernels overlap; must divide g. Where the grid
             spreads heads, a rank takes the largest divisor of it that divides the heads it is left with. Each group

@@ -20,6 +20,7 @@ from megatron_attn2d.attention.agreement import check_agreement, facts_of
 from megatron_attn2d.attention.checks import (
     check_first_derivative,
     check_heads,
+    check_scale,
     check_sink,
     packed,
     request_of,
@@ -114,6 +115,7 @@ def prepare(
     check_heads(q.size(2), k.size(2), ulysses_size, overlap_groups)
     check_sink(sink, q)
     scale = 1.0 / sqrt(q.size(3)) if softmax_scale is None else softmax_scale
+    check_scale(scale)
     facts = facts_of(q, k, v, sequences, band, scale, sink, dropout, overlap_groups)
     check_agreement(groups, facts, q.device, label)
     for each in {sequences} if packing is None else {sequences, packing}:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -84,7 +86,7 @@ def band_of(causal: bool, window: tuple[int | None, int | None] | None, tokens: 
         ValueError: the window is not a pair of sides.
     """
     sides = [None if side == -1 else side for side in _pair(window)]
-    if len(sides) != 2 or any(side is not None and side < 0 for side in sides):
+    if len(sides) != 2 or any(side is not None and (not hasattr(side, "__index__") or side < 0) for side in sides):
         raise ValueError(
             f"window={window} is no window: choose (left, right), how many tokens before and after it a "
             "token sees, -1 for all"
@@ -196,6 +198,12 @@ def check_heads(heads: int, kv_heads: int, ulysses_size: int, overlap_groups: in
             f"{kv_heads} key/value heads neither divide by the {ulysses_size} ranks of the grid's head axis (U) nor "
             "into them"
         )
+
+
+def check_scale(scale: object) -> None:
+    """Raise ValueError unless the factor on the scores is a finite number: a tensor would get no gradient."""
+    if not isinstance(scale, Real) or not isfinite(scale):
+        raise ValueError(f"softmax_scale={scale!r} is no finite number: pass a float, or None for 1/sqrt(head dim)")
 
 
 def check_sink(sink: Tensor | None, q: Tensor) -> None:

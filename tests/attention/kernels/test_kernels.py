@@ -215,7 +215,7 @@ def test_other_misuse_is_refused() -> None:
         attention2d(q, q[:2], q[:2], Grid.single())
     with pytest.raises(ValueError, match=r"4 tokens of q and 8 of k per rank don't fit a mask"):
         attention2d(q, *[torch.zeros(8, 1, 2, 8)] * 2, Grid.single(), causal=False, window=(3, 3))
-    for window in ((-2, 0), (), 5):
+    for window in ((-2, 0), (), 5, (1.5, 0)):
         with pytest.raises(ValueError, match=rf"window={re.escape(str(window))} is no window: choose \(left, right\)"):
             attention2d(q, q, q, Grid.single(), window=window)
     with pytest.raises(
@@ -240,6 +240,9 @@ def test_other_misuse_is_refused() -> None:
     for seed in (2**64 - 1, torch.tensor([1, 2]), torch.tensor([1.0])):
         with pytest.raises(ValueError, match=r"dropout seed.*: choose "):
             Dropout(0.1, seed)
+    for scale in (torch.tensor(0.5, requires_grad=True), float("nan"), "0.5"):
+        with pytest.raises(ValueError, match=r"softmax_scale=.* is no finite number: pass a float, or None for 1/sqrt"):
+            attention2d(q, q, q, Grid.single(), softmax_scale=scale)
     with pytest.raises(ValueError, match=r"sink must be one score for each of the 2 query heads"):
         attention2d(q, q, q, Grid.single(), sink=torch.zeros(3))
     with pytest.raises(ValueError, match=r"sink must be a tensor \[2\], one score for each query head: got 0.5"):
