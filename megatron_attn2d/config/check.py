@@ -207,7 +207,7 @@ def _check_context(run: RunConfig) -> Iterator[Refusal]:
         (_, rows, columns), (tile_rows, tile_columns) = run.grid, run.tile
         if context.mode != "attention2d":
             yield "context_parallel.tile", f"context_parallel.mode = {context.mode} has no grid", "choose null"
-        if rows % tile_rows or columns % tile_columns:
+        elif rows % tile_rows or columns % tile_columns:
             yield (
                 "context_parallel.tile",
                 f"does not fill the grid of {rows} rows x {columns} columns",
@@ -392,6 +392,9 @@ def _check_hybrid(run: RunConfig) -> Iterator[Refusal]:
     for name in ("moe_layer_freq", *SKIPPED):  # which a hybrid model's layers spell otherwise
         if isinstance(given.get(name), str):
             yield f"megatron_args.{name}", "is text, which is not read here", "write a number, or [1, 0, ...]"
+    if given.get("linear_attention_freq"):
+        choice = "write those layers as G in megatron_args.hybrid_layer_pattern"
+        yield "megatron_args.linear_attention_freq", "is not read of a hybrid model", choice
     if not (pattern := str(given.get("hybrid_layer_pattern") or "")):
         return
     if (found := len(ATTENTION.findall(main_layers(pattern)))) != model.num_layers:

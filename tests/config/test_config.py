@@ -520,6 +520,12 @@ REFUSED = {
     "model.kind=hybrid megatron_args={window_size: [8, 0], window_attn_skip_freq: '[1,0]*2'}": (
         "megatron_args.window_attn_skip_freq = '[1,0]*2': is text, which is not read here; write a number, or ..."
     ),
+    "model.kind=hybrid megatron_args.linear_attention_freq=2": (
+        "megatron_args.linear_attention_freq = 2: is not read of a hybrid model; write those layers as G in ..."
+    ),
+    "context_parallel.mode=ring context_parallel.grid=auto context_parallel.tile=[3,1]": (
+        "context_parallel.tile = [3, 1]: context_parallel.mode = ring has no grid; choose null"
+    ),
     "model.kind=hybrid megatron_args={num_experts: 4, moe_layer_freq: 0}": (
         "megatron_args.moe_layer_freq = 0: means every layer of that many; choose 1 or more, or leave it out"
     ),
