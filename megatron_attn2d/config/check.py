@@ -392,6 +392,9 @@ def _check_hybrid(run: RunConfig) -> Iterator[Refusal]:
     for name in ("moe_layer_freq", *SKIPPED):  # which a hybrid model's layers spell otherwise
         if isinstance(given.get(name), str):
             yield f"megatron_args.{name}", "is text, which is not read here", "write a number, or [1, 0, ...]"
+    depths = given.get("mtp_num_layers")
+    if depths is not None and not (isinstance(depths, int) and depths >= 0):
+        yield "megatron_args.mtp_num_layers", "not a number of layers", "choose 1 or more, or leave it out"
     if given.get("linear_attention_freq"):
         choice = "write those layers as G in megatron_args.hybrid_layer_pattern"
         yield "megatron_args.linear_attention_freq", "is not read of a hybrid model", choice
@@ -399,7 +402,8 @@ def _check_hybrid(run: RunConfig) -> Iterator[Refusal]:
         return
     if (found := len(ATTENTION.findall(main_layers(pattern)))) != model.num_layers:
         reason = f"has {found} layers of attention (* or +), model.num_layers is {model.num_layers}"
-        yield "megatron_args.hybrid_layer_pattern", reason, f"choose model.num_layers={found}, or another pattern"
+        choice = f"choose model.num_layers={found}, or another pattern" if found else "write them into it"
+        yield "megatron_args.hybrid_layer_pattern", reason, choice
     stages, found = where.pipeline * (where.virtual_pipeline or 1), pattern.count(PIPE) + 1
     if found != stages and (where.virtual_pipeline or found > 1):
         reason = f"has {found} stages, parallelism.pipeline x virtual_pipeline are {stages}"

@@ -520,6 +520,13 @@ REFUSED = {
     "model.kind=hybrid megatron_args={window_size: [8, 0], window_attn_skip_freq: '[1,0]*2'}": (
         "megatron_args.window_attn_skip_freq = '[1,0]*2': is text, which is not read here; write a number, or ..."
     ),
+    "model.kind=hybrid megatron_args.hybrid_layer_pattern=MM": (
+        "megatron_args.hybrid_layer_pattern = 'MM': has 0 layers of attention (* or +), model.num_layers is 4; "
+        "write them into it"
+    ),
+    "model.kind=hybrid megatron_args.mtp_num_layers=-1": (
+        "megatron_args.mtp_num_layers = -1: not a number of layers; choose 1 or more, or leave it out"
+    ),
     "model.kind=hybrid megatron_args.linear_attention_freq=2": (
         "megatron_args.linear_attention_freq = 2: is not read of a hybrid model; write those layers as G in ..."
     ),
