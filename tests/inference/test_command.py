@@ -81,7 +81,7 @@ def test_another_tokenizer_than_the_runs_is_refused(tmp_path: Path) -> None:
     null = ("data.vocab_size=null", "data.null_tokenizer_eod_id=null", f"data.paths=[{tmp_path / 'set'}]")
     run_dir = described(tmp_path / "run", *keys, *null)
     assert configuration.configuration(run_dir, [f"data.tokenizer_model={moved}"]).data.tokenizer_model == str(moved)
-    with pytest.raises(UsageError, match=r"data.tokenizer_model = .*other.model.*with another vocabulary"):
+    with pytest.raises(UsageError, match=r"data.tokenizer_model = .*with another vocabulary"):
         configuration.configuration(run_dir, [f"data.tokenizer_model={other}"])
 
 
