@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,18 @@ def interpreter(*args: str, given: str = "", cwd: Path) -> tuple[subprocess.Comp
     """A finished interpreter, and the CPU seconds it took: not the clock's, as others may use the cores."""
     environ = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}
     environ["PYTHONPATH"] = str(Path(__file__).parents[2])
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run(
-        [sys.executable, *args], input=given, capture_output=True, text=True, cwd=cwd, env=environ, timeout=120
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    scratch = partial(tempfile.TemporaryFile, "w+")
+    with scratch() as entered, scratch() as out, scratch() as err:
+        entered.write(given)
+        entered.seek(0)
+        process = subprocess.Popen([sys.executable, *args], stdin=entered, stdout=out, stderr=err, cwd=cwd, env=environ)
+        # of this process alone: those of other tests may end meanwhile
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for file in (out, err):
+            file.seek(0)
+        result = subprocess.CompletedProcess(process.args, process.returncode, out.read(), err.read())
+    return result, usage.ru_utime + usage.ru_stime
 
 
 def test_every_mistake_ends_train_at_once_with_its_message_alone_before_torch_is_imported(tmp_path: Path) -> None:
