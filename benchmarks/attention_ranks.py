@@ -16,7 +16,6 @@ import os
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from attention_kinds import Kind
 from attention_modes import build, spawn
 from attention_timing import Attention, measure, slowest, unqueued
+from cases import Attempt, record, run_cases, told
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d
@@ -51,27 +51,16 @@ def main() -> None:
 
 def run_rank(rank: int, args: argparse.Namespace) -> None:
     """All cases on one rank."""
-    agreement = dist.new_group(backend="gloo")
     if args.nodes or args.device == "cpu":  # over NVLink predictions know the links
         record(args, {"links": links(args)})
     grids: dict[str, Grid] = {}
     reference: Results = {}
-    for i, case in enumerate(args.cases):
-        if i < args.first:
-            continue
-        late = [time.time() + case["expected_s"] > args.deadline]
-        dist.broadcast_object_list(late, 0, agreement)  # by one clock
-        if late[0]:
-            record(args, {"end": i, "failed": "not run: out of time"})
-            continue
-        record(args, {"begin": i})
-        begin = time.time()
-        row, error = attempt(case["mode"], Kind.read(case["kind"]), args, grids, reference)
-        errors: list[str | None] = [None] * args.ranks
-        dist.all_gather_object(errors, error, agreement)
-        failed = next((f"{e} (rank {r})" for r, e in enumerate(errors) if e), None)
-        record(args, {"end": i, "took_s": time.time() - begin, **({"failed": failed} if failed else row)})
-        another_kind = i + 1 < len(args.cases) and args.cases[i + 1]["kind"] != case["kind"]
+
+    def attempted(case: dict[str, Any]) -> Attempt:
+        return attempt(case["mode"], Kind.read(case["kind"]), args, grids, reference)
+
+    for i, failed in run_cases(args, attempted):
+        another_kind = i + 1 < len(args.cases) and args.cases[i + 1]["kind"] != args.cases[i]["kind"]
         if another_kind:
             reference.clear()
         if failed or another_kind:
@@ -80,9 +69,7 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
                 torch.cuda.empty_cache()
 
 
-def attempt(
-    mode: str, kind: Kind, args: argparse.Namespace, grids: dict[str, Grid], reference: Results
-) -> tuple[dict[str, float], str]:
+def attempt(mode: str, kind: Kind, args: argparse.Namespace, grids: dict[str, Grid], reference: Results) -> Attempt:
     """What was measured, or why not."""
     try:
         packs = [kind.pack(args.ranks, seed) for seed in range(1 + _NEW_PACKS * (args.alone and kind.documents > 1))]
@@ -101,12 +88,10 @@ def attempt(
             row["apart"] = slowest(apart(functions[0], leaves, dout, str(kind), reference), args.device)
         return row, ""
     except Exception as error:  # a kernel's compiler has kinds of its own
-        if dist.get_rank() == 0:
-            traceback.print_exc()  # into the log
         refused = isinstance(error, (RuntimeError, AssertionError, ValueError, ImportError))
         cause = "out of memory: " if isinstance(error, torch.OutOfMemoryError) else ""
         cause = cause if refused else f"{type(error).__name__}: "
-        return {}, cause + (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return {}, cause + told(error)
 
 
 def inputs(kind: Kind, args: argparse.Namespace) -> list[Tensor]:
@@ -201,13 +186,6 @@ def kernel_rates(args: argparse.Namespace) -> dict[str, float]:
     out = attention2d(*leaves, Grid.single()).sum()
     backward = typical(lambda: torch.autograd.grad(out, leaves, retain_graph=True), args.device)
     return {"forward_flops": flops / forward, "backward_flops": 2.5 * flops / backward}
-
-
-def record(args: argparse.Namespace, what: dict[str, Any]) -> None:
-    """Append a line, on rank 0."""
-    if dist.get_rank() == 0:
-        with args.rows.open("a") as rows:
-            rows.write(json.dumps(what) + "\n")
 
 
 if __name__ == "__main__":

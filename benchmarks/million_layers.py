@@ -8,13 +8,11 @@ ROWS.jsonl, as `watched.Watched` reads it.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
 import sys
 import time
-import traceback
 from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 import torch.distributed as dist
 from attention_modes import spawn
 from attention_timing import slowest
+from cases import Attempt, run_cases, told
 
 from megatron_attn2d.megatron.recomputation import keeping
 from megatron_attn2d.megatron.upstream import compat, cpu
@@ -51,31 +50,16 @@ def run_rank(rank: int, args: Namespace) -> None:
         parallel_state.initialize_model_parallel(context_parallel_size=args.ranks)
         stack.callback(parallel_state.destroy_model_parallel)
         model_parallel_cuda_manual_seed(1)
-        agreement = dist.new_group(backend="gloo")
-        for i, case in enumerate(args.cases):
-            if i < args.first:
-                continue
-            late = [time.time() + case["expected_s"] > args.deadline]
-            dist.broadcast_object_list(late, 0, agreement)  # by one clock
-            if late[0]:
-                record(args, {"end": i, "failed": "not run: out of time"})
-                continue
-            record(args, {"begin": i})
-            row, error = attempt(case, args)
-            errors: list[str | None] = [None] * args.ranks
-            dist.all_gather_object(errors, error, agreement)
-            failed = next((f"{e} (rank {r})" for r, e in enumerate(errors) if e), None)
-            record(args, {"end": i, **({"failed": failed} if failed else row)})
+        for _ in run_cases(args, lambda case: attempt(case, args)):
+            pass
 
 
-def attempt(case: dict[str, Any], args: Namespace) -> tuple[dict[str, float], str]:
+def attempt(case: dict[str, Any], args: Namespace) -> Attempt:
     """What was measured, or why not."""
     try:
         return (loss if case["mode"] == "loss" else layer)(case, args), ""
     except Exception as error:
-        if dist.get_rank() == 0:
-            traceback.print_exc()  # into the log
-        return {}, (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return {}, told(error)
     finally:
         gc.collect()
         if args.device == "cuda":
@@ -196,13 +180,6 @@ def start_peak(args: Namespace) -> None:
 def peak_gib(args: Namespace) -> float:
     """What was allocated on this rank's GPU at most since `start_peak`; 0 on CPU ranks."""
     return torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0.0
-
-
-def record(args: argparse.Namespace, what: dict[str, Any]) -> None:
-    """Append a line, from rank 0."""
-    if dist.get_rank() == 0:
-        with args.rows.open("a") as rows:
-            rows.write(json.dumps(what) + "\n")
 
 
 if __name__ == "__main__":
