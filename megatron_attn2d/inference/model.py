@@ -68,18 +68,7 @@ class Model:
         """Inside Megatron: the model of its arguments, with the weights of their checkpoint."""
         if graph_fault(os.environ):
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-        from megatron.core.enums import ModelType
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.training import training
-
-        _, config = pretrain_gpt.parsed()
-        training.initialize_megatron()
-        chunks, _, _ = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            checkpointing_context={},
-            cfg_container=config,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
+        _, chunks = pretrain_gpt.set_up_model()
         return cls(chunks)
 
     @property

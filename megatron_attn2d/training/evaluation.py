@@ -43,18 +43,8 @@ def main(request: Request, megatron_args: Sequence[str]) -> None:
 
 def _evaluate(request: Request, console: TextIO) -> None:
     from megatron.core import parallel_state as mpu
-    from megatron.core.enums import ModelType
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import training
 
-    args, config = pretrain_gpt.parsed()
-    training.initialize_megatron()
-    model, _, _ = training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        checkpointing_context={},
-        cfg_container=config,
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+    args, model = pretrain_gpt.set_up_model()
     sums = _bucket_sums(request, args, model)
     if mpu.is_pipeline_last_stage(ignore_virtual=True):
         torch.distributed.all_reduce(sums, group=mpu.get_context_parallel_group())

@@ -93,6 +93,23 @@ def parsed() -> tuple[Namespace, Any]:
     return args, pretrain_cfg_container_from_args(args, _model(args))
 
 
+def set_up_model() -> tuple[Namespace, list[torch.nn.Module]]:
+    """Within `in_megatron`: its arguments, and this rank's chunks of the model with the weights of their checkpoint."""
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training
+
+    args, config = parsed()
+    training.initialize_megatron()
+    chunks, _, _ = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        checkpointing_context={},
+        cfg_container=config,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return args, chunks
+
+
 def _model(args: Namespace) -> Any:
     """Megatron's configuration of the model, with our attention."""
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args

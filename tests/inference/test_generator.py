@@ -60,18 +60,7 @@ def recomputed(rank: int, arguments: list[str], texts: list[list[int]]) -> list[
 
     found = []
     with pretrain_gpt.in_megatron(arguments):
-        from megatron.core.enums import ModelType
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.training import training
-
-        _, config = pretrain_gpt.parsed()
-        training.initialize_megatron()
-        (model,), _, _ = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            checkpointing_context={},
-            cfg_container=config,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
+        _, (model,) = pretrain_gpt.set_up_model()
         model.eval()
         with torch.no_grad():
             for text in texts:
