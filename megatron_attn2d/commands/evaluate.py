@@ -13,9 +13,7 @@ from megatron_attn2d.commands import evaluate_tasks
 from megatron_attn2d.commands.evaluate_tasks import Words
 from megatron_attn2d.commands.evaluation_data import check_output, data_set, samples
 from megatron_attn2d.config import ConfigError, RunConfig, load_run, megatron_arguments
-from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, on_another_grid, stages_of_training
-from megatron_attn2d.config.loading import read_run
-from megatron_attn2d.config.read import build_run
+from megatron_attn2d.config.forward_only import FORWARD_ONLY, accepted, on_another_grid, trained_run
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.launch import environment
 from megatron_attn2d.run import checkpoints
@@ -86,10 +84,7 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
         ConfigError: there is none, the model has no positions beyond those that it was trained with, or overrides
             change what the weights depend on or what `eval` decides.
     """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; give the directory of a run")
-    trained = build_run(read_run(path))
+    path, trained = trained_run(run_dir)
     positions = trained.model.max_position_embeddings or trained.training.seq_length
     if context < 1:
         raise UsageError(f"--context {context}: choose 1 or more")
@@ -110,16 +105,14 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
         f"model.max_position_embeddings={positions}",
         f"run.dir={json.dumps(str(run_dir))}",
     ]
-    asked = build_run(read_run(path, [*decided, *overrides]))
     reasons = {
         "run.dir": f"the checkpoint of {run_dir} is evaluated",
         "training.seq_length": f"--context {context} says how long a window is",
         "model.max_position_embeddings": f"follows from --context {context}",
     }
-    check_overrides(trained, build_run(read_run(path, decided)), asked, reasons, "eval")
-    left_out = [f"megatron_args.{name}=null" for name in stages_of_training(trained, asked)]
+    loaded = accepted(path, trained, decided, overrides, reasons, "eval")
     try:
-        return load_run(path, [*decided, *overrides, *left_out], world_size=world_size)
+        return load_run(path, loaded, world_size=world_size)
     except ConfigError as error:  # of keys that the user spelled otherwise
         raise UsageError(str(error).replace(f"training.seq_length = {context}", f"--context {context}")) from error
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from megatron_attn2d.config.check import UNEVEN
 from megatron_attn2d.config.keys import changed, value
+from megatron_attn2d.config.loading import read_run
+from megatron_attn2d.config.read import build_run
 from megatron_attn2d.config.schema import RunConfig
-from megatron_attn2d.errors import ConfigError, ConfigErrors, show
+from megatron_attn2d.errors import ConfigError, ConfigErrors, UsageError, show
 from megatron_attn2d.megatron.upstream.quiet_imports import quiet_import
 
 FORWARD_ONLY = (
@@ -56,13 +58,45 @@ def on_another_grid(overrides: Sequence[str]) -> list[str]:
     return ["context_parallel.grid=auto", "context_parallel.tile=null", "context_parallel.head_groups=auto"]
 
 
-def check_overrides(
+def trained_run(run_dir: Path) -> tuple[Path, RunConfig]:
+    """The file of the run in `run_dir`, and what it says.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give the directory of a run")
+    return path, build_run(read_run(path))
+
+
+def accepted(
+    path: Path,
+    trained: RunConfig,
+    decided: Sequence[str],
+    overrides: Sequence[str],
+    reasons: dict[str, str],
+    command: str,
+    free: tuple[str, ...] = (),
+) -> list[str]:
+    """The overrides with which `command` loads the run of `path`: `decided`, the user's, and what no longer holds.
+
+    Raises:
+        ConfigError: see `_check_overrides` and `_stages_of_training`.
+    """
+    asked = build_run(read_run(path, [*decided, *overrides]))
+    _check_overrides(trained, build_run(read_run(path, decided)), asked, reasons, command, free)
+    left_out = [f"megatron_args.{name}=null" for name in _stages_of_training(trained, asked)]
+    return [*decided, *overrides, *left_out]
+
+
+def _check_overrides(
     trained: RunConfig,
     decided: RunConfig,
     asked: RunConfig,
     reasons: dict[str, str],
     command: str,
-    free: tuple[str, ...] = (),
+    free: tuple[str, ...],
 ) -> None:
     """Raise ConfigError where `asked` differs from what `command` decided, or in what the weights of `trained` rest on.
 
@@ -91,7 +125,7 @@ def check_overrides(
         raise ConfigErrors(errors)
 
 
-def stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
+def _stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
     """Arguments of Megatron about the stages of `trained` that don't hold for the evaluation `asked`.
 
     Raises:

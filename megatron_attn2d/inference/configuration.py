@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from megatron_attn2d.config import RunConfig, load_run, megatron_arguments
-from megatron_attn2d.config.forward_only import FORWARD_ONLY, check_overrides, on_another_grid, stages_of_training
+from megatron_attn2d.config.forward_only import FORWARD_ONLY, accepted, on_another_grid, trained_run
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.read import build_run
 from megatron_attn2d.data.matching import check_data
-from megatron_attn2d.errors import ConfigError, UsageError
+from megatron_attn2d.errors import ConfigError
 
 _FREE = ("parallelism.data", "training.global_batch_size", "data.mock")  # of data only the tokenizer is read
 _DECIDED = (
@@ -34,10 +34,7 @@ def configuration(run_dir: Path, overrides: list[str], world_size: int | None = 
     Raises:
         ConfigError: there is none, or overrides change what the weights depend on or what `generate` decides.
     """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; give the directory of a run")
-    trained = build_run(read_run(path))
+    path, trained = trained_run(run_dir)
     decided = [*_DECIDED, *on_another_grid(overrides), f"run.dir={json.dumps(str(run_dir))}"]
     asked = build_run(read_run(path, [*decided, *overrides]))
     replicas = asked.parallelism.data or 1
@@ -58,16 +55,14 @@ def configuration(run_dir: Path, overrides: list[str], world_size: int | None = 
         f"training.seq_length={max(1, trained.training.seq_length // parts) * parts}",
         f"model.max_position_embeddings={positions}",
     ]
-    asked = build_run(read_run(path, [*decided, *overrides]))
     reasons = {
         "run.dir": f"text is generated from the checkpoint of {run_dir}",
         "training.seq_length": "a text is as long as its prompt and --max-tokens make it",
         "model.max_position_embeddings": "the run has learned so many, and rotary ones have no end",
         "context_parallel.mode": "the cache is attended on a grid, whatever mode trained",
     }
-    check_overrides(trained, build_run(read_run(path, decided)), asked, reasons, "generate", _FREE)
-    left_out = [f"megatron_args.{name}=null" for name in stages_of_training(trained, asked)]
-    run = load_run(path, [*decided, *overrides, *left_out], world_size=world_size)
+    loaded = accepted(path, trained, decided, overrides, reasons, "generate", _FREE)
+    run = load_run(path, loaded, world_size=world_size)
     if run.data.tokenizer_model != trained.data.tokenizer_model:
         check_data(run, trains=False)  # which tells another tokenizer from a file that has only moved
     return run
