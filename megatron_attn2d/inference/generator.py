@@ -220,12 +220,8 @@ class Generator:
         for i, tokens in enumerate(asked):
             self._check(f"prompt {i}", tokens, cached, sampling.max_tokens)
         show = on_text or (lambda place, text: None)
-        replica, replicas = self._model.replica
-        mine = list(range(replica, len(asked), replicas))
         found: dict[int, Completion] = {}
-        size = self._batch if after is None else 1
-        for begin in range(0, len(mine), size):
-            places = mine[begin : begin + size]
+        for places in self._batches(len(asked), after):
             new = [asked[place] for place in places]
             started = time.perf_counter()
             if after is None:
@@ -304,17 +300,20 @@ class Generator:
         """
         return [scores[:, 0].tolist() for scores in self._scores(texts, None, [1] * len(texts))]
 
+    def _batches(self, count: int, after: Cache | None) -> Iterator[list[int]]:
+        """The places of this replica's share of `count` texts, a batch at a time; one by one behind a cached text."""
+        replica, replicas = self._model.replica
+        mine = range(replica, count, replicas)
+        size = self._batch if after is None else 1
+        return (list(mine[begin : begin + size]) for begin in range(0, len(mine), size))
+
     def _scores(self, texts: Sequence[Tokens], after: Cache | None, first: Sequence[int]) -> list[Tensor]:
         """Of each text's tokens from the place `first` on: log probability and whether it is the likeliest, [n, 2]."""
         cached = 0 if after is None else self._one_sequence(after)
         for i, tokens in enumerate(texts):
             self._check(f"text {i}", tokens, cached, 0)
-        replica, replicas = self._model.replica
-        mine = list(range(replica, len(texts), replicas))
         found: dict[int, Tensor] = {}
-        size = self._batch if after is None else 1
-        for begin in range(0, len(mine), size):
-            places = mine[begin : begin + size]
+        for places in self._batches(len(texts), after):
             asked, starts = [texts[place] for place in places], [first[place] for place in places]
             cache = self._empty_cache(asked, 0) if after is None else after
             before = cache.snapshot()
