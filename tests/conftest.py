@@ -1,15 +1,28 @@
 """Fixtures of the whole suite."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.pool import RankPool
+from megatron_attn2d.launch import ranks
+from tests.pool import RankPool, call
 
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """Ranks shared by every test of the session."""
-    ranks = RankPool()
-    yield ranks
-    ranks.close()
+    shared = RankPool()
+    yield shared
+    shared.close()
+
+
+@pytest.fixture
+def in_pool(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that a command starts on this machine are the pool's processes."""
+
+    def run_local(nprocs: int, target: Any, args: list[str], device: str) -> int:
+        pool.run(call, nprocs, target, list(args), init_group=False)
+        return 0
+
+    monkeypatch.setattr(ranks, "run_local", run_local)

@@ -117,6 +117,11 @@ class RankPool:
         self._tired = False
 
 
+def call(rank: int, target: Callable[[list[str]], Any], args: list[str]) -> None:
+    """For `RankPool.run`: a target of `ranks.run_local`, which is not told its rank."""
+    target(args)
+
+
 def _worker(connection: Connection) -> None:
     import torch
 

@@ -1,14 +1,12 @@
 """Fixtures of the tests that generate."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_attn2d.config import load_run, megatron_arguments, resolved_yaml
-from megatron_attn2d.launch import ranks
 from tests.megatron.conftest import text
-from tests.pool import RankPool
+from tests.pool import RankPool, call
 
 __all__ = ["text"]
 
@@ -40,19 +38,3 @@ def trained(pool: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory
     arguments = megatron_arguments(load_run(directory / "config.yaml"))
     pool.run(call, 2, pretrain_gpt.main, arguments, init_group=False)
     return directory
-
-
-@pytest.fixture
-def in_pool(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pool's processes are the ranks."""
-
-    def run_local(nprocs: int, target: Any, args: list[str], device: str) -> int:
-        pool.run(call, nprocs, target, list(args), init_group=False)
-        return 0
-
-    monkeypatch.setattr(ranks, "run_local", run_local)
-
-
-def call(rank: int, target: Any, args: list[str]) -> None:
-    """What the pool runs as a rank of `ranks.run_local`."""
-    target(args)

@@ -14,8 +14,8 @@ from megatron_attn2d.errors import UsageError
 from megatron_attn2d.inference import configuration
 from megatron_attn2d.inference.sampling import Sampling
 from tests.data.conftest import _sentencepiece
-from tests.inference.conftest import call, described
-from tests.pool import RankPool
+from tests.inference.conftest import described
+from tests.pool import RankPool, call
 
 PROMPTS = ["import os", "x", "def f():\n    return", "one\u2028line"]
 

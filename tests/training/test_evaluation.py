@@ -16,16 +16,11 @@ from megatron_attn2d.config import load_run, megatron_arguments, resolved_yaml
 from megatron_attn2d.data.build import build
 from megatron_attn2d.data.tokenizers import TokenizerChoice
 from megatron_attn2d.errors import UsageError
-from megatron_attn2d.launch import ranks
 from megatron_attn2d.training import evaluation
-from tests.pool import RankPool
+from tests.pool import RankPool, call
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "runs" / "quickstart.yaml"
 CONTEXT, SAMPLES = 96, 3
-
-
-def call(rank: int, target: Any, args: list[str]) -> None:
-    target(args)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +45,9 @@ def run_dir(pool: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory
     return directory
 
 
-@pytest.fixture
-def in_pool(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pool's processes are the ranks."""
-
-    def run_local(nprocs: int, target: Any, args: list[str], device: str) -> int:
-        pool.run(call, nprocs, target, list(args), init_group=False)
-        return 0
-
-    monkeypatch.setattr(ranks, "run_local", run_local)
-
-
 def evaluated(run_dir: Path, data: Path, output: Path, *overrides: str, **options: Any) -> dict[str, Any]:
-    options = {"context": CONTEXT, "samples": SAMPLES, "buckets": 4, "data": data, "output": output, **options}
+    by_position = {} if "tasks" in options else {"buckets": 4}
+    options = {"context": CONTEXT, "samples": SAMPLES, **by_position, "data": data, "output": output, **options}
     flags = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
     assert cli.main(["eval", str(run_dir), *overrides, *flags]) == 0
     return json.loads(output.read_text())
@@ -73,18 +58,7 @@ def direct_losses(rank: int, args: list[str], windows: np.ndarray, target: Path)
     from megatron_attn2d.training import pretrain_gpt
 
     def body(console: Any) -> None:
-        from megatron.core.enums import ModelType
-        from megatron.core.process_groups_config import ProcessGroupCollection
-        from megatron.training import training
-
-        _, config = pretrain_gpt.parsed()
-        training.initialize_megatron()
-        (model,), _, _ = training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            checkpointing_context={},
-            cfg_container=config,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
+        _, (model,) = pretrain_gpt.set_up_model()
         model.eval()
         tokens = torch.from_numpy(windows.astype(np.int64))
         with torch.no_grad():
