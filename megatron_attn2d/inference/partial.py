@@ -1,7 +1,8 @@
 """Attention of a rank's queries to its own shard of cached keys, and partial results of all ranks made one.
 
 A row of the result over a shard is its output and its log-sum-exp, [rows, h, dv] in fp32 and [rows, h], with a
-log-sum-exp of -inf for a row that sees no key there. All merging is in fp32 (fp64 for fp64 inputs) and rounds once.
+log-sum-exp of -inf for a row that sees no key there. All merging is in fp32 (fp64 for fp64 inputs). What ranks exchange
+of a prompt's later chunks is rounded to the queries' dtype before, what they exchange of a new token is not.
 
 Legend: h query heads, g key heads, d head dim, dv the values' head dim.
 """

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from megatron_attn2d.attention.merge import accumulation_dtype
+
 
 def of_model(args: Namespace) -> dict[str, Any]:
     """What a call of Megatron's model with labels takes besides, where `--loss-chunk-tokens` asks for chunks."""
@@ -50,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, group: ProcessGroup | None
     ) -> Tensor:
         own = labels - weight.size(0) * (0 if group is None else group.rank())
-        lse = hidden.new_empty(hidden.size(0), dtype=_accumulation_dtype(hidden))
+        lse = hidden.new_empty(hidden.size(0), dtype=accumulation_dtype(hidden.dtype))
         target = torch.zeros_like(lse)
         for rows in _chunks(hidden.size(0), chunk):
             logits = _logits(hidden[rows], weight)
@@ -79,17 +81,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, dweight.to(weight.dtype), None, None, None
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
     return (slice(begin, begin + chunk) for begin in range(0, tokens, chunk))
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """A tensor of the caller's own, whatever the dtype."""
-    return (hidden @ weight.t()).to(_accumulation_dtype(hidden))
+    return (hidden @ weight.t()).to(accumulation_dtype(hidden.dtype))
 
 
 def _columns(own: Tensor, width: int) -> tuple[Tensor, Tensor]:
