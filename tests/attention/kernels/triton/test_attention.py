@@ -76,14 +76,9 @@ TABLES = {  # query heads, key heads, head dim, value head dim, band, dropout, q
 }
 
 
-def compare_table(case: str) -> None:
-    """A table against the reference's loop, among rows of no segment, which keep what they hold."""
-    import triton.language as tl
-
-    from megatron_attn2d.attention.kernels.triton import blocks
-
-    blocks._SEARCHED = tl.constexpr(4)  # several steps find the segments of these short tables
-    heads, key_heads, d, dv, band, p, lengths = TABLES[case]
+def drawn(case: str) -> tuple[Segments, tuple[torch.Tensor, ...]]:
+    """The table of a case, with gaps between its segments, and random q, k, v and dout, views with strides."""
+    heads, key_heads, d, dv, band, _, lengths = TABLES[case]
     torch.manual_seed(0)
     segments, rows, keys = [], 2, 1
     for queries, others in lengths:
@@ -91,70 +86,80 @@ def compare_table(case: str) -> None:
         rows, keys = rows + queries + queries % 3, keys + others + others % 2
     rows, keys = rows + 4, keys + 3
     table = Segments.of(np.array(segments, dtype=np.int64).reshape(-1, 4), band, rows, keys, torch.device("cpu"))
-    q, k, v, dout = (
-        torch.randn(n, 2 * h, width)[:, h:]
-        for n, h, width in ((rows, heads, d), (keys, key_heads, d), (keys, key_heads, dv), (rows, heads, dv))
-    )
+    sizes = (rows, heads, d), (keys, key_heads, d), (keys, key_heads, dv), (rows, heads, dv)
+    return table, tuple(torch.randn(n, 2 * h, width)[:, h:] for n, h, width in sizes)
+
+
+def rooms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Room for out, lse, dq, dk and dv, full of fives."""
+    out, dq, dk, dv = (torch.full(x.shape, 5, dtype=x.dtype) for x in (dout, q, k, v))
+    heads = q.size(1)
+    return out, torch.full((2 * heads, q.size(0)), 5, dtype=q.dtype)[heads:], dq, dk, dv
+
+
+def assert_equal(case: str, expected: tuple[torch.Tensor, ...], found: tuple[torch.Tensor, ...]) -> None:
+    """Out, lse, dq, dk and dv in fp32 against those in fp64."""
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
+
+
+def compare_table(case: str) -> None:
+    """A table against the reference's loop, among rows of no segment, which keep what they hold."""
+    import triton.language as tl
+
+    from megatron_attn2d.attention.kernels.triton import blocks
+
+    blocks._SEARCHED = tl.constexpr(4)  # several steps find the segments of these short tables
+    heads, p = TABLES[case][0], TABLES[case][5]
+    table, tensors = drawn(case)
     dropped = None
     if p:
-        dropped = Dropout(p, 77).at(torch.arange(1), heads, torch.arange(rows)[None] + 9, torch.arange(keys)[None])
+        rows, keys = (torch.arange(x.size(0))[None] for x in tensors[:2])
+        dropped = Dropout(p, 77).at(torch.arange(1), heads, rows + 9, keys)
     how = Softmax(0.3, dropped)
     results = []
     for kernel, dtype in ((ReferenceKernel(), torch.float64), (TritonKernel(), torch.float32)):
-        q, k, v, dout = (x.to(dtype) for x in (q, k, v, dout))
-        out, dq, dk, dv_ = (torch.full(x.shape, 5, dtype=dtype) for x in (dout, q, k, v))
-        lse = torch.full((2 * heads, rows), 5, dtype=dtype)[heads:]
+        q, k, v, dout = (x.to(dtype) for x in tensors)
+        out, lse, dq, dk, dv = rooms(q, k, v, dout)
         kernel.forward_segments(q, k, v, table, how, (out, lse))
         delta = (out * dout).sum(-1).t().contiguous()
-        kernel.backward_segments(BackwardRows(q, dout, lse, delta, None), k, v, table, how, (dq, dk, dv_))
-        results.append((out, lse, dq, dk, dv_))
-    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results[::-1], strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
+        kernel.backward_segments(BackwardRows(q, dout, lse, delta, None), k, v, table, how, (dq, dk, dv))
+        results.append((out, lse, dq, dk, dv))
+    assert_equal(case, *results)
 
 
 def compare_short(case: str) -> None:
     """As `compare_table`; what rows of no segment hold may be NaN."""
     from megatron_attn2d.attention.kernels.triton import short
 
-    heads, key_heads, d, dv, band, p, lengths = TABLES[case]
+    *_, p, lengths = TABLES[case]
     if p or not lengths:
         return
-    torch.manual_seed(0)
-    segments, rows, keys = [], 2, 1
-    for queries, others in lengths:
-        segments.append((rows, queries, keys, others))
-        rows, keys = rows + queries + queries % 3, keys + others + others % 2
-    rows, keys = rows + 4, keys + 3
-    whole = Segments.of(np.array(segments), band, rows, keys, torch.device("cpu"))
-    _, table = whole.by_length(1000, 0, rows, keys, torch.device("cpu"))
+    whole, tensors = drawn(case)
+    q, k, v, dout = tensors
+    _, table = whole.by_length(1000, 0, q.size(0), k.size(0), torch.device("cpu"))
     assert table is not None
-    members = [torch.zeros(n, dtype=torch.bool) for n in (rows, keys)]
+    members = [torch.zeros(n, dtype=torch.bool) for n in (q.size(0), k.size(0))]
     for q_start, q_length, k_start, k_length in table:
         members[0][q_start : q_start + q_length] = True
         members[1][k_start : k_start + k_length] = True
-    q, k, v, dout = (
-        torch.randn(n, 2 * h, width)[:, h:]
-        for n, h, width in ((rows, heads, d), (keys, key_heads, d), (keys, key_heads, dv), (rows, heads, dv))
-    )
     for x, mine in ((q, 0), (k, 1), (v, 1), (dout, 0)):
         x[~members[mine]] = torch.nan
     results = []
     for dtype in (torch.float64, torch.float32):
-        q, k, v, dout = (x.to(dtype) for x in (q, k, v, dout))
-        out, dq, dk, dv_ = (torch.full(x.shape, 5, dtype=dtype) for x in (dout, q, k, v))
-        lse = torch.full((2 * heads, rows), 5, dtype=dtype)[heads:]
+        q, k, v, dout = (x.to(dtype) for x in tensors)
+        out, lse, dq, dk, dv = rooms(q, k, v, dout)
         if dtype == torch.float64:
             kernel = ReferenceKernel()
             kernel.forward_segments(q, k, v, table, Softmax(0.3), (out, lse))
             delta = (out * dout).sum(-1).t().contiguous()
             given = BackwardRows(q, dout, lse, delta, None)
-            kernel.backward_segments(given, k, v, table, Softmax(0.3), (dq, dk, dv_))
+            kernel.backward_segments(given, k, v, table, Softmax(0.3), (dq, dk, dv))
         else:
             short.attend(q, k, v, table, 0.3, (out, lse))
-            short.differentiate(BackwardRows(q, dout, lse, None, out), k, v, table, 0.3, (dq, dk, dv_))
-        results.append((out, lse, dq, dk, dv_))
-    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), *results[::-1], strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{case}, {n}: {text}")
+            short.differentiate(BackwardRows(q, dout, lse, None, out), k, v, table, 0.3, (dq, dk, dv))
+        results.append((out, lse, dq, dk, dv))
+    assert_equal(case, *results)
 
 
 def scale_by(scale: float) -> None:
