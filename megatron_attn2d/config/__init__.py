@@ -3,7 +3,7 @@
 loading.py    files that extend each other and command-line overrides -> one mapping
 schema.py     the keys and their types
 auto.py       numbers in the place of `auto`
-check.py      whether the values fit together
+check.py      whether the values fit together, by checks/
 read.py       all of this in order: `load_run`
 arguments.py  the run as Megatron's command line
 """

@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from megatron_attn2d.config import effects, upstream_flags
-from megatron_attn2d.config.check import PER_LAYER
 from megatron_attn2d.config.keys import FIRST_START, is_schedule
-from megatron_attn2d.config.layer_pattern import hybrid_arguments, is_hybrid, layer_pattern, of_each_symbol
+from megatron_attn2d.config.layer_pattern import PER_LAYER, hybrid_arguments, is_hybrid, layer_pattern, of_each_symbol
 from megatron_attn2d.config.schema import NO_FLAG, Flag, Model, RunConfig
 from megatron_attn2d.config.yaml_io import parse
 from megatron_attn2d.errors import ConfigError, ConfigErrors, nearest

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
-from megatron_attn2d.config.check import UNEVEN
 from megatron_attn2d.config.keys import changed, value
+from megatron_attn2d.config.layer_pattern import UNEVEN_STAGES
 from megatron_attn2d.config.loading import read_run
 from megatron_attn2d.config.read import build_run
 from megatron_attn2d.config.schema import RunConfig
@@ -132,12 +132,12 @@ def _stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
         ConfigError: an override says what holds for no evaluation.
     """
     pipeline, left_out = asked.parallelism.pipeline, []
-    for name in (*_STAGES, *UNEVEN):
+    for name in (*_STAGES, *UNEVEN_STAGES):
         given = asked.megatron_args.get(name)
         if given is None:
             continue
         reason = "one window is evaluated at a time, which an interleaved schedule can't"
-        fits = name in UNEVEN and pipeline == trained.parallelism.pipeline
+        fits = name in UNEVEN_STAGES and pipeline == trained.parallelism.pipeline
         if name == "pipeline_model_parallel_layout":
             upstream = quiet_import("megatron.core.transformer.pipeline_parallel_layer_layout")
             stages = upstream.PipelineParallelLayerLayout.get_num_stages_from_str(str(given))

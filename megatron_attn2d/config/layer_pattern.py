@@ -18,6 +18,16 @@ from typing import Any
 
 from megatron_attn2d.config.schema import RunConfig
 
+UNEVEN_STAGES = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+"""Arguments of Megatron that give pipeline stages different numbers of layers."""
+PER_LAYER = ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq", "linear_attention_freq")
+"""Arguments of Megatron that take one number, or 0 or 1 for each layer."""
 ATTENTION = re.compile(r"[*+]")
 PIPE, MTP = "|", "/"
 _IN_THE_PATTERN = ("moe_layer_freq", "mtp_num_layers")

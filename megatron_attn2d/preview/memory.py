@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from math import ceil, log2
 
 from megatron_attn2d.config.auto import workload
-from megatron_attn2d.config.check import UNEVEN
-from megatron_attn2d.config.layer_pattern import is_hybrid
+from megatron_attn2d.config.layer_pattern import UNEVEN_STAGES, is_hybrid
 from megatron_attn2d.config.schema import Model, RunConfig
 from megatron_attn2d.data import tokenizers
 from megatron_attn2d.errors import UsageError
@@ -31,7 +30,7 @@ NOT_ESTIMATED = (
     "use_megatron_fsdp",
     "use_torch_fsdp2",
     "optimizer_cpu_offload",
-    *UNEVEN,
+    *UNEVEN_STAGES,
 )
 """Arguments of Megatron under which this arithmetic does not hold."""
 
