@@ -78,8 +78,13 @@ class RankPool:
             for _, connection in self._workers[nranks:]:
                 connection.send(None)  # NCCL's groups are left by all of their ranks together
             for rank, (_, connection) in enumerate(self._workers[:nranks]):
-                connection.send((fn, rank, nranks, port, store, timeout, args, kwargs))
+                variables = self.variables(rank, nranks)
+                connection.send((fn, rank, nranks, port, store, timeout, variables, args, kwargs))
             return self._collect(fn.__name__, nranks, timeout)
+
+    def variables(self, rank: int, nranks: int) -> dict[str, str]:
+        """Environment variables of a rank during a call, besides those of a launcher."""
+        return {}
 
     def _collect(self, name: str, nranks: int, timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -136,7 +141,7 @@ def _worker(connection: Connection) -> None:
             torch.distributed.destroy_process_group()
         if call is None:
             continue
-        fn, rank, nranks, port, store, timeout, args, kwargs = call
+        fn, rank, nranks, port, store, timeout, variables, args, kwargs = call
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -146,6 +151,7 @@ def _worker(connection: Connection) -> None:
             MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",  # no rank is to serve the store
         )
+        os.environ.update(variables)
         try:
             if store is not None:
                 torch.distributed.init_process_group(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from tests.gpu import ranks
 from tests.megatron.runs import _train_states
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "bridge_long_context.py"
@@ -41,12 +42,10 @@ def tokens() -> Tensor:
     return torch.randint(LLAMA["vocab_size"], (1, LENGTH + 1), generator=torch.Generator().manual_seed(2))
 
 
-def start(rank: int) -> None:
+def start() -> None:
     """A world over NCCL; functions that upstream compiles run as they are written, which saves the compiling."""
     torch.compiler.set_stance("force_eager")
-    torch.cuda.empty_cache()
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl")
+    ranks.start()
 
 
 def forget_groups() -> None:
@@ -80,7 +79,7 @@ def run(rank: int, path: Path, mode: str | None = None, grid: list[int] | None =
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
-    start(rank)
+    start()
     bridge, provider = provider_of(path, mode, grid)
     provider.finalize()
     provider.initialize_model_parallel(seed=1, hierarchical_context_parallel_sizes=grid)
@@ -127,7 +126,7 @@ def pretrain(
         def on_train_step_end(self, context: Any) -> None:
             steps.append((context.loss_dict["lm loss"].item(), float(context.grad_norm)))
 
-    start(rank)
+    start()
     _, provider = provider_of(path, mode, grid, load_weights=not changes)
     for name, value in {"seq_length": LENGTH, **changes}.items():
         setattr(provider, name, value)
@@ -176,7 +175,7 @@ def example(rank: int, path: Path, out: Path) -> None:
     """Runs examples/bridge_long_context.py as one rank."""
     from megatron.bridge.training import initialize
 
-    start(rank)
+    start()
     main = runpy.run_path(str(EXAMPLE))["main"]
     given = ["--length", LENGTH, "--steps", STEPS, "--batch", 2, "--lr", 1e-3, "--rotary-base", 50000, "--grid", "2x1"]
     try:
@@ -209,7 +208,7 @@ def to_hugging_face(rank: int, checkpoint: Path, path: Path) -> dict[str, Tensor
     from megatron.bridge.training.model_load_save import load_megatron_model, temporary_distributed_context
     from transformers import LlamaConfig
 
-    torch.cuda.set_device(rank)
+    ranks.take_gpu()
     with temporary_distributed_context(backend="nccl"):
         [model] = load_megatron_model(str(checkpoint), model_type="gpt")
         config = LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"], dtype="bfloat16")
@@ -220,7 +219,7 @@ def to_hugging_face(rank: int, checkpoint: Path, path: Path) -> dict[str, Tensor
 def from_hugging_face(rank: int, path: Path, checkpoint: Path) -> None:
     """Converts the other way, into a checkpoint of Bridge's."""
     allow_children()
-    start(rank)
+    start()
     bridge, provider = provider_of(path, None, None)
     provider.finalize()
     provider.initialize_model_parallel(seed=1)
@@ -238,7 +237,7 @@ def decentralised(rank: int, path: Path, grid: list[int] | None) -> str:
 
     from megatron_attn2d.training.guards.self_check import attentions
 
-    start(rank)
+    start()
     _, provider = provider_of(path, "attention2d", grid)
     provider.finalize()
     initialize = partial(

@@ -1,14 +1,14 @@
-"""Ranks that may use CUDA: started afresh, for a process forked from one that has touched CUDA can't."""
+"""Ranks that may use CUDA, for all tests of this folder."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.pool import RankPool
+from tests.gpu.ranks import GpuRanks
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[RankPool]:
-    ranks = RankPool("spawn")
+def pool() -> Iterator[GpuRanks]:
+    ranks = GpuRanks()
     yield ranks
     ranks.close()

@@ -1,11 +1,10 @@
 """attention2d and the ring on GPUs against dense float64, by kernel, dtype, head dim, grid and head groups.
 
-Ranks beyond the GPUs at hand share them, each posing as a node of its own to NCCL.
+Ranks pose as hosts, on every machine alike: what goes over links is in `test_messages`.
 """
 
 from __future__ import annotations
 
-import os
 from unittest import mock
 
 import pytest
@@ -17,26 +16,12 @@ from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention import overlap
 from megatron_attn2d.attention.dropout import Dropout
 from tests.attention.dense import batch_first, zigzag
-from tests.pool import RankPool
+from tests.gpu.ranks import GpuRanks, start
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 BOUNDS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 2e-5, torch.float64: 1e-12}
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (2, 3), (3, 2), (2, 4), (4, 2)]
-
-
-def start(rank: int) -> None:
-    """A world over NCCL; a GPU may have several ranks, each of which gives back what its last test took."""
-    torch.cuda.empty_cache()
-    os.environ |= {
-        "NCCL_HOSTID": f"node{rank}",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "NCCL_P2P_DISABLE": "1",
-        "NCCL_SHM_DISABLE": "1",
-        "NCCL_NET": "Socket",
-    }
-    torch.cuda.set_device(rank % torch.cuda.device_count())
-    dist.init_process_group("nccl")
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> list[Tensor]:
@@ -70,7 +55,7 @@ def errors(
     moved: str = "",
 ) -> list[float]:
     """Relative errors (2-norm) of O, dQ, dK, dV on this rank; what a second run must equal bit for bit, does."""
-    start(rank)
+    start()
     torch.use_deterministic_algorithms(deterministic)
     size = head_ranks * grid[0] * grid[1]
     generator = torch.Generator("cuda").manual_seed(0)
@@ -100,9 +85,9 @@ def errors(
     return [((a.double() - b[mine]).norm() / b[mine].norm()).item() for a, b in zip(runs[0], references, strict=True)]
 
 
-def check(pool: RankPool, mode: str, grid: tuple[int, int], **case: object) -> None:
+def check(pool: GpuRanks, mode: str, grid: tuple[int, int], **case: object) -> None:
     heads: int = case.get("head_ranks", 1)  # type: ignore[assignment]
-    found = pool.run(errors, heads * grid[0] * grid[1], mode, grid, init_group=False, **case)
+    found = pool.run(errors, heads * grid[0] * grid[1], mode, grid, init_group=False, hosts=True, **case)
     bound = BOUNDS[case.get("dtype", torch.bfloat16)]  # type: ignore[index]
     worst = [max(column) for column in zip(*found, strict=True)]
     print("O dQ dK dV:", *(f"{x:.2e}" for x in worst))
@@ -111,67 +96,67 @@ def check(pool: RankPool, mode: str, grid: tuple[int, int], **case: object) -> N
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
-def test_grids(pool: RankPool, grid: tuple[int, int], causal: bool) -> None:
+def test_grids(pool: GpuRanks, grid: tuple[int, int], causal: bool) -> None:
     check(pool, "attention2d", grid, causal=causal)
 
 
 @pytest.mark.parametrize("mode", ["attention2d", "ring"])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_dtypes(pool: RankPool, mode: str, dtype: torch.dtype) -> None:
+def test_dtypes(pool: GpuRanks, mode: str, dtype: torch.dtype) -> None:
     check(pool, mode, (2, 2), dtype=dtype)
 
 
 @pytest.mark.parametrize(
     "dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)], ids=str
 )
-def test_head_dims(pool: RankPool, dims: tuple[int, int]) -> None:
+def test_head_dims(pool: GpuRanks, dims: tuple[int, int]) -> None:
     check(pool, "attention2d", (2, 1), dims=dims)
     check(pool, "attention2d", (1, 2), dims=dims)
 
 
 @pytest.mark.parametrize("backend", ["flash_attn_4", "cudnn", "transformer_engine", "flash", "reference"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)], ids=str)
-def test_backends_and_grouped_heads(pool: RankPool, heads: tuple[int, int], backend: str) -> None:
+def test_backends_and_grouped_heads(pool: GpuRanks, heads: tuple[int, int], backend: str) -> None:
     if (package := {"flash_attn_4": "cutlass", "transformer_engine": "transformer_engine"}.get(backend)) is not None:
         pytest.importorskip(package)
     check(pool, "attention2d", (2, 2), heads=heads, backend=backend)
 
 
 @pytest.mark.parametrize("mode", ["attention2d", "ring"])
-def test_deterministic_algorithms_give_the_same_bits(pool: RankPool, mode: str) -> None:
+def test_deterministic_algorithms_give_the_same_bits(pool: GpuRanks, mode: str) -> None:
     check(pool, mode, (2, 2), chunk=512, heads=(8, 4), dims=(128, 128), deterministic=True)
 
 
 @pytest.mark.parametrize(("head_ranks", "grid"), [(2, (1, 1)), (2, (2, 1)), (2, (1, 2)), (2, (2, 2)), (4, (2, 1))])
-def test_head_axis(pool: RankPool, head_ranks: int, grid: tuple[int, int]) -> None:
+def test_head_axis(pool: GpuRanks, head_ranks: int, grid: tuple[int, int]) -> None:
     check(pool, "attention2d", grid, heads=(8, 4), head_ranks=head_ranks)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 127])
 @pytest.mark.parametrize("mode", ["attention2d", "ring"])
-def test_odd_chunks(pool: RankPool, mode: str, chunk: int) -> None:
+def test_odd_chunks(pool: GpuRanks, mode: str, chunk: int) -> None:
     check(pool, mode, (2, 2), chunk=chunk)
 
 
 @pytest.mark.parametrize("head_groups", [1, 2, 4, 8])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_head_groups_and_batch(pool: RankPool, batch: int, head_groups: int) -> None:
+def test_head_groups_and_batch(pool: GpuRanks, batch: int, head_groups: int) -> None:
     check(pool, "attention2d", (2, 2), heads=(16, 8), batch=batch, head_groups=head_groups)
 
 
 @pytest.mark.parametrize("moved", ["q", "k", "v", "kv"])
-def test_shards_may_lie_in_memory_in_other_orders(pool: RankPool, moved: str) -> None:
+def test_shards_may_lie_in_memory_in_other_orders(pool: GpuRanks, moved: str) -> None:
     check(pool, "attention2d", (2, 1), heads=(4, 4), batch=2, moved=moved)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("grid", [(1, 2), (2, 1), (2, 2)], ids=lambda g: f"{g[0]}x{g[1]}")
-def test_half_of_the_heads_after_the_tile(pool: RankPool, grid: tuple[int, int], batch: int) -> None:
+def test_half_of_the_heads_after_the_tile(pool: GpuRanks, grid: tuple[int, int], batch: int) -> None:
     check(pool, "attention2d", grid, heads=(8, 4), batch=batch, head_groups=1, smallest_half=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_logits(pool: RankPool, dtype: torch.dtype) -> None:
+def test_large_logits(pool: GpuRanks, dtype: torch.dtype) -> None:
     check(pool, "attention2d", (2, 2), logits=12.0, dtype=dtype, chunk=512)
 
 
@@ -183,7 +168,7 @@ def replayed(rank: int, layout: tuple[int, int, int] | None, p: float) -> list[b
         layout: U, R, C; None for a ring.
         p: of dropout, whose seed each replay draws: the last answer is whether the two drew different ones.
     """
-    start(rank)
+    start()
     group = dist.group.WORLD
     assert group is not None
     heads, rows, cols = layout or (1, 1, 1)
@@ -223,5 +208,5 @@ def replayed(rank: int, layout: tuple[int, int, int] | None, p: float) -> list[b
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 2), (2, 1, 1), None], ids=str)
-def test_cuda_graph(pool: RankPool, layout: tuple[int, int, int] | None, p: float) -> None:
-    assert all(map(all, pool.run(replayed, 2, layout, p, init_group=False)))
+def test_cuda_graph(pool: GpuRanks, layout: tuple[int, int, int] | None, p: float) -> None:
+    assert all(map(all, pool.run(replayed, 2, layout, p, init_group=False, hosts=True)))

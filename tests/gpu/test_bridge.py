@@ -1,10 +1,10 @@
-"""Megatron-Bridge itself with our layer spec: on two GPUs, in bf16, with Transformer Engine's layers.
+"""Megatron-Bridge itself with our layer spec: on two ranks, in bf16, with Transformer Engine's layers.
 
     pip install megatron-bridge
     pytest -m gpu tests/gpu/test_bridge.py
 
 A tiny Llama with random weights is written by Hugging Face's own classes and read by Bridge. Logits and gradients are
-compared with those of Bridge's default layers on one GPU and of its ring on two, logits with Hugging Face's model too.
+compared with those of Bridge's default layers on one rank and of its ring on two, logits with Hugging Face's model too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def missing(name: str) -> bool:
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(missing("megatron.bridge"), reason="needs megatron-bridge"),
 ]
 
@@ -56,7 +56,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def default(pool: RankPool, llama: Path) -> dict[int, list[Result]]:
-    """Bridge's default layers on one GPU and, as a ring, on two."""
+    """Bridge's default layers on one rank and, as a ring, on two."""
     modes = {2: "p2p", 1: None}
     return {size: pool.run(bridge.run, size, llama, mode, init_group=False) for size, mode in modes.items()}
 
@@ -107,7 +107,7 @@ def test_a_model_of_hugging_face(
 @pytest.mark.skipif(missing("nvidia_resiliency_ext"), reason="Bridge's training needs nvidia-resiliency-ext")
 @pytest.mark.parametrize("changes", [{}, {"mtp_num_layers": 1}], ids=["Llama", "MTP"])
 def test_training(changes: dict[str, Any], pool: RankPool, llama: Path) -> None:
-    """Bridge's own `pretrain`: losses and gradient norms of the steps, as on one GPU."""
+    """Bridge's own `pretrain`: losses and gradient norms of the steps, as on one rank."""
     [expected] = pool.run(bridge.pretrain, 1, llama, changes, init_group=False)
     assert len(expected) == STEPS
     assert expected[0][0] - expected[-1][0] > 0.1, "it should learn, or parity says little"
@@ -134,7 +134,7 @@ def test_the_example_of_a_long_context(pool: RankPool, llama: Path, tmp_path: Pa
 
 
 def test_a_checkpoint_of_ours(pool: RankPool, tmp_path: Path) -> None:
-    """Trained on two GPUs, converted to Hugging Face as any of Megatron-LM, and back for a training of ours."""
+    """Trained on two ranks, converted to Hugging Face as any of Megatron-LM, and back for a training of ours."""
     options: dict[str, Any] = {
         "num_layers": LLAMA["num_hidden_layers"],
         "hidden_size": LLAMA["hidden_size"],

@@ -6,10 +6,9 @@ from itertools import accumulate
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from tests.gpu.ranks import GpuRanks, start
 from tests.megatron.test_core_attention import built
-from tests.pool import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -18,8 +17,7 @@ def replays(rank: int, te_tracker: bool) -> list[torch.Tensor]:
     """What two replays attend, on the same inputs."""
     from megatron.core.tensor_parallel import random
 
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl")
+    start()
     changes = {"cuda_graph_impl": "local", "cuda_graph_modules": [], "attention_dropout": 0.5}
     with built(1, None, None, params_dtype=torch.bfloat16, **changes) as module:
         random.model_parallel_cuda_manual_seed(
@@ -44,7 +42,7 @@ def replays(rank: int, te_tracker: bool) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("te_tracker", [False, True])
-def test_each_replay_drops_others(pool: RankPool, te_tracker: bool) -> None:
+def test_each_replay_drops_others(pool: GpuRanks, te_tracker: bool) -> None:
     if te_tracker:
         pytest.importorskip("transformer_engine.pytorch")
     [(first, second)] = pool.run(replays, 1, te_tracker, init_group=False)
@@ -61,8 +59,7 @@ def packed_replays(rank: int, ranks: int) -> list[float]:
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.transformer.enums import AttnMaskType
 
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl")
+    start()
     tokens = 256
     changes = {"cuda_graph_impl": "local", "cuda_graph_modules": [], "kv_channels": 64}
     mode, sizes = ("attention2d", [1, ranks]) if ranks > 1 else (None, None)
@@ -99,8 +96,6 @@ def packed_replays(rank: int, ranks: int) -> list[float]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_replays_read_totals_of_packs(pool: RankPool, ranks: int) -> None:
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} CUDA devices")
+def test_replays_read_totals_of_packs(pool: GpuRanks, ranks: int) -> None:
     for differences in pool.run(packed_replays, ranks, ranks, init_group=False):
         assert max(differences) <= 2e-2, differences

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_attn2d import Grid, attention2d
-from tests.gpu.test_attention import start
-from tests.pool import RankPool
+from tests.gpu.ranks import GpuRanks, start
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -47,7 +46,7 @@ def held() -> dict[str, float]:
 
 def build_grids(rank: int, rows: int, cols: int, warm: int, count: int, destroys: bool = True) -> dict[str, float]:
     """What this rank holds more after `count` grids than it did after the first `warm` of them."""
-    start(rank)
+    start()
     nowhere = torch.ones(1, device="cuda")
 
     def build() -> None:
@@ -85,21 +84,21 @@ def build_grids(rank: int, rows: int, cols: int, warm: int, count: int, destroys
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(2, 1), (2, 2)], ids=["2 ranks", "4 ranks"])
-def test_a_hundred_grids_leave_nothing_behind(pool: RankPool, rows: int, cols: int) -> None:
-    grown = pool.run(build_grids, rows * cols, rows, cols, 20, 100, init_group=False, timeout=900)
+def test_a_hundred_grids_leave_nothing_behind(pool: GpuRanks, rows: int, cols: int) -> None:
+    grown = pool.run(build_grids, rows * cols, rows, cols, 20, 100, init_group=False, hosts=True, timeout=900)
     print(*grown, sep="\n")
     assert [{k: v for k, v in more.items() if v > BOUNDS[k]} for more in grown] == [{}] * (rows * cols)
 
 
-def test_grids_that_are_not_destroyed_are_found(pool: RankPool) -> None:
-    for more in pool.run(build_grids, 2, 2, 1, 2, 12, destroys=False, init_group=False):
+def test_grids_that_are_not_destroyed_are_found(pool: GpuRanks) -> None:
+    for more in pool.run(build_grids, 2, 2, 1, 2, 12, destroys=False, init_group=False, hosts=True):
         assert more["process groups"] == 2 * 10  # the group, and its column with high priority
         assert more["threads"] > BOUNDS["threads"] or more["file handles"] > BOUNDS["file handles"]
 
 
 def count_streams(rank: int) -> tuple[list[str], int, int, int]:
     """Where streams are made in the calls after the first; allocated bytes after 10 and 50; streams made by hand."""
-    start(rank)
+    start()
     assert dist.group.WORLD is not None
     grid = Grid.from_group(dist.group.WORLD, rows=2, cols=1)
     made: list[str] = []
@@ -124,8 +123,8 @@ def count_streams(rank: int) -> tuple[list[str], int, int, int]:
     return by_us, *allocated, len(made) - len(by_us)
 
 
-def test_calls_make_no_stream_and_keep_no_memory(pool: RankPool) -> None:
-    for by_us, early, late, by_hand in pool.run(count_streams, 2, init_group=False):
+def test_calls_make_no_stream_and_keep_no_memory(pool: GpuRanks) -> None:
+    for by_us, early, late, by_hand in pool.run(count_streams, 2, init_group=False, hosts=True):
         assert by_us == []
         assert late == early
         assert by_hand == 1, "what counts the streams counts none"

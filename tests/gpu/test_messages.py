@@ -1,17 +1,15 @@
-"""attention2d between GPUs of their own, over the links that they have, against dense float64.
+"""attention2d between GPUs, over the links that they have, against dense float64.
 
     pytest -m gpu tests/gpu/test_messages.py -s
 
-`test_attention` lets ranks share GPUs and talk over sockets. Here each has one, and every grid of four exchanges whole
-sequences, packs and windows: in float64, where a chunk in a wrong place can't hide, and in bf16 with the kernels of
-GPUs. Calls are captured as CUDA graphs too.
+Ranks of `test_attention` always talk over sockets. Here they do so only where they share GPUs. Every grid of four
+exchanges whole sequences, packs and windows: in float64, where a chunk in a wrong place can't hide, and in bf16 with
+the kernels of GPUs. Calls are captured as CUDA graphs too.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -22,13 +20,10 @@ from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d
 from tests.attention.dense import dense_gradients, inputs, packed_gradients, packed_zigzag, zigzag
-from tests.pool import RankPool
+from tests.gpu.ranks import GpuRanks, start
 
 RANKS = 4
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason=f"needs {RANKS} CUDA devices"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 type Layout = tuple[tuple[int, int, int], tuple[int, int] | None]
 """U, R, C, and the tile that a node's ranks fill."""
@@ -57,20 +52,6 @@ BOUNDS = {torch.float64: 1e-11, torch.bfloat16: 1.2e-2}
 TOKENS, HEADS, DIMS = 1024, (8, 4), (64, 64)
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    """Ranks whose NCCL was never told to leave links out."""
-    ranks = RankPool("spawn")
-    yield ranks
-    ranks.close()
-
-
-def start(rank: int) -> None:
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as in training: see configs/clusters/gpu.yaml
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl")
-
-
 def build(layout: Layout) -> Grid:
     assert dist.group.WORLD is not None
     (heads, rows, cols), tile = layout
@@ -79,7 +60,7 @@ def build(layout: Layout) -> Grid:
 
 def cells(rank: int, dtype: torch.dtype) -> list[tuple[str, str, float]]:
     """Layout, kind, and the largest relative error (2-norm) of O, dQ, dK and dV on this rank."""
-    start(rank)
+    start()
     grids = [(str(layout), build(layout)) for layout in LAYOUTS]
     found = []
     for kind, how in KINDS.items():
@@ -113,7 +94,7 @@ def totals(lengths: tuple[int, ...]) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_every_grid_of_four(pool: RankPool, dtype: torch.dtype) -> None:
+def test_every_grid_of_four(pool: GpuRanks, dtype: torch.dtype) -> None:
     began = time.monotonic()
     by_rank = pool.run(cells, RANKS, dtype, init_group=False, timeout=600)
     wrong = []
@@ -128,7 +109,7 @@ def test_every_grid_of_four(pool: RankPool, dtype: torch.dtype) -> None:
 
 def replays(rank: int) -> list[bool]:
     """By layout: do output and gradients of a replayed CUDA graph equal those of a plain call on the same inputs?"""
-    start(rank)
+    start()
     torch.use_deterministic_algorithms(True)
     equal = []
     for layout in LAYOUTS:
@@ -157,6 +138,6 @@ def replays(rank: int) -> list[bool]:
     return equal
 
 
-def test_calls_in_a_cuda_graph(pool: RankPool) -> None:
+def test_calls_in_a_cuda_graph(pool: GpuRanks) -> None:
     found = [all(cell) for cell in zip(*pool.run(replays, RANKS, init_group=False, timeout=300), strict=True)]
     assert found == [True] * len(LAYOUTS), dict(zip(map(str, LAYOUTS), found, strict=True))

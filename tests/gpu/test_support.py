@@ -21,8 +21,7 @@ from megatron_attn2d.attention.kernels.reference import ReferenceKernel
 from megatron_attn2d.attention.layout import Band
 from tests.attention.dense import packed_zigzag, zigzag
 from tests.attention.support import CASES, TOKENS, Case
-from tests.gpu.test_attention import start
-from tests.pool import RankPool
+from tests.gpu.ranks import GpuRanks, start
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -95,7 +94,7 @@ def expected(case: Case, whole: list[Tensor], sink: Tensor, packed: bool) -> lis
 
 def cells(rank: int, size: int, dtype: torch.dtype, cases: list[Case]) -> list[str]:
     """What went wrong, for every case and layout of `size` ranks. Grids are made once: each makes communicators."""
-    start(rank)
+    start()
     group = dist.group.WORLD
     assert group is not None
     grids = {
@@ -134,6 +133,6 @@ def cells(rank: int, size: int, dtype: torch.dtype, cases: list[Case]) -> list[s
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", LAYOUTS)
-def test_every_kind_is_within_tolerance(pool: RankPool, size: int, dtype: torch.dtype) -> None:
-    found = pool.run(cells, size, size, dtype, WORKING, init_group=False, timeout=900)
+def test_every_kind_is_within_tolerance(pool: GpuRanks, size: int, dtype: torch.dtype) -> None:
+    found = pool.run(cells, size, size, dtype, WORKING, init_group=False, hosts=True, timeout=900)
     assert not [text for wrong in found for text in wrong]
