@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from attention_kinds import Kind
 from attention_modes import build, spawn
-from attention_timing import Attention, measure, slowest, unqueued
+from attention_timing import Attention, both_passes, measure, slowest, unqueued
 from cases import Attempt, record, run_cases, told
+from faked_world import as_first_rank, received_bytes
 from torch import Tensor
 
 from megatron_attn2d import Grid, attention2d
@@ -46,12 +47,12 @@ def main() -> None:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # as in training: see configs/clusters/gpu.yaml
     section = json.loads(Path(sys.argv[1]).read_text())
     args = argparse.Namespace(**section, rows=Path(sys.argv[2]), first=int(sys.argv[3]))
-    spawn(run_rank, args)
+    (as_first_rank if args.faked else spawn)(run_rank, args)
 
 
 def run_rank(rank: int, args: argparse.Namespace) -> None:
     """All cases on one rank."""
-    if args.nodes or args.device == "cpu":  # over NVLink predictions know the links
+    if not args.faked and (args.nodes or args.device == "cpu"):  # over NVLink predictions know the links
         record(args, {"links": links(args)})
     grids: dict[str, Grid] = {}
     reference: Results = {}
@@ -79,12 +80,15 @@ def attempt(mode: str, kind: Kind, args: argparse.Namespace, grids: dict[str, Gr
             for leaf in leaves:
                 leaf.requires_grad_()
         row = measure(functions[0], leaves, dout, args)
+        if args.faked:
+            row["received_mib"] = received_bytes(lambda: both_passes(functions[0], leaves, dout, args)) / 2**20
         if functions[1:]:  # documents that no call has seen, as every step of a training brings
             new = unqueued(functions[1:], leaves, dout, args.device)
             row["host_new_ms"] = new["host_forward_ms"] + new["host_backward_ms"]
         ours = not mode.startswith("te:")
         # Dropout of ours keeps the same probabilities on every grid; nobody else's are the same.
-        if kind.seq <= COMPARED and not args.forward and (ours or not kind.dropout):
+        comparable = kind.seq <= COMPARED and not args.forward and not args.faked
+        if comparable and (ours or not kind.dropout):
             row["apart"] = slowest(apart(functions[0], leaves, dout, str(kind), reference), args.device)
         return row, ""
     except Exception as error:  # a kernel's compiler has kinds of its own

@@ -39,6 +39,7 @@ class Section:
         cases: kind (`attention_kinds.Kind`), mode and expected_s, what it will take at least.
         deadline: no case begins later, by time.time().
         repeats, seconds, warmup, inner, forward, graphs, alone: see `attention_timing.measure`.
+        faked: one process is rank 0, and nobody the others: see `faked_world`.
     """
 
     name: str
@@ -55,10 +56,13 @@ class Section:
     forward: bool = False
     graphs: bool = False
     alone: bool = False
+    faked: bool = False
 
     @property
     def title(self) -> str:
         """For people."""
+        if self.faked:
+            return f"rank 0 of {self.ranks}, the other {self.ranks - 1} faked, without the time of messages"
         where = f"{self.ranks // self.ranks_per_node} nodes of {self.ranks_per_node}" if self.nodes else "one node"
         return f"{self.ranks} ranks, {where}"
 
@@ -82,6 +86,7 @@ def run_section(section: Section, out: Path, case_timeout: float, end: float) ->
     """
     rows: list[dict[str, Any]] = []
     known: dict[str, Any] = {"name": section.name, "title": section.title, "nodes": section.nodes, "rows": rows}
+    known["faked"] = section.faked
     print(f"\n{section.name}: {section.title}, {len(section.cases)} cases", flush=True)
     machines = gpus(section.ranks)
     sharing = -(-section.ranks // max(1, torch.cuda.device_count()))
@@ -97,7 +102,8 @@ def run_section(section: Section, out: Path, case_timeout: float, end: float) ->
         described = {"kind": case["kind"], "seq": kind.seq, "heads": f"{kind.heads}/{kind.kv_heads}"}
         row = described | {"mode": case["mode"]} | {k: v for k, v in line.items() if k != "end"}
         measured_links = known.get("links")
-        if measured_links or not (section.nodes or section.device == "cpu"):
+        # The prediction is of a call with its messages.
+        if measured_links or not (section.nodes or section.faked or section.device == "cpu"):
             with_links = measured_cluster(section, measured_links or {}, machines, sharing)
             seconds = predicted_s(case["mode"], section, kind, with_links)
             row["predicted_ms"] = None if seconds is None else seconds * 1e3
@@ -135,6 +141,8 @@ def show(row: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     said.append(f"{row['mib']:6.0f} MiB")
     if predicted is not None:
         said.append(f"predicted {predicted:.3f} ms {predicted / row['ms'] - 1:+4.0%}")
+    if "received_mib" in row:
+        said.append(f"receives {row['received_mib']:.0f} MiB")
     if "apart" in row:
         said.append(f"apart {row['apart']:.1e}")
     if row["first_s"] > 2:

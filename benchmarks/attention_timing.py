@@ -35,9 +35,7 @@ def measure(attention: Attention, leaves: Sequence[Tensor], dout: Tensor, args: 
     """
 
     def call() -> None:
-        out = attention(*leaves)
-        if not args.forward:
-            torch.autograd.grad(out, leaves, dout.view_as(out))
+        both_passes(attention, leaves, dout, args)
 
     begin = time.perf_counter()
     timed(call, 1, args.device)
@@ -60,6 +58,13 @@ def measure(attention: Attention, leaves: Sequence[Tensor], dout: Tensor, args: 
         fitting = int(args.seconds * 1e3 / once) if args.seconds else UNQUEUED_CALLS
         row |= unqueued([attention] * max(1, min(fitting, UNQUEUED_CALLS)), leaves, dout, args.device)
     return row
+
+
+def both_passes(attention: Attention, leaves: Sequence[Tensor], dout: Tensor, args: argparse.Namespace) -> None:
+    """One call, and with it the backward pass unless `args.forward`."""
+    out = attention(*leaves)
+    if not args.forward:
+        torch.autograd.grad(out, leaves, dout.view_as(out))
 
 
 def unqueued(calls: Sequence[Attention], leaves: Sequence[Tensor], dout: Tensor, device: str) -> dict[str, float]:

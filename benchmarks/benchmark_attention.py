@@ -8,6 +8,7 @@
     python benchmarks/benchmark_attention.py --out nodes --ranks 16 --nodes --seq 16384 --heads 8/8 --inner 1
     python benchmarks/benchmark_attention.py --out graphs --graphs --seq 16384    # as replayed CUDA graphs
     python benchmarks/benchmark_attention.py --out cpu --device cpu --ranks 4     # tiny sizes, our kernels alone
+    python benchmarks/benchmark_attention.py --out faked --faked --ranks 8        # one GPU plays one rank of eight
 
 Kinds: one dense sequence, causal and bidirectional; packs of 1 to 1024 documents, whose lengths are drawn as real text
 has them; windows; sinks; MLA; dropout; grouped heads (`attention_kinds.KINDS`). --seq, --heads, --head-dim and
@@ -25,6 +26,10 @@ rank, between CUDA events; what Transformer Engine or a kernel refuses is a row 
 All cases run in one process per rank, what matters more first; what the budget doesn't suffice for is printed as `not
 run: out of time`. OUT/attention.json holds all rows, attention.md the tables for docs and README, attention.png speeds,
 attention.log what ranks printed. With --nodes each rank poses as a host of its own: NCCL talks over loopback sockets.
+
+With --faked one process is rank 0 of --ranks, and the others are faked (`faked_world`). Kernels, host time and memory
+are those of a rank; messages take no time on a wire, and results are wrong, so that nothing is compared. `MiB received`
+is what a call brings from other ranks: over a link's bandwidth it is the least that the messages would take.
 """
 
 from __future__ import annotations
@@ -73,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the results")
     add_arguments(parser)
+    parser.add_argument("--faked", action="store_true", help="be rank 0 of --ranks, on one GPU, and fake the others")
     parser.add_argument("--kinds", nargs="+", choices=FAMILIES, help="default: all; with sizes, dense")
     parser.add_argument("--quick", action="store_true", help="three kinds, 100 s")
     parser.add_argument("--seq", nargs="+", type=int, help="tokens of the sequence or pack")
@@ -89,6 +95,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--graphs", action="store_true", help="time each mode as a replayed CUDA graph")
     args = parser.parse_args()
     args.budget = args.budget or (100 if args.quick else 235)
+    if args.faked and args.nodes:
+        parser.error("--faked, --nodes: faked ranks send nothing; choose one of the two")
     sized = args.seq or args.heads or args.head_dim
     if args.kinds is None and args.documents:
         args.kinds = ["packed"]
@@ -131,6 +139,7 @@ def planned(args: argparse.Namespace) -> Section:
         forward=args.forward,
         graphs=args.graphs,
         alone=True,
+        faked=args.faked,
     )
     machines = None if args.nodes or args.device == "cpu" else gpus(args.ranks)
     for kind in args.chosen:
@@ -140,7 +149,8 @@ def planned(args: argparse.Namespace) -> Section:
 
 def title(section: Section) -> str:
     """Over tables and pictures."""
-    where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if section.device == "cuda" else "CPU"
+    count = 1 if section.faked else torch.cuda.device_count()
+    where = f"{count} x {torch.cuda.get_device_name()}" if section.device == "cuda" else "CPU"
     passes = "forward" if section.forward else "forward + backward"
     return f"{section.title}, {where}: {passes}, ms" + (", CUDA graphs" if section.graphs else "")
 

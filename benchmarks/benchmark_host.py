@@ -4,7 +4,7 @@
     python benchmarks/benchmark_host.py --json host.json --plot host.png       # one GPU, real kernels
     python benchmarks/benchmark_host.py --device cpu                           # empty kernels: our Python alone
 
-This process is one rank of a world whose other ranks are faked (torch's `fake` backend): messages are handed to
+This process is one rank of a world whose other ranks are faked (`faked_world`): messages are handed to
 torch.distributed and go nowhere, so results are wrong and times are those of the CPU. Host time is the time until a
 call returns, with nothing queued before it and no synchronisation inside; a figure is the median of the calls. On GPUs
 kernel time is the sum of what a call's kernels took, without messages, and launches count its kernels, copies and
@@ -26,10 +26,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from attention_modes import Attention, Shape, refusal, transformer_engine
+from faked_world import faked_world
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_attn2d import attention2d
@@ -78,13 +77,12 @@ def main() -> None:
         for ranks, seq, heads, shapes in CASES:
             if ranks > args.most_ranks:
                 continue
-            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
             tokens = 2 * ranks * args.chunk if args.chunk else seq
-            for mode, build in modes(ranks, heads, shapes, args):
-                case = {"ranks": ranks, "seq": tokens, "heads": heads, "mode": mode}
-                rows.append(case | attempt(build, tokens // ranks, *map(int, heads.split("/")), args))
-                show(rows[-1])
-            dist.destroy_process_group()
+            with faked_world(ranks):
+                for mode, build in modes(ranks, heads, shapes, args):
+                    case = {"ranks": ranks, "seq": tokens, "heads": heads, "mode": mode}
+                    rows.append(case | attempt(build, tokens // ranks, *map(int, heads.split("/")), args))
+                    show(rows[-1])
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     if args.plot:
