@@ -81,7 +81,7 @@ def attempt(mode: str, kind: Kind, args: argparse.Namespace, grids: dict[str, Gr
                 leaf.requires_grad_()
         row = measure(functions[0], leaves, dout, args)
         if args.faked:
-            row["received_mib"] = received_bytes(lambda: both_passes(functions[0], leaves, dout, args)) / 2**20
+            row |= received(functions[0], leaves, dout, args)
         if functions[1:]:  # documents that no call has seen, as every step of a training brings
             new = unqueued(functions[1:], leaves, dout, args.device)
             row["host_new_ms"] = new["host_forward_ms"] + new["host_backward_ms"]
@@ -96,6 +96,17 @@ def attempt(mode: str, kind: Kind, args: argparse.Namespace, grids: dict[str, Gr
         cause = "out of memory: " if isinstance(error, torch.OutOfMemoryError) else ""
         cause = cause if refused else f"{type(error).__name__}: "
         return {}, cause + told(error)
+
+
+def received(
+    attention: Attention, leaves: Sequence[Tensor], dout: Tensor, args: argparse.Namespace
+) -> dict[str, float]:
+    """MiB that a call brings from other ranks; nothing where a kernel can't be watched."""
+    try:
+        return {"received_mib": received_bytes(lambda: both_passes(attention, leaves, dout, args)) / 2**20}
+    except Exception as error:
+        told(error)
+        return {}
 
 
 def inputs(kind: Kind, args: argparse.Namespace) -> list[Tensor]:

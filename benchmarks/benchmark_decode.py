@@ -2,6 +2,7 @@
 """Time the decode step of a model with random weights at long contexts, beside what the memory's bandwidth allows.
 
     python benchmarks/benchmark_decode.py --ranks 4                         # 8 B parameters, 64K, 256K and 1M tokens
+    python benchmarks/benchmark_decode.py --ranks 8 --faked                 # one GPU plays one of eight ranks
     python benchmarks/benchmark_decode.py --device cpu --model configs/models/gpt_tiny_bytes.yaml --tokens 256 1024
 
 All ranks are context ranks unless --tensor says otherwise. The cache is made up, as nobody waits for a prefill of a
@@ -15,7 +16,8 @@ million tokens; it is read like any other. Columns, of the slowest rank:
     peak         the most memory that tensors took on a rank; plan: the cache over the context ranks, and the weights
 
 Before that, a decoded token is compared with the same token filled in as part of a prompt; a difference ends the
-program with exit code 1.
+program with exit code 1. With --faked one process is rank 0, and the others are faked (`faked_world`): logits are wrong
+and not compared, and messages take no time on a wire, so that a step shows what a rank computes.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from decode_table import heading, line
+from faked_world import as_first_rank
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,20 +46,6 @@ from megatron_attn2d.launch import environment, ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = 600
-COLUMNS = (
-    ("cache GiB", "cache_gib", ".3f"),
-    ("attention ms", "attention_ms", ".3f"),
-    ("bound ms", "attention_bound_ms", ".3f"),
-    ("ratio", "attention_ratio", ".2f"),
-    ("step ms", "step_ms", ".3f"),
-    ("bound ms", "step_bound_ms", ".3f"),
-    ("ratio", "step_ratio", ".2f"),
-    ("plain ms", "plain_ms", ".3f"),
-    ("tokens/s", "tokens_per_s", ".1f"),
-    ("peak GiB", "peak_gib", ".2f"),
-    ("plan GiB", "plan_gib", ".2f"),
-)
-"""Of the table: heading, key of the row, format."""
 WARM_UP = 3
 _TOLERANCE = 0.1
 """For bf16, relative to the largest logit: 32 layers of random weights differed by 0.06 on H200."""
@@ -65,6 +55,7 @@ def main() -> int:
     """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--faked", action="store_true", help="be rank 0 of --ranks, on one GPU, and fake the others")
     parser.add_argument("--tensor", type=int, default=1, help="of the ranks, how many share a token's weights")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1 << 16, 1 << 18, 1 << 20], help="in the cache")
     parser.add_argument("--batch", type=int, default=1, help="sequences")
@@ -78,9 +69,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = configuration.configuration(described(Path(folder), args), [])
         environment.apply_variables(args.device, run.environment.variables)
-        environment.check_devices(args.device, args.ranks)
-        target = partial(run_rank, args)
-        return ranks.run_local(args.ranks, target, configuration.arguments(run, None), device=args.device)
+        environment.check_devices(args.device, 1 if args.faked else args.ranks)
+        arguments = configuration.arguments(run, None)
+        if not args.faked:
+            return ranks.run_local(args.ranks, partial(run_rank, args), arguments, device=args.device)
+        as_first_rank(lambda _, args: run_rank(args, arguments), args)
+        return 0
 
 
 def described(folder: Path, args: argparse.Namespace) -> Path:
@@ -115,14 +109,18 @@ def run_rank(args: argparse.Namespace, arguments: list[str]) -> None:
 
 def _measure(args: argparse.Namespace, model: Any, write: Callable[[str], None]) -> None:
     first = dist.get_rank() == 0
-    difference = check(model)
+    difference = 0.0 if args.faked else check(model)
     weights = model.weight_bytes
     bandwidth = _bandwidth(model.device)
     if first:
         write(
             f"{args.model.stem}: {args.ranks // args.tensor} context x {args.tensor} tensor ranks, "
             f"{args.batch} sequences, weights {weights / 2**30:.2f} GiB per rank, memory {bandwidth / 1e9:,.0f} GB/s; "
-            f"decoded and filled-in logits differ by {difference:.1e} of the largest"
+            + (
+                f"rank 0, the other {args.ranks - 1} faked, without the time of messages"
+                if args.faked
+                else f"decoded and filled-in logits differ by {difference:.1e} of the largest"
+            )
         )
     if difference > (_TOLERANCE if args.device == "cuda" else 1e-4):
         raise RuntimeError(f"a decoded token's logits differ by {difference:.1e} of the largest: too much")
@@ -131,7 +129,7 @@ def _measure(args: argparse.Namespace, model: Any, write: Callable[[str], None])
         if first:
             write(f"a prompt of {args.prefill:,} tokens in {seconds:.2f} s, {args.prefill / seconds:,.0f} tokens/s")
     if first:
-        write("  ".join(["   tokens", *(heading.rjust(8) for heading, _, _ in COLUMNS)]))
+        write(heading())
     rows = []
     for tokens in args.tokens:
         rows.append(measure(model, tokens, args, weights, bandwidth))
@@ -139,15 +137,6 @@ def _measure(args: argparse.Namespace, model: Any, write: Callable[[str], None])
             write(line(rows[-1]))
     if args.json and first:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def line(row: dict[str, float]) -> str:
-    """A row of the table."""
-    begin = f"{row['tokens']:9,.0f}"
-    if "needs_gib" in row:
-        return f"{begin}  does not fit: {row['needs_gib']:.1f} GiB of keys and values per rank"
-    cells = (format(row[key], spelled).rjust(max(8, len(heading))) for heading, key, spelled in COLUMNS)
-    return "  ".join([begin, *cells])
 
 
 def measure(model: Any, tokens: int, args: argparse.Namespace, weights: int, bandwidth: float) -> dict[str, float]:

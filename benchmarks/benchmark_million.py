@@ -5,21 +5,27 @@
     python benchmarks/benchmark_million.py --ranks 2 --out million --quick --budget 240
     python benchmarks/benchmark_million.py --ranks 2 --out million --sections steps --steps-seq 262144 524288
     python benchmarks/benchmark_million.py --ranks 2 --out million --device cpu --model tiny --seq 64 128
+    python benchmarks/benchmark_million.py --ranks 8 --faked --out million --sections layers --seq 524288 1048576
+    python benchmarks/benchmark_million.py --ranks 8 --faked --out million --sections steps --steps-seq 1048576 \
+        --tensor 2 --iterations 1
 
 Sections, in this order; `--sections` picks some:
     layers  one layer of the model, all recomputed, forward and backward: attention2d (its output kept on the host, and
             recomputed), Transformer Engine's p2p, a2a and all_gather where it is installed, ours of these names
             elsewhere; and the output layer with the loss in chunks
-    steps   whole steps of configs/runs/llama_8b_1m.yaml (tensor 1, all GPUs context ranks): tokens/s, MFU, memory of
-            GPU and host beside the plan
+    steps   whole steps of configs/runs/llama_8b_1m.yaml (--tensor of the ranks share a layer's weights, the rest are
+            context ranks): tokens/s, MFU, memory of GPU and host beside the plan
     norms   two steps of the same at --norms-seq tokens under attention2d and under ring attention: how far losses and
             gradient norms are apart
 
 Overrides of the YAML (`training.keep_attention_outputs=false`) are for steps and norms.
 
 From two lengths S on P ranks follow the two numbers of a layer's seconds A * S^2 / P + B * S / P, and with them a step
-of --target tokens on --target-ranks; the arithmetic is printed. What time doesn't suffice for is printed as `not run`.
-OUT/million.json holds all rows.
+of --target tokens on --target-ranks; the arithmetic is printed.
+
+With --faked one process on one GPU is rank 0 of --ranks, and the others are faked (`faked_world`): kernels and memory
+are those of a rank, messages take no time on a wire, losses are wrong. What time doesn't suffice for is printed as `not
+run`. OUT/million.json holds all rows, OUT/million.md tables for docs.
 """
 
 from __future__ import annotations
@@ -31,21 +37,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from benchmark_training import TrainingError, run
-from watched import Watched, brief, python
+from million_steps import ROOT, TINY, YAML, step_line, train
+from million_table import markdown
+from watched import Watched, python
 
-from megatron_attn2d.config import RunConfig, load_run
+from megatron_attn2d.config import load_run
 from megatron_attn2d.preview import memory
 
-ROOT = Path(__file__).resolve().parents[1]
-YAML = ROOT / "configs/runs/llama_8b_1m.yaml"
 ANCHOR_S = 380.0
 """Published for Qwen3-8B, 1,048,576 tokens per step on 8 x H100, with Ulysses or ring attention."""
 START_S = 240.0
 """How long the ranks may take until the first layer: they import Megatron and Transformer Engine."""
 SECTIONS = ("layers", "steps", "norms")
-TINY = {"hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "vocab_size": 128}
 MODES = ("attention2d", "p2p", "a2a", "all_gather")
 
 
@@ -54,12 +57,14 @@ def main() -> None:
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.time() + args.budget
-    found: dict[str, Any] = {"ranks": args.ranks, "model": model(args), **{section: [] for section in SECTIONS}}
+    found: dict[str, Any] = {"ranks": args.ranks, "where": f"{args.model}, {where(args)}", "model": model(args)}
+    found |= {section: [] for section in SECTIONS}
     for i, section in enumerate(args.sections):
         last = i + 1 == len(args.sections)
         until = deadline if last else min(deadline, time.time() + _SHARE * args.budget)
         {"layers": layers, "steps": steps, "norms": norms}[section](args, found, until)
         (args.out / "million.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / "million.md").write_text(markdown(found))
     if "layers" in args.sections:
         print(extrapolation(found["layers"], found["model"], args))
     rows = [row for section in args.sections for row in found[section]]
@@ -75,6 +80,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, default=2, help="context-parallel ranks, one GPU each")
+    parser.add_argument("--faked", action="store_true", help="be rank 0 of --ranks, on one GPU, and fake the others")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", choices=("8b", "tiny"), default="8b")
     parser.add_argument("--seq", nargs="+", type=int, help="of layers; default: 131072 262144 524288, two if --quick")
@@ -82,6 +88,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--grids", nargs="*", default=[], help="RxC or UxRxC, besides the automatic one")
     parser.add_argument("--modes", nargs="+", default=list(MODES))
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=["layers", "steps"])
+    parser.add_argument("--tensor", type=int, default=1, help="tensor ranks of steps and norms")
+    parser.add_argument("--num-layers", type=int, help="of the model of steps and norms; default: all")
+    parser.add_argument("--iterations", type=int, default=2, help="of steps and norms; the first one compiles too")
     parser.add_argument("--norms-seq", type=int, default=65536)
     parser.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist at a time")
     parser.add_argument("--repeats", type=int, default=1, help="of a layer, after the first call")
@@ -93,6 +102,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer lengths")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the YAML, in steps and norms")
     args = parser.parse_intermixed_args()
+    if args.ranks % args.tensor:
+        parser.error(f"--tensor {args.tensor}: no divisor of --ranks {args.ranks}")
+    if args.faked and "norms" in args.sections:
+        parser.error("--faked, --sections norms: losses of faked ranks are wrong; choose layers, steps")
     args.seq = args.seq or [131072, 524288] if args.quick else args.seq or [131072, 262144, 524288]
     args.steps_seq = args.steps_seq or ([131072] if args.quick else [131072, 262144])
     return args
@@ -117,9 +130,9 @@ def layers(args: argparse.Namespace, found: dict[str, Any], deadline: float) -> 
     ]
     cases.insert(len(variants(args)), {"seq": args.seq[0], "mode": "loss", "kept": False, "expected_s": 5.0})
     given = {"cases": cases, "deadline": deadline, "model": found["model"]}
-    given |= {name: getattr(args, name) for name in ("ranks", "device", "repeats", "chunk")}
+    given |= {name: getattr(args, name) for name in ("ranks", "device", "repeats", "chunk", "faked")}
     (args.out / "layers.json").write_text(json.dumps(given))
-    print(f"one layer, {args.ranks} ranks; TFLOP/s per rank of the model's arithmetic, without what is recomputed")
+    print(f"one layer, {where(args)}; TFLOP/s per rank of the model's arithmetic, without what is recomputed")
 
     def tell(said: dict[str, Any]) -> None:
         if "end" in said:
@@ -196,7 +209,7 @@ def extrapolation(rows: list[dict[str, Any]], sizes: dict[str, Any], args: argpa
     lines = ["", *speed_ups(good)]
     lines += [
         f"\nextrapolated: {seq:,} tokens on {ranks} ranks = {count} layers x (A S^2 / P + B S / P) + the loss's "
-        f"{head:.1f} s; without the optimizer and without links between nodes"
+        f"{head:.1f} s; without the optimizer and without " + ("messages" if args.faked else "links between nodes")
     ]
     for name in dict.fromkeys(label(row) for row in good if row["mode"] != "loss"):
         measured = sorted((row["seq"], total(row)) for row in good if label(row) == name)[-2:]
@@ -232,7 +245,8 @@ def speed_ups(rows: list[dict[str, Any]]) -> list[str]:
 
 def steps(args: argparse.Namespace, found: dict[str, Any], deadline: float) -> None:
     """Whole steps beside the plan; prints a line for each length."""
-    print(f"\nwhole steps of {YAML.stem}, {args.ranks} context ranks", flush=True)
+    context = args.ranks // args.tensor
+    print(f"\nwhole steps of {YAML.stem}, tensor {args.tensor} x context {context}, {where(args)}", flush=True)
     for seq in args.steps_seq:
         found["steps"].append(train(seq, [], args, deadline))
         print(step_line(found["steps"][-1]), flush=True)
@@ -252,81 +266,10 @@ def norms(args: argparse.Namespace, found: dict[str, Any], deadline: float) -> N
         print(f"apart: loss {apart['loss']:.1e}, gradient norm {apart['grad_norm']:.1e}", flush=True)
 
 
-def train(seq: int, overrides: list[str], args: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """A row on two steps of `seq` tokens."""
-    overrides = [*step_overrides(seq, args), *args.overrides, *overrides]
-    planned = load_run(YAML, overrides)
-    left = deadline - time.time()
-    try:
-        if left < _LEAST_S:
-            raise TrainingError("not run: out of time")
-        recorded = run(YAML, args.ranks, overrides, left, torchrun=False, enough=1)
-    except TrainingError as error:
-        return {"seq": seq, "failed": brief(str(error))}
-    return {"seq": seq, **measured_steps(recorded, planned)}
-
-
-_LEAST_S = 30
-"""Of a training: less than that, and it would not get to its first step."""
-
-
-def step_overrides(seq: int, args: argparse.Namespace) -> list[str]:
-    """What a run changes in the YAML."""
-    small = [f"model.{name}={value}" for name, value in TINY.items() if name != "vocab_size"] + ["model.num_layers=2"]
-    small += ["data.vocab_size=128", "data.null_tokenizer_eod_id=0", "training.loss_chunk_tokens=8"]
-    on_cpu = ["environment.device=cpu", "environment.gpus_per_node=null", "training.precision=fp32"]
-    on_cpu += ["environment.variables={OMP_NUM_THREADS: 1}", "environment.nodes=null"]
-    memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if args.device == "cuda" else 1.0
-    return [
-        f"training.seq_length={seq}",
-        "training.train_iters=2",
-        "training.global_batch_size=1",
-        "optimizer.lr_warmup_iters=1",
-        "parallelism.tensor=1",
-        "parallelism.sequence_parallel=false",
-        f"context_parallel.size={args.ranks}",
-        "checkpoint.save=false",
-        "checkpoint.save_interval=null",
-        f"cluster.peak_tflops={args.peak_tflops}",
-        f"cluster.memory_gib={memory_gib:.1f}",
-        f"environment.gpus_per_node={args.ranks}",
-        *(small if args.model == "tiny" else []),
-        *(on_cpu if args.device == "cpu" else []),
-    ]
-
-
-def measured_steps(recorded: list[dict[str, Any]], planned: RunConfig) -> dict[str, Any]:
-    """Of the last step, and the memory beside the plan's."""
-    last, plan = recorded[-1], memory.estimate(planned)
-    return {
-        "steps": len(recorded),
-        "first_step_s": planned.training.seq_length / recorded[0]["tokens_per_s"],
-        "step_s": planned.training.seq_length / last["tokens_per_s"],
-        "tokens_per_s": last["tokens_per_s"],
-        "tflops": last["tflops"],
-        "mfu": last.get("mfu"),
-        "peak_gib": last["memory_gib"],
-        "planned_gib": (plan.total - plan.reserved) / 2**30,
-        "host_gib": last.get("offloaded_gib"),
-        "planned_host_gib": memory.estimate_host(planned).activations / planned.world_size / 2**30,
-        "plan": {name: size / 2**30 for name, size in vars(plan).items()},
-        "loss": last["loss"],
-        "grad_norm": last["grad_norm"],
-    }
-
-
-def step_line(row: dict[str, Any]) -> str:
-    """A row for people."""
-    if "failed" in row:
-        return f"S={row['seq']:8,} FAILED  {row['failed']}"
-    mfu = "" if row["mfu"] is None else f"MFU {row['mfu']:.1%}, "
-    host = "" if row["host_gib"] is None else f"; host {row['host_gib']:.1f}, planned {row['planned_host_gib']:.1f}"
-    return (
-        f"S={row['seq']:8,} step {row['step_s']:.1f} s (the first {row['first_step_s']:.1f}), "
-        f"{row['tokens_per_s']:,.0f} tokens/s, {row['tflops']:.0f} TFLOP/s per rank, {mfu}"
-        f"loss {row['loss']:.4f}, grad norm {row['grad_norm']:.3f}; "
-        f"GiB: GPU {row['peak_gib']:.1f}, planned {row['planned_gib']:.1f}{host}"
-    )
+def where(args: argparse.Namespace) -> str:
+    """The ranks, for people."""
+    others = f"rank 0 of {args.ranks}, the other {args.ranks - 1} faked, without the time of messages"
+    return others if args.faked else f"{args.ranks} ranks"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +111,7 @@ def run(
     torchrun: bool = True,
     enough: int = 10**9,
     directory: str | None = None,
+    program: Sequence[str] = ("-m", "megatron_attn2d.cli", "train"),
 ) -> list[dict[str, Any]]:
     """Train and return the recorded steps.
 
@@ -119,6 +121,7 @@ def run(
         torchrun: start them by it; else the command itself forks them, which suits CPU ranks.
         enough: steps that count although the run was ended by its timeout.
         directory: of the run; None for one that goes afterwards.
+        program: what Python runs, with the YAML and the overrides as arguments.
 
     Raises:
         TrainingError: it failed, or was ended with fewer steps than are enough.
@@ -126,7 +129,7 @@ def run(
     with tempfile.TemporaryDirectory() if directory is None else nullcontext(directory) as directory:
         Path(directory).mkdir(parents=True, exist_ok=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if torchrun else []
-        command = [sys.executable, *launcher, "-m", "megatron_attn2d.cli", "train", str(yaml), f"run.dir={directory}"]
+        command = [sys.executable, *launcher, *program, str(yaml), f"run.dir={directory}"]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         with Path(directory, "printed.txt").open("w+") as printed:
             process = subprocess.Popen(

@@ -24,6 +24,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_attn2d.attention import messages
+from megatron_attn2d.launch.ranks import name_rank
+
+PORT = 29500
+"""Which nobody listens on."""
 
 
 @contextmanager
@@ -41,9 +45,10 @@ def faked_world(ranks: int, refilled: bool = False) -> Iterator[None]:
             "broadcast_object_list": _said_by_this_rank,
         }
         if refilled:
+            single = _Messages()
             replaced |= {
-                "isend": _Sends().isend,
-                "irecv": _Sends().irecv,
+                "isend": single.isend,
+                "irecv": single.irecv,
                 "all_to_all_single": _output_from_input("all_to_all_single"),
                 "reduce_scatter_tensor": _output_from_input("reduce_scatter_tensor"),
                 "_reduce_scatter_base": _output_from_input("_reduce_scatter_base"),
@@ -57,6 +62,7 @@ def faked_world(ranks: int, refilled: bool = False) -> Iterator[None]:
 
 def as_first_rank(function: Callable[..., None], args: Namespace) -> None:
     """Run function(0, args) as rank 0 of `args.ranks` on `args.device`, what arrives being refilled."""
+    name_rank(0, args.ranks, PORT)
     if args.device == "cuda":
         torch.cuda.set_device(0)
     else:
@@ -125,19 +131,20 @@ def _said_by_this_rank(objects: list[Any], *args: Any, **options: Any) -> None:
 _isend, _irecv = dist.isend, dist.irecv
 
 
-class _Sends:
-    """Remembers the newest message, without keeping its memory."""
+class _Messages:
+    """Sends and receives: what is received is filled from what was sent last, whose memory is not kept for it."""
 
-    newest: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    def __init__(self) -> None:
+        self._sent: Callable[[], Tensor | None] = lambda: None
 
     def isend(self, tensor: Tensor, *args: Any, **options: Any) -> Any:
         """As `torch.distributed.isend`."""
-        _Sends.newest = weakref.ref(tensor)
+        self._sent = weakref.ref(tensor)
         return _isend(tensor, *args, **options)
 
     def irecv(self, tensor: Tensor, *args: Any, **options: Any) -> Any:
         """As `torch.distributed.irecv`."""
-        sent = _Sends.newest()
+        sent = self._sent()
         _refill([tensor], [] if sent is None else [sent])
         return _irecv(tensor, *args, **options)
 
@@ -171,7 +178,7 @@ def _refill(arriving: Sequence[Tensor], given: Sequence[Tensor]) -> None:
     sources = [x for x in given if x.numel()]
     for i, target in enumerate(x for x in arriving if x.numel()):
         source = sources[i % len(sources)] if sources else None
-        if source is None or source.dtype != target.dtype or not source.is_contiguous():
+        if source is None or source.dtype != target.dtype or not (source.is_contiguous() and target.is_contiguous()):
             if target.is_floating_point():
                 target.normal_()
             continue

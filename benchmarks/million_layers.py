@@ -23,6 +23,7 @@ import torch.distributed as dist
 from attention_modes import spawn
 from attention_timing import slowest
 from cases import Attempt, run_cases, told
+from faked_world import as_first_rank
 
 from megatron_attn2d.megatron.recomputation import keeping
 from megatron_attn2d.megatron.upstream import compat, cpu
@@ -36,7 +37,7 @@ def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     given = json.loads(Path(sys.argv[1]).read_text())
     args = Namespace(**given, rows=Path(sys.argv[2]), first=int(sys.argv[3]), nodes=False)
-    spawn(run_rank, args)
+    (as_first_rank if args.faked else spawn)(run_rank, args)
 
 
 def run_rank(rank: int, args: Namespace) -> None:

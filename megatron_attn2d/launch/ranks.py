@@ -99,10 +99,11 @@ def run_local(nprocs: int, target: Target, args: Sequence[str], device: Literal[
 
 def alone() -> None:
     """Makes this process the only rank of a world: torchrun's variables in its environment."""
-    _name_rank(0, 1, _free_port())
+    name_rank(0, 1, _free_port())
 
 
-def _name_rank(rank: int, nprocs: int, port: int) -> None:
+def name_rank(rank: int, nprocs: int, port: int) -> None:
+    """Sets torchrun's variables: this process is a rank of so many on this host."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -126,7 +127,7 @@ def _run_rank(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     threading.Thread(target=_die_with_launcher, daemon=True).start()
-    _name_rank(rank, nprocs, port)
+    name_rank(rank, nprocs, port)
     try:
         # What a spawned process starts is spawned too, unless told otherwise. Data loaders hand their workers a
         # function that only a fork can take; under torchrun and srun they fork as well.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.benchmark_decode import COLUMNS, ROOT, described, line
 from megatron_attn2d.inference import configuration
 from megatron_attn2d.training.derive import Installed, derived_arguments
+from tests.benchmarks.test_benchmark_multi_gpu import ROOT, script
 
 
 @pytest.mark.parametrize(("model", "tensor"), [("llama_8b", 1), ("llama_8b", 2), ("gpt3_125m", 1)])
@@ -19,7 +19,7 @@ def test_its_model_is_one_that_gpus_would_run(model: str, tensor: int, tmp_path:
         tensor=tensor,
         overrides=["model.num_layers=8"],
     )
-    run = configuration.configuration(described(tmp_path, args), [])
+    run = configuration.configuration(script("benchmark_decode").described(tmp_path, args), [])
     assert (run.world_size, run.context_parallel.size, run.model.num_layers) == (4, 4 // tensor, 8)
     installed = Installed(
         cuda=True, transformer_engine=True, apex=False, gradient_accumulation_kernel=False, softmax_kernels=False
@@ -28,7 +28,10 @@ def test_its_model_is_one_that_gpus_would_run(model: str, tensor: int, tmp_path:
 
 
 def test_a_row_says_what_was_measured_or_what_does_not_fit() -> None:
-    cells = line({"tokens": 65536.0, **{key: 1.5 for _, key, _ in COLUMNS}}).split()
+    table = script("decode_table")
+    cells = table.line({"tokens": 65536.0, **{key: 1.5 for _, key, _ in table.COLUMNS}}).replace("|", " ").split()
     assert cells[0] == "65,536"
-    assert len(cells) == len(COLUMNS) + 1
-    assert line({"tokens": 1e6, "needs_gib": 128.0}).endswith("does not fit: 128.0 GiB of keys and values per rank")
+    assert len(cells) == len(table.COLUMNS) + 1
+    assert table.line({"tokens": 1e6, "needs_gib": 128.0}).endswith(
+        "does not fit: 128.0 GiB of keys and values per rank |"
+    )

@@ -67,3 +67,16 @@ def test_attention_of_one_rank_is_timed_and_not_compared(tmp_path: Path) -> None
     table = (tmp_path / "attention.md").read_text()
     assert table.startswith("rank 0 of 8, the other 7 faked, without the time of messages, CPU")
     assert "| MiB received |" in table
+
+
+def test_a_step_of_one_rank_is_timed_by_parts_beside_the_plan(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/benchmark_million.py", "--out", str(tmp_path), "--faked", "--device", "cpu"]
+    command += ["--model", "tiny", "--ranks", "4", "--tensor", "2", "--iterations", "1", "--sections", "steps"]
+    done = subprocess.run([*command, "--steps-seq", "64"], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (step,) = json.loads((tmp_path / "million.json").read_text())["steps"]
+    parts = step["parts"]
+    assert 0 < parts["forward_s"] + parts["backward_s"] < parts["step_s"] <= step["step_s"] * 1.5
+    assert step["host_gib"] == pytest.approx(step["planned_host_gib"])
+    assert parts["host_process_gib"] > 0.1
+    assert "tensor 2 x context 2, rank 0 of 4, the other 3 faked" in done.stdout
