@@ -35,7 +35,7 @@ def test_extrapolates_squares_and_lines() -> None:
     benchmark = script("benchmark_million")
     sizes = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "vocab_size": 256}
     sizes["num_query_groups"] = 2
-    args = argparse.Namespace(target=1000, target_ranks=8, ranks=2, peak_tflops=1.0)
+    args = argparse.Namespace(target=1000, target_ranks=8, ranks=2, peak_tflops=1.0, faked=False)
 
     def seconds(seq: int, ranks: int) -> float:
         return 3e-6 * seq**2 / ranks + 5e-3 * seq / ranks
