@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import math
+import os
+import time
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,15 +18,15 @@ import torch.distributed as dist
 
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.planner.traffic import Workload, attention2d_traffic, ring_traffic
-from tests.benchmarks.test_benchmark_multi_gpu import ROOT, script
+from tests.benchmarks.test_benchmark_multi_gpu import script
 
 RANKS, TOKENS, HEADS, KV_HEADS, DIM = 8, 16, 4, 2, 8
+WORK = Workload(RANKS * TOKENS, HEADS, KV_HEADS, DIM, element_bytes=4)
 
 
 @pytest.mark.parametrize("axes", [None, (1, 8, 1), (1, 4, 2), (2, 2, 2)])
 def test_what_a_rank_receives_is_finite_and_as_the_planner_counts_it(axes: tuple[int, int, int] | None) -> None:
     faked = script("faked_world")
-    work = Workload(RANKS * TOKENS, HEADS, KV_HEADS, DIM, element_bytes=4)
     q, k, v = (torch.randn(TOKENS, 1, n, DIM, requires_grad=True) for n in (HEADS, KV_HEADS, KV_HEADS))
     found: list[torch.Tensor] = []
     with faked.faked_world(RANKS, refilled=True):
@@ -39,7 +43,7 @@ def test_what_a_rank_receives_is_finite_and_as_the_planner_counts_it(axes: tuple
 
         received = faked.received_bytes(call)
     assert all(x.isfinite().all() for x in found)
-    traffic = ring_traffic(RANKS, work) if axes is None else attention2d_traffic(axes, work)
+    traffic = ring_traffic(RANKS, WORK) if axes is None else attention2d_traffic(axes, WORK)
     mean = traffic.total / RANKS  # ranks of a grid don't all receive as much
     assert received == mean if axes is None else 0.5 * mean < received < 1.5 * mean
 
@@ -55,28 +59,36 @@ def test_groups_of_any_backend_and_objects_are_faked_until_the_world_ends() -> N
 
 
 def test_attention_of_one_rank_is_timed_and_not_compared(tmp_path: Path) -> None:
-    sizes = ["--device", "cpu", "--ranks", "8", "--seq", "128", "--heads", "2/2", "--head-dim", "8"]
-    command = [sys.executable, "benchmarks/benchmark_attention.py", "--out", str(tmp_path), "--faked", *sizes]
-    command += ["--repeats", "1", "--warmup", "1", "--grids", "4x2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    ring, grid = json.loads((tmp_path / "attention.json").read_text())["rows"]
-    assert ring["received_mib"] * 2**20 == 7 * 3 * (2 * 16 * 2 * 8 * 4)  # k, v forward; k, v, dk, dv backward
+    kinds, table = script("attention_kinds"), script("attention_table")
+    section = script("attention_section").Section("attention", "cpu", RANKS, faked=True, alone=True, repeats=1, inner=1)
+    kind = kinds.Kind("dense", RANKS * TOKENS, HEADS, KV_HEADS, DIM, DIM)
+    section.add(kind, ["ring", "attention2d 4x2"])
+    section.deadline = math.inf
+    rows = tmp_path / "rows.jsonl"
+    with mock.patch.dict(os.environ):
+        script("faked_world").as_first_rank(
+            script("attention_ranks").run_rank, Namespace(**asdict(section), rows=rows, first=0)
+        )
+    ends = [said for text in rows.read_text().splitlines() if "end" in (said := json.loads(text))]
+    found = [{"kind": asdict(kind), "mode": case["mode"]} | end for case, end in zip(section.cases, ends, strict=True)]
+    ring, grid = found
+    assert ring["received_mib"] * 2**20 == ring_traffic(RANKS, WORK).total / RANKS
+    assert 0 < grid["received_mib"] < ring["received_mib"]
     assert grid["ms"] > 0
-    assert not {"apart", "predicted_ms"} & (ring.keys() | grid.keys())
-    table = (tmp_path / "attention.md").read_text()
-    assert table.startswith("rank 0 of 8, the other 7 faked, without the time of messages, CPU")
-    assert "| MiB received |" in table
+    assert "apart" not in grid
+    text = table.markdown({"rows": found, "host": {}, "title": section.title, "faked": True})
+    assert text.startswith("rank 0 of 8, the other 7 faked, without the time of messages")
+    assert "| MiB received |" in text
 
 
 def test_a_step_of_one_rank_is_timed_by_parts_beside_the_plan(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/benchmark_million.py", "--out", str(tmp_path), "--faked", "--device", "cpu"]
-    command += ["--model", "tiny", "--ranks", "4", "--tensor", "2", "--iterations", "1", "--sections", "steps"]
-    done = subprocess.run([*command, "--steps-seq", "64"], cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (step,) = json.loads((tmp_path / "million.json").read_text())["steps"]
-    parts = step["parts"]
-    assert 0 < parts["forward_s"] + parts["backward_s"] < parts["step_s"] <= step["step_s"] * 1.5
-    assert step["host_gib"] == pytest.approx(step["planned_host_gib"])
+    given = {"faked": True, "ranks": 4, "tensor": 2, "iterations": 1, "num_layers": None, "model": "tiny"}
+    args = Namespace(**given, device="cpu", out=tmp_path, overrides=[], peak_tflops=989.0)
+    steps = script("million_steps")
+    row = steps.train(64, [], args, time.time() + 300)
+    assert "failed" not in row, row
+    parts = row["parts"]
+    assert 0 < parts["forward_s"] + parts["backward_s"] < parts["step_s"] <= row["step_s"] * 1.5
+    assert row["host_gib"] == pytest.approx(row["planned_host_gib"])
     assert parts["host_process_gib"] > 0.1
-    assert "tensor 2 x context 2, rank 0 of 4, the other 3 faked" in done.stdout
+    assert f"forward {parts['forward_s']:.1f}" in steps.step_line(row)
