@@ -49,8 +49,8 @@ def main() -> None:
     args = parser.parse_args()
     runs = {name: load_run(YAML, overrides) for name, overrides in CASES.items()}
     print(table(runs))
-    measured = json.loads(args.measured.read_text())["steps"] if args.measured else []
-    draw(runs, [row for row in measured if "failed" not in row], args.out)
+    found = json.loads(args.measured.read_text()) if args.measured else {"ranks": 0, "steps": []}
+    draw(runs, [row for row in found["steps"] if "failed" not in row], found["ranks"], args.out)
 
 
 def table(runs: dict[str, RunConfig]) -> str:
@@ -74,8 +74,8 @@ def at_peak(plan: dict[str, float]) -> dict[str, float]:
     return {**lasting, **worst, "reserved": plan["reserved"]}
 
 
-def draw(runs: dict[str, RunConfig], measured: list[dict[str, Any]], output: Path) -> None:
-    """A stacked bar per run, and for each measured step its plan beside its peak."""
+def draw(runs: dict[str, RunConfig], measured: list[dict[str, Any]], ranks: int, output: Path) -> None:
+    """A stacked bar per run, and for each step measured on `ranks` GPUs its plan beside its peak."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     parts = list(memory.Memory.__dataclass_fields__)
@@ -84,7 +84,7 @@ def draw(runs: dict[str, RunConfig], measured: list[dict[str, Any]], output: Pat
         name: {part: size / memory.GIB for part, size in at_peak(vars(memory.estimate(run))).items()}
         for name, run in runs.items()
     }
-    bars |= {f"{row['seq'] // 1024}K tokens; line: measured": at_peak(row["plan"]) for row in measured}
+    bars |= {f"{row['seq'] // 1024}K tokens, {ranks} GPUs; line: measured": at_peak(row["plan"]) for row in measured}
     figure = Figure(figsize=(11, 0.5 * len(bars) + 1.6), dpi=160, layout="constrained")
     axes = figure.subplots()
     room = next(iter(runs.values())).cluster.memory_gib or 0.0
@@ -102,7 +102,7 @@ def draw(runs: dict[str, RunConfig], measured: list[dict[str, Any]], output: Pat
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlim(0, most * 1.1)
-    axes.set_xlabel("GiB per GPU, 1,048,576 tokens on 8 GPUs; bars end where the axis does")
+    axes.set_xlabel("GiB per GPU, 1,048,576 tokens on 8 GPUs where not said; bars end where the axis does")
     axes.spines[["top", "right"]].set_visible(False)
     handles = [
         axes.barh(0, 0, color=colours[part], label=part)
