@@ -95,9 +95,9 @@ def described(folder: Path, args: argparse.Namespace) -> Path:
 
 def run_rank(args: argparse.Namespace, arguments: list[str]) -> None:
     """All cases on one rank; rank 0 prints."""
-    from megatron_attn2d.training import pretrain_gpt
+    from megatron_attn2d.training import session
 
-    with pretrain_gpt.in_megatron(arguments) as console:
+    with session.in_megatron(arguments) as console:
         from megatron_attn2d.inference.model import Model
 
         model = Model.built()

@@ -2,7 +2,7 @@
 
 `PREFIX.json`, which `build` writes, names a set's tokenizer; that is compared before ranks start. Of sets that others
 built nothing is known but their ids: rank 0 looks for one outside the vocabulary before the first step, and each batch
-is looked through (`pretrain_gpt.next_batch`).
+is looked through (`micro_batch.next_batch`).
 """
 
 from __future__ import annotations

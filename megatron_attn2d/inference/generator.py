@@ -29,7 +29,7 @@ from megatron_attn2d.inference.sampling import Sampling, choose, generators_of
 from megatron_attn2d.inference.text import TextStream, Tokenizer
 from megatron_attn2d.launch import environment, ranks
 from megatron_attn2d.run import checkpoints
-from megatron_attn2d.training import pretrain_gpt
+from megatron_attn2d.training import session
 
 if TYPE_CHECKING:  # they import Megatron, whose greeting is for the log
     from megatron_attn2d.inference.cache import Cache
@@ -172,7 +172,7 @@ class Generator:
             if value < 1:
                 raise UsageError(f"{name} {value}: choose 1 or more")
         tokenizer = Tokenizer(run.data)
-        with pretrain_gpt.in_megatron(arguments) as console:
+        with session.in_megatron(arguments) as console:
             from megatron_attn2d.inference.model import Model
 
             model = Model.built()

@@ -23,7 +23,7 @@ from megatron_attn2d.inference.cache import Cache
 from megatron_attn2d.inference.latent import Latent
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 from megatron_attn2d.megatron.upstream.graph_environment import graph_fault
-from megatron_attn2d.training import pretrain_gpt
+from megatron_attn2d.training import session
 
 
 class Model:
@@ -68,7 +68,7 @@ class Model:
         """Inside Megatron: the model of its arguments, with the weights of their checkpoint."""
         if graph_fault(os.environ):
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-        _, chunks = pretrain_gpt.set_up_model()
+        _, chunks = session.set_up_model()
         return cls(chunks)
 
     @property

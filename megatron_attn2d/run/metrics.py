@@ -1,4 +1,4 @@
-"""Reading RUN_DIR/metrics.jsonl and validation.jsonl, which `megatron.progress` writes: a JSON object per step."""
+"""Reading RUN_DIR/metrics.jsonl and validation.jsonl, which `training.progress` writes: a JSON object per step."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from megatron_attn2d.errors import UsageError
 
 Steps = dict[int, dict[str, float]]
-"""What is recorded of each step, by its number; see `megatron.progress.Step` for names and units."""
+"""What is recorded of each step, by its number; see `training.step_record.Step` for names and units."""
 
 
 def read_steps(run_dir: Path) -> Steps:

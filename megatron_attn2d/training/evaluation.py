@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from megatron_attn2d.megatron.upstream.batches import to_context_rank
-from megatron_attn2d.training import chunked_loss, pretrain_gpt
+from megatron_attn2d.training import chunked_loss
+from megatron_attn2d.training.micro_batch import next_batch
+from megatron_attn2d.training.session import run_in_megatron, set_up_model
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class Request:
 
 def main(request: Request, megatron_args: Sequence[str]) -> None:
     """Evaluates, as this rank; the last rank prints a table and writes `request.output`."""
-    pretrain_gpt.run_in_megatron(partial(_evaluate, request), megatron_args)
+    run_in_megatron(partial(_evaluate, request), megatron_args)
 
 
 def _evaluate(request: Request, console: TextIO) -> None:
     from megatron.core import parallel_state as mpu
 
-    args, model = pretrain_gpt.set_up_model()
+    args, model = set_up_model()
     sums = _bucket_sums(request, args, model)
     if mpu.is_pipeline_last_stage(ignore_virtual=True):
         torch.distributed.all_reduce(sums, group=mpu.get_context_parallel_group())
@@ -97,7 +99,7 @@ def _forward_step(collect: Any, iterator: Any, model: torch.nn.Module) -> tuple[
     from megatron.core.utils import get_attr_wrapped_model
     from megatron.training import get_args
 
-    batch, _ = pretrain_gpt.next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
+    batch, _ = next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
     output = model(
         batch["tokens"],
         batch["position_ids"],

@@ -1,7 +1,6 @@
 """What a run shows and records: a line per step on the console, a JSON object per step in RUN_DIR/metrics.jsonl.
 
-The same of validation, in RUN_DIR/validation.jsonl. Upstream logs to standard output at length; with a run directory
-that goes to RUN_DIR/logs/rank-N.log instead.
+Validations are shown too, and recorded in RUN_DIR/validation.jsonl.
 """
 
 from __future__ import annotations
@@ -10,13 +9,9 @@ import functools
 import itertools
 import json
 import math
-import os
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,77 +23,24 @@ from megatron_attn2d.megatron import recomputation
 from megatron_attn2d.megatron.upstream.patching import Patch, applied
 from megatron_attn2d.training.attention_wait import AttentionWait
 from megatron_attn2d.training.first_step import FirstStep
+from megatron_attn2d.training.step_record import Step, complete_lines, json_line, rewrite
 
-_ALWAYS = ("loss", "grad_norm", "lr")  # recorded as null too: no token counted, or the optimizer skipped the step
 COUNTED = "share of tokens counted"
 """Beside a step's loss, the share of its tokens that count in it."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """What is recorded of a training step."""
-
-    step: int
-    """Number of the step, from 1."""
-    loss: float | None
-    """Mean loss of the tokens of the global batch, in nats; None where all of them are masked. NaN is a fault."""
-    grad_norm: float | None
-    """Norm of the gradient before clipping; None where the optimizer skipped the step."""
-    lr: float | None
-    """Learning rate."""
-    tokens_per_s: float
-    """Tokens of the global batch, without padding, over the seconds that the step took, all ranks together."""
-    elapsed_s: float
-    """Seconds since training began, without the time before a restart that was lost."""
-    tflops: float
-    """10^12 floating-point operations per second and rank, counted by upstream's formula: where documents are sequences
-    of their own, for the tokens that they have and the attention within each."""
-    memory_gib: float
-    """Of the reporting rank, in GiB: the most that tensors took on its GPU so far; on CPU its resident memory."""
-    mfu: float | None = None
-    """Model FLOP/s utilization: `tflops` over the card's peak; None where the peak isn't known."""
-    padding: float | None = None
-    """Share of the batch that is padding of documents; None where documents are not padded."""
-    offloaded_gib: float | None = None
-    """GiB that the reporting rank has taken on its host for training.offload_activations; None without."""
-    attention_wait: float | None = None
-    """Share of the step in which the reporting rank waited for attention's messages; None where nobody asked."""
-
-
-@contextmanager
-def quiet(run_dir: str | None, rank: int) -> Iterator[TextIO]:
-    """Sends what this process prints, native code included, to the rank's log; yields the console.
-
-    Without a run directory nothing is redirected.
-    """
-    if run_dir is None:
-        yield sys.stdout
-        return
-    log_path = Path(run_dir, "logs", f"rank-{rank}.log")
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    _flush()
-    saved = os.dup(1), os.dup(2)
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    try:
-        with os.fdopen(os.dup(saved[0]), "w", buffering=1) as console:
-            yield console
-    finally:
-        _flush()
-        for descriptor, standard in zip(saved, (1, 2), strict=True):
-            os.dup2(descriptor, standard)
-            os.close(descriptor)
-
-
-def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+def reported(args: Namespace, console: TextIO) -> AbstractContextManager[None]:
+    """While entered, the steps of upstream's training loop are reported."""
+    return applied(Reporter(args, console).patches())
 
 
 class Reporter:
-    """Follows upstream's training loop and reports its steps, from the rank that holds the loss and is the last."""
+    """Follows upstream's training loop; the last rank, which has the loss, reports its steps.
+
+    Args:
+        args: Megatron's arguments, as it has read them.
+        console: gets the lines for people.
+    """
 
     def __init__(self, args: Namespace, console: TextIO) -> None:
         self._args = args
@@ -106,9 +48,9 @@ class Reporter:
         self._reports = args.rank == args.world_size - 1
         self._metrics = Path(args.run_dir, "metrics.jsonl") if args.run_dir else None
         self._validation = Path(args.run_dir, "validation.jsonl") if args.run_dir else None
-        self._validated: dict[str, Any] = {}
+        self._validated: dict[str, Any] = {}  # the losses of the last evaluation
         self._timed_out = False
-        self._complete: set[tuple[str, int]] = set()  # validations of this start, by set and step
+        self._complete: set[tuple[str, int]] = set()  # validations since this start, by set and step
         self._first = FirstStep(args, self._print)
         self._wait = AttentionWait() if args.log_attention_communication else None
         self._step_seconds = 0.0
@@ -118,22 +60,22 @@ class Reporter:
         self._started = False
 
     def patches(self) -> tuple[Patch, ...]:
-        """The functions of upstream's loop that are followed, and attention's messages."""
+        """Patches of the functions of upstream's loop that are followed, and of waiting for attention's messages."""
         reason = "each step is reported as it ends"
         return (
-            Patch("megatron.training.training:train_step", self._timed, reason),
-            Patch("megatron.training.training:training_log", self._followed, reason),
-            Patch("megatron.training.training:save_checkpoint_and_time", self._announced, reason),
-            Patch("megatron.training.training:evaluate", self._kept, "what it finds is only printed"),
+            Patch("megatron.training.training:train_step", self._around_train_step, reason),
+            Patch("megatron.training.training:training_log", self._around_training_log, reason),
+            Patch("megatron.training.training:save_checkpoint_and_time", self._around_save, reason),
+            Patch("megatron.training.training:evaluate", self._around_evaluate, "upstream only prints the losses"),
             Patch(
                 "megatron.training.training:evaluate_and_print_results",
-                self._told,
-                "what it finds is only printed, and after the last step found again, on other samples",
+                self._around_validation,
+                "upstream only prints the losses, and after the last step evaluates again, on other samples",
             ),
             *([self._wait.patch()] if self._wait else []),
         )
 
-    def _timed(self, train_step: Any) -> Any:
+    def _around_train_step(self, train_step: Any) -> Any:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         @functools.wraps(train_step)
@@ -148,12 +90,12 @@ class Reporter:
             if self._reports:
                 self._first.mark(micro_batches, rest)
             self._step_seconds = time.perf_counter() - begin
-            self._counted = float(result[0].pop(COUNTED, 1.0))  # no loss, which the trackers would take it for
+            self._counted = float(result[0].pop(COUNTED, 1.0))  # else trackers would take it for a loss
             return result
 
         return timed
 
-    def _followed(self, training_log: Any) -> Any:
+    def _around_training_log(self, training_log: Any) -> Any:
         @functools.wraps(training_log)
         def followed(
             loss_dict: dict[str, Any],
@@ -185,7 +127,7 @@ class Reporter:
 
         return followed
 
-    def _announced(self, save_checkpoint_and_time: Any) -> Any:
+    def _around_save(self, save_checkpoint_and_time: Any) -> Any:
         @functools.wraps(save_checkpoint_and_time)
         def announced(iteration: int, *args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
@@ -196,7 +138,7 @@ class Reporter:
 
         return announced
 
-    def _kept(self, evaluate: Any) -> Any:
+    def _around_evaluate(self, evaluate: Any) -> Any:
         @functools.wraps(evaluate)
         def kept(*args: Any, **kwargs: Any) -> Any:
             result = evaluate(*args, **kwargs)
@@ -205,9 +147,9 @@ class Reporter:
 
         return kept
 
-    def _told(self, evaluate_and_print_results: Any) -> Any:
+    def _around_validation(self, evaluate_and_print_results: Any) -> Any:
         @functools.wraps(evaluate_and_print_results)
-        def told(
+        def once_per_step(
             prefix: str,
             forward_step_func: Any,
             data_iterator: Any,
@@ -217,7 +159,7 @@ class Reporter:
             **kwargs: Any,
         ) -> Any:
             which = "test" if "test set" in prefix else "validation"
-            if (which, iteration) in self._complete:  # on all ranks
+            if (which, iteration) in self._complete:  # on all ranks alike
                 return None
             self._validated, self._timed_out = {}, False
             result = evaluate_and_print_results(
@@ -229,13 +171,13 @@ class Reporter:
                 self._report_validation(iteration, which, float(self._validated["lm loss"]))
             return result
 
-        return told
+        return once_per_step
 
     def _report_validation(self, step: int, which: str, loss: float) -> None:
         if self._validation is not None:
-            before = _complete_lines(self._validation) if self._validation.exists() else []
+            before = complete_lines(self._validation) if self._validation.exists() else []
             kept = [line for line in before if (one := json.loads(line))["step"] != step or one["set"] != which]
-            _rewrite(self._validation, [*kept, _json({"step": step, "set": which, "loss": loss}) + "\n"])
+            rewrite(self._validation, [*kept, json_line({"step": step, "set": which, "loss": loss})])
         self._print(f"{which} after step {step}: loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.4g}")
 
     def _report(
@@ -247,10 +189,15 @@ class Reporter:
         real_tokens: float | None = None,
         squares: float | None = None,
     ) -> None:
-        """Reports a step.
+        """Report a step.
 
-        Where documents are sequences of their own, `real_tokens` counts those of the global batch that are no padding,
-        and `squares` sums the squares of the documents' lengths.
+        Args:
+            iteration: number of the step, from 1.
+            loss: in nats per token.
+            grad_norm: before clipping; None where the optimizer skipped the step.
+            lr: the learning rate.
+            real_tokens: where documents are sequences of their own, tokens of the global batch without padding.
+            squares: there, the sum of the squares of the documents' lengths.
         """
         from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
         from megatron.training.training import num_floating_point_operations
@@ -276,16 +223,15 @@ class Reporter:
             attention_wait=self._wait.take() / seconds if self._wait else None,
         )
         if self._metrics is not None:
-            recorded = {name: value for name, value in asdict(step).items() if value is not None or name in _ALWAYS}
             with self._metrics.open("a") as metrics:
-                metrics.write(_json(recorded) + "\n")
+                metrics.write(step.line())
         _to_trackers(step, args.world_size)
         self._print(self._line(step))
 
     def _start(self, iteration: int) -> None:
-        """Forgets the recorded steps that this run repeats: those after the checkpoint that it resumed from.
+        """Drop the recorded steps that this run repeats, which come after the checkpoint that it resumed from.
 
-        What a run that begins anew finds it lays aside, as metrics.jsonl.1 and so on.
+        A run that begins at step 1 renames the records that it finds, to metrics.jsonl.1 and so on.
         """
         self._started = True
         self._began = time.perf_counter() - self._step_seconds
@@ -299,13 +245,14 @@ class Reporter:
                 recorded.replace(aside)
                 self._print(f"an earlier run's {recorded.name} is {aside.name} now")
                 continue
-            kept = [line for line in _complete_lines(recorded) if json.loads(line)["step"] < iteration]
+            kept = [line for line in complete_lines(recorded) if json.loads(line)["step"] < iteration]
             if kept and recorded == self._metrics:
                 self._began -= json.loads(kept[-1])["elapsed_s"]
-            _rewrite(recorded, kept)
+            rewrite(recorded, kept)
 
     def _line(self, step: Step) -> str:
-        if self._mean_seconds is None or step.step % 10 == 1:  # the first steps are slower: don't let them linger
+        """The step as people read it, with the time that the rest of the run will take."""
+        if self._mean_seconds is None or step.step % 10 == 1:  # a mean would carry the slow first steps along
             self._mean_seconds = self._step_seconds
         self._mean_seconds += 0.2 * (self._step_seconds - self._mean_seconds)
         total = self._args.train_iters
@@ -332,15 +279,6 @@ class Reporter:
         print(line, file=self._console, flush=True)
 
 
-def _json(values: dict[str, Any]) -> str:
-    """`values` as JSON, which knows no NaN and no infinity: they become strings, which `float` reads."""
-    strict = {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
-    return json.dumps(strict, allow_nan=False)
-
-
 def _memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -348,39 +286,13 @@ def _memory_bytes() -> int:
 
 
 def _to_trackers(step: Step, ranks: int) -> None:
-    """Adds what upstream doesn't log to its TensorBoard and Weights & Biases writers, which this same rank has."""
+    """Add what upstream doesn't log to its TensorBoard and Weights & Biases writers, which the reporting rank has."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
     writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-    values = {
-        "tokens-per-second": step.tokens_per_s,
-        "tokens-per-second-per-gpu": step.tokens_per_s / ranks,
-        "tflops-per-gpu": step.tflops,
-        "mfu": step.mfu,
-        "memory-gib": step.memory_gib,
-        "padding": step.padding,
-        "offloaded-gib": step.offloaded_gib,
-        "attention-wait": step.attention_wait,
-    }
-    values = {name: value for name, value in values.items() if value is not None}
+    scalars = step.scalars(ranks)
     if writer:
-        for name, value in values.items():
+        for name, value in scalars.items():
             writer.add_scalar(name, value, step.step)
     if wandb:
-        wandb.log(values, step.step)
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a file, without a last one that an interrupted write left unfinished."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _rewrite(path: Path, lines: Iterable[str]) -> None:
-    rewritten = path.with_suffix(".jsonl.new")
-    rewritten.write_text("".join(lines))
-    rewritten.replace(path)
-
-
-def reported(args: Namespace, console: TextIO) -> AbstractContextManager[None]:
-    """Reports upstream's training loop while entered."""
-    return applied(Reporter(args, console).patches())
+        wandb.log(scalars, step.step)

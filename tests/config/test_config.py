@@ -1093,9 +1093,9 @@ def test_libraries_that_a_key_needs_are_named_when_missing(base, monkeypatch):
 def test_every_flag_is_one_of_megatrons(base):
     """A renamed argument of upstream's must not wait for a run to be found."""
     from megatron_attn2d.config.arguments import _owners
-    from megatron_attn2d.training.pretrain_gpt import _add_own_arguments
+    from megatron_attn2d.training.own_arguments import add_own_arguments
 
-    own = _add_own_arguments(ArgumentParser())._option_string_actions
+    own = add_own_arguments(ArgumentParser())._option_string_actions
     known = {flag.removeprefix("--") for flag in (*upstream_flags.options(), *own)}
     assert {flag: key for flag, key in _owners().items() if flag not in known} == {}
 

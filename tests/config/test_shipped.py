@@ -28,7 +28,7 @@ with compat.applied_fixes(), cpu.seam(), contextlib.redirect_stdout(io.StringIO(
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
     from megatron.training.arguments import parse_args, validate_args
-    from megatron_attn2d.training.pretrain_gpt import _add_own_arguments
+    from megatron_attn2d.training.own_arguments import add_own_arguments
     for path in sys.argv[1:]:
         for mode in ("attention2d", "ring"):
             # FP8 needs Transformer Engine, which is not installed here.
@@ -36,7 +36,7 @@ with compat.applied_fixes(), cpu.seam(), contextlib.redirect_stdout(io.StringIO(
             os.environ.update(RANK="0", WORLD_SIZE=str(run.world_size))
             arguments = derive.with_derived_arguments(megatron_arguments(run))
             with mock.patch.object(sys, "argv", ["pretrain_gpt", *arguments]):
-                args = parse_args(_add_own_arguments)
+                args = parse_args(add_own_arguments)
                 validate_args(args)
             padded = vocab_size_with_padding(run.data.vocab_size, args, logging_enabled=False)
             unsharded = Namespace(**vars(args) | {"use_distributed_optimizer": False, "padded_vocab_size": padded})

@@ -56,11 +56,11 @@ def generated(
 
 def recomputed(rank: int, arguments: list[str], texts: list[list[int]]) -> list[torch.Tensor]:
     """The logits of the last `TOKENS` tokens of each text, by the model as it trains."""
-    from megatron_attn2d.training import pretrain_gpt
+    from megatron_attn2d.training import session
 
     found = []
-    with pretrain_gpt.in_megatron(arguments):
-        _, (model,) = pretrain_gpt.set_up_model()
+    with session.in_megatron(arguments):
+        _, (model,) = session.set_up_model()
         model.eval()
         with torch.no_grad():
             for text in texts:

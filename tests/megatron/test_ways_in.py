@@ -174,7 +174,7 @@ def _stock(rank: int, args: list[str]) -> tuple[list[float], list[str], list[str
 
     from megatron_attn2d.megatron import announcement
     from megatron_attn2d.megatron.upstream import compat, cpu
-    from megatron_attn2d.training import pretrain_gpt
+    from megatron_attn2d.training import session
     from tests.megatron import stock_pretrain_gpt
 
     losses: list[float] = []
@@ -204,7 +204,7 @@ def _stock(rank: int, args: list[str]) -> tuple[list[float], list[str], list[str
         ):
             stock_pretrain_gpt.main()
     finally:
-        pretrain_gpt._reset_megatron(owns_process_group=False)
+        session.reset_megatron(owns_process_group=False)
     said = [line for line in printed.getvalue().splitlines() if line.startswith("context parallelism")]
     return losses, kinds, said
 

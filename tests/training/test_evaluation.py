@@ -55,17 +55,17 @@ def evaluated(run_dir: Path, data: Path, output: Path, *overrides: str, **option
 
 def direct_losses(rank: int, args: list[str], windows: np.ndarray, target: Path) -> None:
     """The loss of each token of `windows` [n, context + 1], by the logits of the model on one rank."""
-    from megatron_attn2d.training import pretrain_gpt
+    from megatron_attn2d.training import session
 
     def body(console: Any) -> None:
-        _, (model,) = pretrain_gpt.set_up_model()
+        _, (model,) = session.set_up_model()
         model.eval()
         tokens = torch.from_numpy(windows.astype(np.int64))
         with torch.no_grad():
             logits = model(tokens[:, :-1], torch.arange(CONTEXT).expand(len(windows), -1), None)
         np.save(target, torch.nn.functional.cross_entropy(logits.mT.double(), tokens[:, 1:], reduction="none").numpy())
 
-    pretrain_gpt.run_in_megatron(body, args)
+    session.run_in_megatron(body, args)
 
 
 def test_buckets_equal_a_direct_computation_on_any_grid(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_attn2d.errors import UsageError
-from megatron_attn2d.training import pretrain_gpt
+from megatron_attn2d.training import micro_batch, pretrain_gpt
 from tests.attention.test_capture import WAITS, Refuses
 from tests.megatron.runs import arguments, context_parallel, metrics, train
 from tests.pool import RankFailed, RankPool
@@ -70,13 +70,13 @@ def test_batches_are_looked_at_before_a_graph_reads_them() -> None:
     from megatron.core.full_cuda_graph import StaticBufferLoader
 
     batch = {"tokens": torch.tensor([[3, 7]]), "labels": torch.tensor([[7, 9]]), "attention_mask": None}
-    with mock.patch.object(pretrain_gpt, "_check_vocabulary", side_effect=UsageError) as check:
-        with pretrain_gpt._checked_buffers():
+    with mock.patch.object(micro_batch, "check_vocabulary", side_effect=UsageError) as check:
+        with micro_batch.checked_buffers():
             for held in (batch, (batch,)):
                 with pytest.raises(UsageError):
                     StaticBufferLoader.__call__(mock.Mock(), held, "training", 0)
         on_gpu = {key: mock.Mock(is_cuda=True, max=mock.Mock(side_effect=AssertionError)) for key in batch}
-        pretrain_gpt._check_batch(on_gpu)
+        micro_batch.check_batch(on_gpu)
     assert check.call_args_list == [mock.call(9, "a batch")] * 2
 
 
@@ -102,7 +102,7 @@ def _run_without_waiting(rank: int, args: list[str]) -> None:
 
     with (
         mock.patch.object(training, "get_forward_backward_func", passes(training.get_forward_backward_func)),
-        mock.patch.object(pretrain_gpt, "_check_batch"),  # which leaves batches on a GPU alone
+        mock.patch.object(micro_batch, "check_batch"),  # which leaves batches on a GPU alone
     ):
         pretrain_gpt.main(args)
 

@@ -22,9 +22,10 @@ from megatron_attn2d.data import indexed
 from megatron_attn2d.megatron.upstream.patching import applied
 from megatron_attn2d.run import checkpoints
 from megatron_attn2d.run.metrics import read_steps
-from megatron_attn2d.training import progress, wandb_run
+from megatron_attn2d.training import progress, session, wandb_run
 from megatron_attn2d.training.attention_wait import AttentionWait
-from megatron_attn2d.training.progress import Reporter, quiet
+from megatron_attn2d.training.console import quiet
+from megatron_attn2d.training.progress import Reporter
 from tests.megatron.runs import arguments, context_parallel, train
 from tests.pool import RankPool
 
@@ -83,7 +84,7 @@ def first_line(rank: int, args: list[str]) -> str:
     from megatron_attn2d.training import pretrain_gpt
 
     console = io.StringIO()
-    with mock.patch.object(progress, "quiet", return_value=contextlib.nullcontext(console)):
+    with mock.patch.object(session, "quiet", return_value=contextlib.nullcontext(console)):
         pretrain_gpt.main(args)
     return console.getvalue().partition("\n")[0]
 
@@ -326,7 +327,7 @@ def test_losses_are_recorded_exactly(tmp_path: Path) -> None:
 
 PRINTS = """
 import os, sys
-from megatron_attn2d.training.progress import quiet
+from megatron_attn2d.training.console import quiet
 with quiet(sys.argv[1], rank=3) as console:
     print("upstream")
     print("a complaint", file=sys.stderr)
