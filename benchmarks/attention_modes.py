@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from attention_kinds import Kind, Pack
 from attention_timing import Attention
+from hosts import posing
 
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.dropout import Dropout
@@ -65,14 +66,7 @@ def spawn(function: Callable[..., None], args: argparse.Namespace) -> None:
 
 def _run(rank: int, function: Callable[..., None], args: argparse.Namespace, port: int) -> None:
     if args.nodes:
-        os.environ |= {
-            "NCCL_HOSTID": f"node{rank // args.ranks_per_node}",
-            "NCCL_SOCKET_IFNAME": "lo",
-            "NCCL_NET": "Socket",
-            "NCCL_MNNVL_ENABLE": "0",
-        }
-        if args.ranks_per_node == 1:
-            os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+        os.environ |= posing(rank // args.ranks_per_node, alone=args.ranks_per_node == 1)
     if args.device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     else:

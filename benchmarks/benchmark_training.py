@@ -4,36 +4,30 @@
     python benchmarks/benchmark_training.py --ranks 2 --seq 65536 131072
     python benchmarks/benchmark_training.py --ranks 2 --per-rank 4096 --steps 15 --graphs none layer attention
     python benchmarks/benchmark_training.py --ranks 2 --seq 16384 --fp8 none delayed tensorwise blockwise
+    python benchmarks/benchmark_training.py --ranks 2 --seq 8192 --modes ring ulysses data.document_masking=true --nodes
 
 Trains the GPT of benchmark_training.yaml from the same seed for some steps with each mode, all ranks as context ranks,
 through `megatron-attn2d train`; with each of `--graphs` (training.cuda_graphs) and of `--fp8` (training.fp8). Where
 Transformer Engine is installed, `ring` is its p2p and `all_gather` its own too. Tokens/s are the median over the steps
 after the first five. Factors are over the mode's own first row (`own`), and over the first mode under the same graphs
 and FP8. The loss column is the largest relative difference of a step's loss from the first row's.
+
+With --nodes each rank poses as a host of one GPU, and ranks may share GPUs: NCCL talks over loopback sockets, and the
+times are theirs. It serves to compare losses where there are fewer GPUs than ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import os
+import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_run import ROOT, TrainingError, machines, run
+from watched import brief
 
-from watched import brief, end
-
-from megatron_attn2d.errors import UsageError
-from megatron_attn2d.run.metrics import read_steps
-
-ROOT = Path(__file__).resolve().parents[1]
 WARMUP = 5
 
 
@@ -56,8 +50,10 @@ class Case(NamedTuple):
 
 def main() -> None:
     """Train every case and print a row for each."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks are ended
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="context-parallel ranks, one GPU each")
+    parser.add_argument("--nodes", action="store_true", help="each rank poses as a host; they may share GPUs")
     parser.add_argument("--seq", nargs="+", type=int, default=[65536, 131072])
     parser.add_argument("--per-rank", type=int, help="tokens per rank, instead of --seq")
     parser.add_argument("--modes", nargs="+", default=["ring", "attention2d"])
@@ -67,7 +63,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for a run")
     parser.add_argument("overrides", nargs="*", help="key=value of the YAML, for every run")
-    args = parser.parse_intermixed_args()
+    words = sys.argv[1:]
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]  # else --modes would take them
+    args = parser.parse_args([word for word in words if word not in overrides])
+    args.overrides += overrides
     cases = [Case(*case) for case in itertools.product(args.modes, args.graphs, args.fp8)]
     failed = False
     for seq in [args.per_rank * args.ranks] if args.per_rank else args.seq:
@@ -83,10 +82,6 @@ def main() -> None:
     sys.exit(failed)
 
 
-class TrainingError(RuntimeError):
-    """A run that failed, and what it printed."""
-
-
 def train(args: argparse.Namespace, seq: int, case: Case) -> list[dict[str, Any]]:
     """The recorded steps of one run; raises TrainingError."""
     overrides = [
@@ -97,61 +92,11 @@ def train(args: argparse.Namespace, seq: int, case: Case) -> list[dict[str, Any]
         f"context_parallel.size={args.ranks}",
         f"context_parallel.mode={case.mode}",
         *([f"context_parallel.grid={args.grid}"] if case.mode == "attention2d" else []),
-        f"environment.gpus_per_node={args.ranks}",
+        *machines(args.ranks, args.nodes),
         *args.overrides,
     ]
-    return run(ROOT / "benchmarks/benchmark_training.yaml", args.ranks, overrides, args.timeout, torchrun=False)
-
-
-def run(
-    yaml: Path,
-    ranks: int,
-    overrides: list[str],
-    timeout: float,
-    torchrun: bool = True,
-    enough: int = 10**9,
-    directory: str | None = None,
-    program: Sequence[str] = ("-m", "megatron_attn2d.cli", "train"),
-) -> list[dict[str, Any]]:
-    """Train and return the recorded steps.
-
-    Args:
-        ranks: processes on this host.
-        timeout: seconds after which all of them are ended.
-        torchrun: start them by it; else the command itself forks them, which suits CPU ranks.
-        enough: steps that count although the run was ended by its timeout.
-        directory: of the run; None for one that goes afterwards.
-        program: what Python runs, with the YAML and the overrides as arguments.
-
-    Raises:
-        TrainingError: it failed, or was ended with fewer steps than are enough.
-    """
-    with tempfile.TemporaryDirectory() if directory is None else nullcontext(directory) as directory:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if torchrun else []
-        command = [sys.executable, *launcher, *program, str(yaml), f"run.dir={directory}"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        with Path(directory, "printed.txt").open("w+") as printed:
-            process = subprocess.Popen(
-                [*command, *overrides], env=environment, stdout=printed, stderr=printed, start_new_session=True
-            )
-            try:
-                code = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                end(process)
-            printed.seek(0)
-            said = printed.read()[-8000:]
-        try:
-            steps = list(read_steps(Path(directory)).values())
-        except UsageError:  # none yet
-            steps = []
-        if steps and (code == 0 or (code is None and len(steps) >= enough)):
-            return steps
-        logs = [path.read_text(errors="replace")[-3000:] for path in Path(directory).glob("**/*.log")]
-        how = f"ended after {timeout:.0f} s, {len(steps)} steps" if code is None else f"exit code {code}"
-        raise TrainingError("\n".join([how, said, *logs]))
+    yaml = ROOT / "benchmarks/benchmark_training.yaml"
+    return run(yaml, args.ranks, overrides, args.timeout, torchrun=False, nodes=args.nodes)
 
 
 def summary(steps: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, float]:

@@ -3,19 +3,18 @@
 
     python benchmarks/check_cuda_graphs.py --ranks 2 --quick
     python benchmarks/check_cuda_graphs.py --ranks 4 --only pipeline
+    python benchmarks/check_cuda_graphs.py --ranks 2 --nodes --jobs 3 --timeout 150 --only 1x2 micro-batches
 
 Each row is a run of `megatron-attn2d train` on all ranks, in deterministic mode. Its losses and gradient norms must be
 those of the same run without graphs, and it must end by itself: also after SIGTERM, and where it continues from a
 checkpoint. Several runs share the GPUs, as starting takes longer than training. A row is printed once known. Exits
-with 1 where a row failed.
+with 1 where a row failed. With --nodes each rank poses as a host, so that the ranks of a run may share GPUs too.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +24,10 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from benchmark_training import ROOT, TrainingError, run
-from watched import brief, end
+from training_run import ROOT, TrainingError, machines, run, started
+from watched import brief
 
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.run.metrics import read_steps
@@ -94,8 +93,9 @@ def main() -> None:
     """Run everything, print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, choices=[2, 4], help="one GPU each")
+    parser.add_argument("--nodes", action="store_true", help="each rank poses as a host; they may share GPUs")
     parser.add_argument("--quick", action="store_true", help="the rows that matter most")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name holds one of these")
     parser.add_argument("--jobs", type=int, default=6, help="runs at once")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for a run")
     parser.add_argument("--budget", type=float, default=600, help="seconds for all of it; runs end with it")
@@ -103,14 +103,14 @@ def main() -> None:
     failed, begin = 0, time.monotonic()
     args.end = begin + args.budget
     with ThreadPoolExecutor(args.jobs) as executor:
-        started = {executor.submit(check): label for label, check in checks(args, executor).items()}
-        for future in as_completed(started):
+        labels = {executor.submit(check): label for label, check in checks(args, executor).items()}
+        for future in as_completed(labels):
             try:
                 verdict = f"ok      {future.result()}"
             except (TrainingError, UsageError, AssertionError) as error:
                 failed, verdict = failed + 1, f"FAILED  {brief(str(error))}"
-            print(f"{time.monotonic() - begin:4.0f} s  {started[future]:58s} {verdict}", flush=True)
-    print(f"{len(started) - failed} of {len(started)} as they should be")
+            print(f"{time.monotonic() - begin:4.0f} s  {labels[future]:58s} {verdict}", flush=True)
+    print(f"{len(labels) - failed} of {len(labels)} as they should be")
     sys.exit(failed > 0)
 
 
@@ -120,7 +120,7 @@ def checks(args: argparse.Namespace, executor: ThreadPoolExecutor) -> dict[str, 
     plain: dict[str, Future[Steps]] = {}
     for name, overrides, graphs, more in rows(args.ranks, args.quick):
         label = ", ".join([f"{name}: {graphs}", *("recomputed" for _ in more[:1])])
-        if args.only in label:
+        if wanted(args, label):
             if name not in plain:
                 plain[name] = executor.submit(train, args, overrides)
             found[label] = partial(compare, args, [*overrides, *GRAPHS[graphs], *more], plain[name])
@@ -131,13 +131,19 @@ def checks(args: argparse.Namespace, executor: ThreadPoolExecutor) -> dict[str, 
             f"SIGTERM: {graphs}": partial(terminated, args, GRAPHS[graphs]),
             f"dropout: {graphs}": partial(dropout, args, GRAPHS[graphs]),
         }
-        found |= {label: check for label, check in others.items() if args.only in label}
+        found |= {label: check for label, check in others.items() if wanted(args, label)}
     return found
+
+
+def wanted(args: argparse.Namespace, label: str) -> bool:
+    """Whether a row is asked for."""
+    return any(part in label for part in args.only)
 
 
 def train(args: argparse.Namespace, overrides: list[str], directory: str | None = None) -> Steps:
     """The recorded steps of a run that ended by itself."""
-    return run(YAML, args.ranks, [*tiny(args), *overrides], _limit(args), torchrun=False, directory=directory)
+    overrides = [*tiny(args), *overrides]
+    return run(YAML, args.ranks, overrides, _limit(args), torchrun=False, nodes=args.nodes, directory=directory)
 
 
 def _limit(args: argparse.Namespace) -> float:
@@ -147,7 +153,7 @@ def _limit(args: argparse.Namespace) -> float:
 
 def tiny(args: argparse.Namespace) -> list[str]:
     """Overrides for the tiny model on all ranks."""
-    return [*TINY, f"context_parallel.size={args.ranks}", f"environment.gpus_per_node={args.ranks}"]
+    return [*TINY, f"context_parallel.size={args.ranks}", *machines(args.ranks, args.nodes)]
 
 
 def compare(args: argparse.Namespace, overrides: list[str], expected: Future[Steps]) -> str:
@@ -194,33 +200,24 @@ def resumed(args: argparse.Namespace, graphs: list[str], steps: int) -> str:
 
 def terminated(args: argparse.Namespace, graphs: list[str]) -> str:
     """Says how long a run took to end after SIGTERM."""
-    with tempfile.TemporaryDirectory() as directory, Path(directory, "printed.txt").open("w+") as printed:
-        overrides = [*tiny(args), *grid(args.ranks, 1), *graphs, "training.train_iters=20000", f"run.dir={directory}"]
-        command = [sys.executable, "-m", "megatron_attn2d.cli", "train", str(YAML), *overrides]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=printed, start_new_session=True)
-        try:
-            deadline = time.monotonic() + _limit(args)
-            while process.poll() is None and time.monotonic() < deadline and len(_steps(directory)) < 10:
-                time.sleep(0.2)
-            steps, code = len(_steps(directory)), process.poll()
-            assert code is None, f"exit code {code} after {steps} steps\n{_tail(printed)}"
-            assert steps >= 10, f"only {steps} steps in time\n{_tail(printed)}"
-            begin = time.monotonic()
+    overrides = [*tiny(args), *grid(args.ranks, 1), *graphs, "training.train_iters=20000"]
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        started(YAML, args.ranks, overrides, Path(directory), nodes=args.nodes) as training,
+    ):
+        deadline, code = time.monotonic() + _limit(args), None
+        while code is None and time.monotonic() < deadline and len(_steps(directory)) < 10:
+            code = training.wait(0.2)
+        steps = len(_steps(directory))
+        assert code is None, f"exit code {code} after {steps} steps\n{training.printed()}"
+        assert steps >= 10, f"only {steps} steps in time\n{training.printed()}"
+        begin = time.monotonic()
+        for process in training.processes:
             process.send_signal(signal.SIGTERM)
-            try:
-                code = process.wait(60)
-            except subprocess.TimeoutExpired:
-                raise AssertionError("still there a minute after SIGTERM") from None
-            assert code == 0, f"exit code {code} after SIGTERM\n{_tail(printed)}"
-        finally:
-            end(process)
-    return f"ended in {time.monotonic() - begin:.1f} s"
-
-
-def _tail(printed: IO[str]) -> str:
-    printed.seek(0)
-    return printed.read()[-2000:]
+        code = training.wait(60)
+        assert code is not None, "still there a minute after SIGTERM"
+        assert code == 0, f"exit code {code} after SIGTERM\n{training.printed()}"
+        return f"ended in {time.monotonic() - begin:.1f} s"
 
 
 def _steps(directory: str) -> dict[int, dict[str, Any]]:

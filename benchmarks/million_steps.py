@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_training import TrainingError, run
+from training_run import TrainingError, run
 from watched import brief
 
 from megatron_attn2d.config import RunConfig, load_run

@@ -6,7 +6,8 @@ import argparse
 import time
 from typing import Any
 
-from benchmark_training import TrainingError, run, summary
+from benchmark_training import summary
+from training_run import TrainingError, run
 
 
 def train(args: argparse.Namespace, deadline: float, found: dict[str, Any]) -> None:

@@ -1,4 +1,11 @@
-"""Programs that must not outlive a deadline: their processes, however many and however stuck, end with it."""
+#!/usr/bin/env python3
+"""Programs that must not outlive a deadline: their processes, however many and however stuck, end with it.
+
+    python benchmarks/watched.py 300 pytest -m gpu tests/gpu/test_inference.py --durations=0 -rs
+
+As a command it runs another for so many seconds at most, and exits with its code, or with 124 where it ended it. Unlike
+`timeout` it also ends ranks that lead sessions of their own and would stay on the GPUs.
+"""
 
 from __future__ import annotations
 
@@ -133,3 +140,22 @@ _CHATTER = re.compile(r"\b(INFO|WARNING)\b|Warning:|warnings\.warn")
 def python(script: Path, *arguments: str) -> list[str]:
     """The command of a script."""
     return [sys.executable, str(script), *arguments]
+
+
+def main() -> None:
+    """Run a command for some seconds."""
+    if len(sys.argv) < 3 or not sys.argv[1].isdecimal():
+        sys.exit("usage: watched.py SECONDS COMMAND [ARGUMENT ...]")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    process = subprocess.Popen(sys.argv[2:], start_new_session=True)
+    try:
+        sys.exit(process.wait(int(sys.argv[1])))
+    except subprocess.TimeoutExpired:
+        print(f"ended after {sys.argv[1]} s: {' '.join(sys.argv[2:])}", file=sys.stderr)
+        sys.exit(124)
+    finally:
+        end(process)
+
+
+if __name__ == "__main__":
+    main()

@@ -99,12 +99,19 @@ def test_training_is_told_against_the_ring_of_its_layout(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("timeout", "said"), [(60.0, "exit code 2\n.*model.nonsense: unknown key"), (0.2, "ended after 0 s, 0 steps")]
+    ("nodes", "timeout", "said"),
+    [
+        (False, 60.0, "exit code 2\n.*model.nonsense: unknown key"),
+        (True, 60.0, "exit code 2\n.*model.nonsense: unknown key"),
+        (True, 0.2, "ended after 0 s, 0 steps"),
+    ],
 )
-def test_a_run_of_training_that_fails_says_how(timeout: float, said: str) -> None:
-    training = script("benchmark_training")
+def test_a_run_of_training_that_fails_says_how(nodes: bool, timeout: float, said: str) -> None:
+    training = script("training_run")
     with pytest.raises(training.TrainingError, match=said):
-        training.run(ROOT / "configs/runs/quickstart.yaml", 2, ["model.nonsense=1"], timeout, torchrun=False)
+        training.run(
+            ROOT / "configs/runs/quickstart.yaml", 2, ["model.nonsense=1"], timeout, torchrun=False, nodes=nodes
+        )
 
 
 def test_says_what_time_did_not_suffice_for(tmp_path: Path) -> None:
@@ -146,7 +153,22 @@ def test_a_case_that_hangs_or_ends_its_ranks_costs_itself_alone(tmp_path: Path) 
     assert ended[2]["failed"] == "ranks ended with 1: RuntimeError: ncclSystemError"
     assert time.time() - begin < 20
     (child,) = (line["child"] for line in told if "child" in line)
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert gone(child)
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_command_ends_in_time_with_its_children() -> None:
+    def watched(seconds: int, words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "benchmarks/watched.py", str(seconds), "bash", "-c", words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+
+    assert watched(50, "exit 3").returncode == 3
+    ended = watched(2, "setsid sleep 60 & echo $!; wait")
+    assert (ended.returncode, ended.stderr[:15]) == (124, "ended after 2 s")
+    assert gone(int(ended.stdout))
 
 
 def test_ranks_that_never_start_fail_all_cases_once(tmp_path: Path) -> None:

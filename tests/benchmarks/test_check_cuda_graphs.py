@@ -36,7 +36,7 @@ def test_all_runs_are_valid(monkeypatch: pytest.MonkeyPatch, ranks: int, quick: 
         return [{"step": i, "loss": 1.0, "grad_norm": 1.0} for i in range(200)]
 
     monkeypatch.setattr(check, "run", run)
-    args = argparse.Namespace(ranks=ranks, quick=quick, only="", timeout=1.0, end=math.inf)
+    args = argparse.Namespace(ranks=ranks, quick=quick, nodes=quick, only=[""], timeout=1.0, end=math.inf)
     found = check.checks(args, AtOnce())
     assert len(found) <= most
     for label, one in found.items():
