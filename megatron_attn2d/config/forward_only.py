@@ -36,7 +36,6 @@ FORWARD_ONLY = (
     "logging.tensorboard=false",
     "logging.wandb_project=null",
     "logging.attention_communication=false",
-    "data.mock=false",
     "data.format=text",
     "data.document_masking=false",
     "data.document_multiple=null",

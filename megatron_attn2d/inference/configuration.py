@@ -12,7 +12,7 @@ from megatron_attn2d.config.read import build_run
 from megatron_attn2d.data.matching import check_data
 from megatron_attn2d.errors import ConfigError
 
-_FREE = ("parallelism.data", "training.global_batch_size", "data.mock")  # of data only the tokenizer is read
+_FREE = ("parallelism.data", "training.global_batch_size")
 _DECIDED = (
     *(one for one in FORWARD_ONLY if one.partition("=")[0] not in _FREE),
     "parallelism.sequence_parallel=false",  # a step may have fewer tokens than there are tensor ranks
