@@ -211,7 +211,6 @@ def _step_times(decoder: Any, cache: Any, steps: int) -> list[float]:
 def _attention_ms(model: Any, cache: Any) -> float:
     """Milliseconds of all layers' attention to this rank's shard, without messages."""
     active = torch.ones(len(cache.lengths), dtype=torch.bool, device=model.device)
-    cache.reserve(1)
     step = cache.decode(active)
     queries = {
         layer: torch.randn(

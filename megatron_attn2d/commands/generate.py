@@ -54,6 +54,8 @@ def _generate(args: argparse.Namespace) -> int:
     texts = [args.prompt] if args.prompts is None else _read(Path(args.prompts))
     if args.output:
         check_output(Path(args.output))
+        if args.prompts is not None and Path(args.output).resolve() == Path(args.prompts).resolve():
+            raise UsageError(f"--output {args.output}: holds the prompts; choose another file")
     environment.apply_variables(run.environment.device, run.environment.variables)
     from megatron_attn2d.inference.completions import Request, check, main
     from megatron_attn2d.launch import ranks

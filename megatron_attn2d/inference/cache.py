@@ -67,7 +67,7 @@ class Cache:
 
         Args:
             sequences: B.
-            capacity: tokens of one sequence that a rank should have room for; it grows where that is too few.
+            capacity: tokens of one sequence that a rank should have room for, until `grow`.
             group: the context-parallel group; None for one rank.
             device: where keys and values are.
             latents: of the layers with latent attention, by number.
@@ -114,9 +114,9 @@ class Cache:
         self.logits = snapshot.logits
 
     def fill(self, chunk: Sequence[Piece]) -> _Fill:
-        """Begins a pass over the tokens of a chunk; `finish` ends it."""
+        """Begins a pass over the tokens of a chunk; `finish` ends it. There must be room for them (`grow`)."""
         needed = max(self.filled[p.sequence][rank] + p.kept(rank) for p in chunk for rank in range(self.ranks))
-        self._grow(needed)
+        assert needed <= self.capacity, f"room for {needed} tokens of a sequence on each rank"
         self._pass = _Fill(self, chunk)
         return self._pass
 
@@ -127,14 +127,10 @@ class Cache:
             self._counts = torch.tensor(self.filled, device=self.positions.device).T.contiguous()
         return self._counts
 
-    def reserve(self, tokens: int) -> None:
-        """Makes room for so many more single tokens of each sequence."""
-        self._grow(max(max(*kept, -(-(sum(kept) + tokens) // self.ranks)) for kept in self.filled))
-
     def decode(self, active: Tensor) -> _Decode:
         """Begins a pass over one more token of each sequence that is `active` [B], computed by all ranks alike.
 
-        There must be room (`reserve`), and `count_decoded` must follow `finish`.
+        There must be room (`grow`), and `count_decoded` must follow `finish`.
         """
         self._pass = _Decode(self, active)
         return self._pass
@@ -181,14 +177,18 @@ class Cache:
             for rows, sequence, places in at:
                 held[sequence, places] = new[rows].to(held.dtype)
 
-    def _grow(self, capacity: int) -> None:
-        if capacity <= self.capacity:
-            return
-        more = max(capacity, self.capacity + self.capacity // 4) - self.capacity
+    def bytes_to_grow(self, capacity: int) -> int:
+        """What `grow` takes at its peak beside `bytes`: a layer's old tensors stay until it has been copied."""
+        largest = max((sum(x.numel() * x.element_size() for x in held) for held in self.layers.values()), default=0)
+        return self.bytes * (capacity - self.capacity) // (self.capacity + 1) + largest
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens of one sequence on each rank, layer by layer; what is kept is copied."""
+        more = capacity - self.capacity
         for number, held in self.layers.items():
             self.layers[number] = tuple(_longer(x, more) for x in held)
         self.positions = _longer(self.positions, more)
-        self.capacity += more
+        self.capacity = capacity
 
 
 def _longer(x: Tensor, more: int) -> Tensor:
@@ -245,20 +245,23 @@ class _Fill:
         return {"cu_seqlens": real, "cu_seqlens_padded": padded}
 
     def _attend_cached(self, layer: ContextParallelAttention, q: Tensor) -> Tensor:
-        """All queries to this rank's shard, and back: [t, h, dv]."""
-        cache, wide = self.cache, accumulation_dtype(q.dtype)
+        """All queries to this rank's shard, and the results back to their ranks: [t, h, dv]."""
+        cache = self.cache
         gathered = _gathered(q, cache.group)  # [P, t, h, d]
-        out = q.new_zeros(*gathered.shape[:3], layer.head_dims[1])
-        lse = q.new_full(gathered.shape[:3], -torch.inf, dtype=wide)
+        ranks_, tokens, heads, _ = gathered.shape
+        out = q.new_zeros(ranks_, tokens, heads, layer.head_dims[1])
+        lse = q.new_full((ranks_, heads, tokens), -torch.inf, dtype=accumulation_dtype(q.dtype))
         offset = 0
         for piece in self.chunk:
             ranks, rows = self._order(piece, offset)
             result = partial.Rows(gathered[ranks, rows], layer.head_dims[1])
             self._attend_shard(layer, piece, result)
-            out[ranks, rows], lse[ranks, rows] = result.out.to(out.dtype), result.lse
+            out[ranks, rows] = result.out.to(out.dtype)
+            lse[ranks, :, rows] = result.lse.t()
             offset += 2 * piece.part
-        merged, total = partial.merged(_exchanged(out, cache.group).to(wide), _exchanged(lse, cache.group))
-        return partial.with_sink(merged, total, layer.softmax_offset).to(q.dtype)
+        merged, total = partial.merged([_exchanged(out, cache.group)], [_exchanged(lse, cache.group)])
+        partial.add_sink(merged, total, layer.softmax_offset)
+        return merged.to(q.dtype)
 
     def _order(self, piece: Piece, offset: int) -> tuple[Tensor, Tensor]:
         """Rank and row, among the gathered queries, of each token of a piece, in the order of positions."""
@@ -343,8 +346,9 @@ class _Decode:
 
             out, lse = _apart(triton_decode.merge(parts))
         else:
-            out, lse = partial.merged(*_apart(parts))
-        out = partial.with_sink(out, lse, layer.softmax_offset)
+            outs, lses = _apart(parts)
+            out, lse = partial.merged([outs], [lses])
+        partial.add_sink(out, lse, layer.softmax_offset)
         return (out if latent is None else latent.output(out)).to(q.dtype)
 
     def attend_shard(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
@@ -360,7 +364,7 @@ class _Decode:
         longest = int(self.ends.max())
         held = keys[:, :longest], values[:, :longest]
         out, lse = partial.masked(q.unsqueeze(1), *held, seen[:, None, :longest], scale)
-        return torch.cat((out.squeeze(1), lse.squeeze(1).unsqueeze(-1)), -1)
+        return torch.cat((out.squeeze(1), lse), -1)
 
     def count(self) -> None:
         """On the device; `Cache.count_decoded` does it on the host."""
@@ -374,9 +378,8 @@ def _window_of(layer: ContextParallelAttention) -> int | None:
 
 
 def _apart(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [..., dv] and log-sum-exp [...] of [..., dv + 1]."""
-    out, lse = x.split([x.size(-1) - 1, 1], -1)
-    return out, lse.squeeze(-1)
+    """Output [..., B, h, dv] and log-sum-exp [..., h, B] of [..., B, h, dv + 1]."""
+    return x[..., :-1], x[..., -1].mT
 
 
 def _kernel(q: Tensor, v: Tensor) -> Kernel:

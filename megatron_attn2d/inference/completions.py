@@ -1,10 +1,15 @@
-"""What `megatron-attn2d generate` does in each rank: completes the prompts, shows the text, and writes it down."""
+"""What `megatron-attn2d generate` does in each rank: completes the prompts, shows the texts, and writes them down.
+
+A text alone is shown token by token, several are shown batch by batch. Lines of the output are written as they are
+shown, into a file beside it that takes its name in the end: what was complete before a crash is there.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -39,6 +44,10 @@ def check(request: Request) -> None:
     for i, text in enumerate(request.texts):
         if not text:
             raise UsageError(f"prompt {i}: empty; give a text of one character or more")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8, or half a character of JSON
+            raise UsageError(f"prompt {i}: no character at place {error.start}; give a text in UTF-8") from None
         check_tokens(f"prompt {i}", tokenizer.encode(text), 0, request.sampling.max_tokens, tokenizer, request.run)
     for name, value in (("--batch", request.batch), ("--chunk", request.chunk)):
         if value < 1:
@@ -47,8 +56,11 @@ def check(request: Request) -> None:
 
 def main(request: Request, megatron_args: Sequence[str]) -> None:
     """Completes, as this rank; the first rank shows and writes the texts."""
-    with Generator.started(request.run, megatron_args, batch=request.batch, chunk=request.chunk) as generator:
-        shows = int(os.environ.get("RANK", "0")) == 0
+    shows = int(os.environ.get("RANK", "0")) == 0
+    with (
+        Generator.started(request.run, megatron_args, batch=request.batch, chunk=request.chunk) as generator,
+        _written(request, generator.console if shows else None) as write,
+    ):
         console, alone = generator.console, len(request.texts) == 1
         if shows and alone:
             _show(console, request.texts[0])
@@ -57,26 +69,40 @@ def main(request: Request, megatron_args: Sequence[str]) -> None:
             if shows and alone:
                 _show(console, text)
 
-        completions = generator.generate(request.texts, request.sampling, stream)
-        if not shows:
-            return
-        if alone:
-            print(file=console)
-        else:
-            for i, (text, completion) in enumerate(zip(request.texts, completions, strict=True)):
-                print(f"[{i}] {text}{completion.text}", file=console)
-        print(f"-- {generator.measured.sentence()}", file=console, flush=True)
-        if request.output:
-            _write(Path(request.output), request.texts, completions)
+        def tell(place: int, completion: Completion) -> None:
+            if shows:
+                write(request.texts[place], completion)
+                _show(console, "\n" if alone else f"[{place}] {request.texts[place]}{completion.text}\n")
+
+        generator.generate(request.texts, request.sampling, stream, on_completion=tell)
+        if shows:
+            print(f"-- {generator.measured.sentence()}", file=console, flush=True)
 
 
 def _show(console: TextIO, text: str) -> None:
     print(text, end="", file=console, flush=True)
 
 
-def _write(path: Path, texts: Sequence[str], completions: Sequence[Completion]) -> None:
+@contextmanager
+def _written(request: Request, console: TextIO | None) -> Iterator[Callable[[str, Completion], None]]:
+    """Yields what writes a line of the output; nothing is written without `output`, or on ranks without a console."""
+    if request.output is None or console is None:
+        yield lambda text, completion: None
+        return
+    path = Path(request.output)
     scratch = path.with_name(f"{path.name}.new")
+    lines = 0
     with scratch.open("w") as file:
-        for text, completion in zip(texts, completions, strict=True):
-            file.write(json.dumps({"prompt": text, **asdict(completion)}) + "\n")
+
+        def write(text: str, completion: Completion) -> None:
+            nonlocal lines
+            print(json.dumps({"prompt": text, **asdict(completion)}), file=file, flush=True)
+            lines += 1
+
+        try:
+            yield write
+        except BaseException:
+            if lines:
+                print(f"-- {lines} of {len(request.texts)} completions are in {scratch}", file=console, flush=True)
+            raise
     scratch.replace(path)

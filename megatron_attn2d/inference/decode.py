@@ -23,6 +23,8 @@ class Decoder:
     def __init__(self, model: Model, cache: Cache, tokens: int, graph: Graph) -> None:
         """For up to `tokens` steps, after which the cache may be filled or rolled back again, with another decoder.
 
+        The cache must have room for them (`Cache.grow`).
+
         Raises:
             ValueError: `graph` is "always" and the model can't be captured; says why.
         """
@@ -33,7 +35,6 @@ class Decoder:
         self._rows = torch.arange(count, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
-        cache.reserve(tokens)
         refusal = model.graph_refusal
         if graph == "always" and refusal is not None:
             raise ValueError(f"a CUDA graph of the decode step: {refusal}; choose graph='auto' or 'never'")

@@ -11,20 +11,22 @@ attention2d, keys and values stay spread over the context ranks, and tokens are 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TextIO, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TextIO, cast
 
 import torch
 from torch import Tensor
 
 from megatron_attn2d.config import RunConfig
 from megatron_attn2d.errors import UsageError
-from megatron_attn2d.inference import configuration, shards
+from megatron_attn2d.inference import configuration
+from megatron_attn2d.inference.prompts import check_tokens, positions_of
 from megatron_attn2d.inference.sampling import Sampling, choose, generators_of
 from megatron_attn2d.inference.text import TextStream, Tokenizer
 from megatron_attn2d.launch import environment, ranks
@@ -35,11 +37,10 @@ if TYPE_CHECKING:  # they import Megatron, whose greeting is for the log
     from megatron_attn2d.inference.cache import Cache
     from megatron_attn2d.inference.decode import Decoder, Graph
     from megatron_attn2d.inference.model import Model
+    from megatron_attn2d.inference.room import Room
 
 Tokens = Sequence[int]
 StopReason = Literal["length", "end", "stop"]
-_MARGIN = 0.9
-"""Share of the free memory that a cache may take: activations need some too."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Completion:
     """What follows a prompt."""
 
     text: str
-    """Without the stop text that ended it."""
+    """As it reads behind the prompt; without the stop text that ended it."""
     tokens: list[int]
     """As they were chosen, a stop text's included, the end-of-document token not."""
     logprobs: list[float]
@@ -62,6 +63,7 @@ class Measured:
 
     ranks: int
     """Context ranks over which keys and values are spread."""
+    replicas: int = 1
     prompt_tokens: int = 0
     prompt_s: float = 0.0
     """Until the first new token of the prompts was known."""
@@ -73,10 +75,11 @@ class Measured:
 
     def sentence(self) -> str:
         """In words."""
-        speed = f"{self.new_tokens / self.new_s:,.1f} new tokens per s" if self.new_s else "no second token"
+        speed = f"{self.new_tokens / self.new_s:,.1f} new tokens per s" if self.new_tokens else "no second token"
         return (
             f"{self.prompt_tokens:,} tokens of prompts in {self.prompt_s:.2f} s; {speed}; keys and values "
             f"{self.cache_bytes / 2**20:,.3g} MiB on each of {self.ranks} context ranks"
+            + (f"; on one of {self.replicas} replicas" if self.replicas > 1 else "")
         )
 
 
@@ -87,7 +90,9 @@ class Generator:
         tokenizer: the run's, with encode(text) and decode(tokens).
         run: how the model was loaded.
         console: where to print; what Megatron prints goes to the logs in RUN_DIR/logs.
-        positions: the longest text, where positions were learned; None where there is no end.
+        positions: the longest text in tokens, where positions were learned; None where there is no end.
+        replica: which of the data-parallel replicas this rank is in, from 0 on.
+        replicas: how many there are.
         measured: by `generate`, since the generator was made.
     """
 
@@ -95,6 +100,7 @@ class Generator:
         self,
         run: RunConfig,
         model: Model,
+        room: Room,
         tokenizer: Tokenizer,
         console: TextIO,
         batch: int,
@@ -103,10 +109,11 @@ class Generator:
     ) -> None:
         """Use `load`, or `started` inside Megatron's ranks."""
         self.run, self.tokenizer, self.console = run, tokenizer, console
-        self._model, self._batch, self._chunk, self._graph = model, batch, chunk, graph
+        self._model, self._room, self._batch, self._chunk, self._graph = model, room, batch, chunk, graph
         self._stack = ExitStack()
         self.positions = positions_of(run)
-        self.measured = Measured(ranks=run.context_parallel.size)
+        self.replica, self.replicas = model.replica
+        self.measured = Measured(run.context_parallel.size, self.replicas)
 
     @classmethod
     def load(
@@ -174,10 +181,12 @@ class Generator:
         tokenizer = Tokenizer(run.data)
         with session.in_megatron(arguments) as console:
             from megatron_attn2d.inference.model import Model
+            from megatron_attn2d.inference.room import Room
 
             model = Model.built()
+            room = Room(model, chunk, run.context_parallel.size)
             try:
-                yield cls(run, model, tokenizer, console, batch, chunk, graph)
+                yield cls(run, model, room, tokenizer, console, batch, chunk, graph)
             finally:
                 model.close()
 
@@ -199,7 +208,9 @@ class Generator:
         sampling: Sampling | None = None,
         on_text: Callable[[int, str], None] | None = None,
         *,
+        on_completion: Callable[[int, Completion], None] | None = None,
         after: Cache | None = None,
+        shared: bool = True,
     ) -> list[Completion]:
         """Completes each prompt.
 
@@ -207,11 +218,16 @@ class Generator:
             prompts: texts, or their tokens; of unequal lengths as they come.
             sampling: how tokens are chosen; greedily, 64 of them, by default.
             on_text: is called with a prompt's place and the text that has come, on every rank of its replica.
+            on_completion: is called with a prompt's place and its completion, on every rank and in the order of the
+                prompts, each time that a batch of every replica is complete.
             after: a text that stands before each prompt, in a cache of one sequence (`prefill`). It is as before
                 afterwards. The prompts are then completed one after the other.
+            shared: whether the replicas share the prompts, and all get all answers; if not this replica completes all
+                of its prompts, which may be others than those of the other replicas.
 
         Raises:
-            UsageError: a prompt is empty, holds tokens that are none, or is too long for positions or memory.
+            UsageError: a prompt is empty, holds tokens that are none, or is too long for positions or memory; or
+                logits are not finite.
         """
         sampling = sampling or Sampling()
         encode = partial(self.tokenizer.encode, begins=after is None)
@@ -219,22 +235,20 @@ class Generator:
         cached = 0 if after is None else self._one_sequence(after)
         for i, tokens in enumerate(asked):
             self._check(f"prompt {i}", tokens, cached, sampling.max_tokens)
-        show = on_text or (lambda place, text: None)
-        found: dict[int, Completion] = {}
-        for places in self._batches(len(asked), after):
-            new = [asked[place] for place in places]
-            started = time.perf_counter()
-            if after is None:
-                cache = self.prefill(new, room=sampling.max_tokens)
-            else:
-                cache, before = after, after.snapshot()
-                self._extend(cache, new)
-            found |= zip(places, self._complete(cache, places, sampling, show, started), strict=True)
-            self.measured.prompt_tokens += sum(map(len, new))
-            if after is not None:
-                after.roll_back(before)
-        merged = self._model.of_all_replicas(found)
-        return [merged[place] for place in range(len(asked))]
+        rounds = self._rounds(asked, sampling.max_tokens, after, shared)
+        completions: list[Completion] = []
+        for places in rounds:
+            found = self._completed({place: asked[place] for place in places}, sampling, on_text, after)
+            gathered = self.gathered(found) if shared else found
+            for place in sorted(gathered):
+                completions.append(gathered[place])
+                if on_completion is not None:
+                    on_completion(place, gathered[place])
+        return completions
+
+    def gathered(self, found: dict[int, Any]) -> dict[int, Any]:
+        """What the replicas have found, by its place among all, together; every rank calls."""
+        return self._model.of_all_replicas(found)
 
     def check_length(self, tokens: int) -> None:
         """Raise UsageError where one text of so many tokens fits neither the learned positions nor the memory."""
@@ -242,8 +256,7 @@ class Generator:
             raise UsageError(
                 f"{tokens:,} tokens are more than the {self.positions:,} positions that the run has learned"
             )
-        ranks = self.run.context_parallel.size
-        self._check_room(1, shards.capacity([tokens], 0, self._chunk * ranks, ranks), tokens)
+        self._room.check([[tokens]], 0)
 
     def prefill(self, prompts: Sequence[Tokens], *, room: int = 0) -> Cache:
         """A cache of the prompts' keys and values.
@@ -257,7 +270,7 @@ class Generator:
         """
         for i, tokens in enumerate(prompts):
             self._check(f"prompt {i}", tokens, 0, 0)
-        cache = self._empty_cache(prompts, room)
+        cache = self._room.cache(list(map(len, prompts)), room)
         self._extend(cache, prompts)
         return cache
 
@@ -269,6 +282,7 @@ class Generator:
         """
         for i, (new, cached) in enumerate(zip(tokens, cache.lengths, strict=True)):
             self._check(f"sequence {i}", new, cached, 0)
+        self._room.make(cache, list(map(len, tokens)), 0)
         self._extend(cache, tokens)
 
     def log_likelihood(
@@ -285,49 +299,70 @@ class Generator:
             UsageError: as `generate`.
         """
         for i, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
-            if not continuation or not (context or after is not None):
-                which = "continuation" if context or after is not None else "context"
+            follows = bool(context) or after is not None
+            if not (continuation and follows):
+                which = "continuation" if follows else "context"
                 raise UsageError(f"{which} {i}: empty; give at least one token")
         texts = [[*context, *continuation] for context, continuation in zip(contexts, continuations, strict=True)]
         scores = self._scores(texts, after, list(map(len, contexts)))
         return [(float(found[:, 0].sum()), bool(found[:, 1].all())) for found in scores]
 
-    def score(self, texts: Sequence[Tokens]) -> list[list[float]]:
+    def score(self, texts: Sequence[Tokens], *, shared: bool = True) -> list[list[float]]:
         """The log probability of each token of each text but the first, which nothing stands before.
+
+        Args:
+            texts: their tokens.
+            shared: as of `generate`.
 
         Raises:
             UsageError: as `generate`.
         """
-        return [scores[:, 0].tolist() for scores in self._scores(texts, None, [1] * len(texts))]
+        return [scores[:, 0].tolist() for scores in self._scores(texts, None, [1] * len(texts), shared)]
 
-    def _batches(self, count: int, after: Cache | None) -> Iterator[list[int]]:
-        """The places of this replica's share of `count` texts, a batch at a time; one by one behind a cached text."""
-        replica, replicas = self._model.replica
-        mine = range(replica, count, replicas)
-        size = self._batch if after is None else 1
-        return (list(mine[begin : begin + size]) for begin in range(0, len(mine), size))
+    def _rounds(self, texts: Sequence[Tokens], new: int, after: Cache | None, shared: bool) -> list[list[int]]:
+        """The places of this replica's texts, a batch per round; one by one behind a cached text.
 
-    def _scores(self, texts: Sequence[Tokens], after: Cache | None, first: Sequence[int]) -> list[Tensor]:
+        There are as many rounds on all replicas, the last of which may be empty. Round i of all of them is the texts
+        from i * batch * replicas on.
+
+        Raises:
+            UsageError: a cache of a round, with `new` tokens more per text, would not fit.
+        """
+        replica, replicas = (self.replica, self.replicas) if shared else (0, 1)
+        together = replicas * (self._batch if after is None else 1)
+        blocks = [range(begin, min(begin + together, len(texts))) for begin in range(0, len(texts), together)]
+        if after is None:
+            batches = [[len(texts[place]) for place in block[i::replicas]] for block in blocks for i in range(replicas)]
+            self._room.check(filter(None, batches), new)
+        elif texts:
+            self._room.make(after, [max(map(len, texts))], new)
+        return [list(block[replica::replicas]) for block in blocks]
+
+    def _scores(
+        self, texts: Sequence[Tokens], after: Cache | None, first: Sequence[int], shared: bool = True
+    ) -> list[Tensor]:
         """Of each text's tokens from the place `first` on: log probability and whether it is the likeliest, [n, 2]."""
         cached = 0 if after is None else self._one_sequence(after)
         for i, tokens in enumerate(texts):
             self._check(f"text {i}", tokens, cached, 0)
         found: dict[int, Tensor] = {}
-        for places in self._batches(len(texts), after):
-            asked, starts = [texts[place] for place in places], [first[place] for place in places]
-            cache = self._empty_cache(asked, 0) if after is None else after
-            before = cache.snapshot()
-            found |= zip(places, self._extend(cache, asked, starts), strict=True)
-            cache.roll_back(before)
-        merged = self._model.of_all_replicas(found)
+        for places in self._rounds(texts, 0, after, shared):
+            if places:
+                scores = self._scored([texts[place] for place in places], [first[place] for place in places], after)
+                for place, of_text in zip(places, scores, strict=True):
+                    if not of_text[:, 0].isfinite().all():
+                        raise UsageError(f"text {place}: {self._not_finite()}")
+                    found[place] = of_text
+        merged = self.gathered(found) if shared else found
         return [merged[place] for place in range(len(texts))]
 
-    def _empty_cache(self, prompts: Sequence[Tokens], room: int) -> Cache:
-        """With room for the prompts and `room` tokens more of each."""
-        lengths, ranks = [len(tokens) for tokens in prompts], self.run.context_parallel.size
-        capacity = shards.capacity(lengths, room, self._chunk * ranks, ranks)
-        self._check_room(len(prompts), capacity, max(lengths) + room)
-        return self._model.new_cache(len(prompts), capacity)
+    def _scored(self, texts: Sequence[Tokens], first: Sequence[int], after: Cache | None) -> list[Tensor]:
+        """`_scores` of one batch."""
+        cache = self._room.cache(list(map(len, texts)), 0) if after is None else after
+        before = cache.snapshot()
+        scores = self._extend(cache, texts, first)
+        cache.roll_back(before)
+        return scores
 
     def _extend(self, cache: Cache, tokens: Sequence[Tokens], first: Sequence[int] | None = None) -> list[Tensor]:
         """See `fill`."""
@@ -335,22 +370,44 @@ class Generator:
 
         return fill(self._model, cache, tokens, self._chunk, first, self.tokenizer.size)
 
+    def _completed(
+        self,
+        asked: dict[int, list[int]],
+        sampling: Sampling,
+        on_text: Callable[[int, str], None] | None,
+        after: Cache | None,
+    ) -> dict[int, Completion]:
+        """The completions of one batch of prompts, by place."""
+        if not asked:
+            return {}
+        started = time.perf_counter()
+        if after is None:
+            cache, before = self.prefill(list(asked.values()), room=sampling.max_tokens), None
+        else:
+            cache, before = after, after.snapshot()
+            self._extend(cache, list(asked.values()))
+        completions = self._complete(cache, asked, sampling, on_text or (lambda place, text: None), started)
+        self.measured.prompt_tokens += sum(map(len, asked.values()))
+        if before is not None:
+            cache.roll_back(before)
+        return dict(zip(asked, completions, strict=True))
+
     def _complete(
         self,
         cache: Cache,
-        places: Sequence[int],
+        asked: dict[int, list[int]],
         sampling: Sampling,
         show: Callable[[int, str], None],
         started: float,
     ) -> list[Completion]:
-        """Adds tokens to the sequences of `cache`, which are the prompts at `places`, until each of them ends.
+        """Adds tokens to the sequences of `cache`, which end with the prompts `asked`, until each of them ends.
 
         The prompts were begun to be filled in at `started`.
         """
         from megatron_attn2d.inference.decode import Decoder
 
-        model, count = self._model, len(places)
-        streams = [TextStream(self.tokenizer.decode, sampling.stop) for _ in places]
+        model, places, count = self._model, list(asked), len(asked)
+        streams = [TextStream(self.tokenizer.decode, sampling.stop, prompt) for prompt in asked.values()]
         logprobs: list[list[float]] = [[] for _ in places]
         reasons: list[StopReason | None] = [None] * count
         draws = generators_of(sampling, places, model.device)
@@ -362,6 +419,8 @@ class Generator:
             for i, (token, logprob) in enumerate(chosen):
                 if reasons[i] is not None:
                     continue
+                if not math.isfinite(logprob):
+                    raise UsageError(f"prompt {places[i]}, new token {len(logprobs[i]) + 1}: {self._not_finite()}")
                 if token == self.tokenizer.end and not sampling.ignore_end:
                     reasons[i], shown = "end", streams[i].rest()
                 else:
@@ -394,10 +453,13 @@ class Generator:
         """The next token of each sequence and its log probability, the same on all ranks of the replica."""
         found = torch.zeros(count, 2, dtype=torch.float64, device=self._model.device)
         if logits is not None:
-            among = logits[:, : self.tokenizer.size]  # the rest pads the vocabulary
-            tokens = choose(among, sampling, draws)
+            wide = logits.double()
+            total = wide.logsumexp(-1, keepdim=True)
+            # Nothing can be drawn by logits that are not finite; their log probability is NaN all the same.
+            drawable = torch.where(total.isfinite(), logits, torch.zeros_like(logits))
+            tokens = choose(drawable[:, : self.tokenizer.size], sampling, draws)  # the rest pads the vocabulary
             found[:, 0] = tokens
-            found[:, 1] = logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+            found[:, 1] = (wide.gather(-1, tokens[:, None]) - total)[:, 0]
         return [(int(token), logprob) for token, logprob in self._model.broadcast(found).tolist()]
 
     def _one_sequence(self, cache: Cache) -> int:
@@ -409,42 +471,8 @@ class Generator:
     def _check(self, what: str, tokens: Tokens, cached: int, new: int) -> None:
         check_tokens(what, tokens, cached, new, self.tokenizer, self.run)
 
-    def _check_room(self, sequences: int, capacity: int, tokens: int) -> None:
-        """Raise UsageError where a cache of so many tokens of each sequence on this rank would not fit."""
-        each = capacity * self._model.bytes_per_token
-        free = self._model.free_bytes() * _MARGIN
-        if sequences * each > free:
-            ranks = self.run.context_parallel.size
-            what = [f"{int(free // each)} prompts at once"] if each <= free and sequences > 1 else []
-            what += [f"{tokens * free / (sequences * each):,.0f} tokens per prompt"]
-            what += [f"{-(-ranks * sequences * each // int(free)):,} context ranks"]
-            raise UsageError(
-                f"a cache of {sequences} prompts of {tokens:,} tokens takes {sequences * each / 2**30:,.2f} GiB on "
-                f"each of {ranks} context ranks, and {free / 2**30:,.2f} GiB are free: choose {', or '.join(what)}"
-            )
-
-
-def check_tokens(what: str, tokens: Tokens, cached: int, new: int, tokenizer: Tokenizer, run: RunConfig) -> None:
-    """Raise UsageError unless `tokens`, called `what`, can follow `cached` others, and `new` can follow them."""
-    if not len(tokens):
-        raise UsageError(f"{what}: empty; give a token, such as {tokenizer.end}, which ends documents")
-    if not 0 <= min(tokens) <= max(tokens) < tokenizer.size:
-        raise UsageError(
-            f"{what}: token {max(tokens) if min(tokens) >= 0 else min(tokens)} is none of the run's tokenizer "
-            f"({run.data.tokenizer_type}), whose tokens are 0 to {tokenizer.size - 1}"
+    def _not_finite(self) -> str:
+        return (
+            f"the model's logits are not finite (NaN or Inf): weights of the checkpoint are not, or they overflow in "
+            f"{self.run.training.precision}; choose another step, or training.precision=fp32"
         )
-    positions = positions_of(run)
-    # The last token that is chosen is not computed again.
-    if positions is not None and cached + len(tokens) + max(0, new - 1) > positions:
-        before = f"{cached:,} cached and " if cached else ""
-        after = f" and {new:,} new ones" if new else ""
-        raise UsageError(
-            f"{what}: {before}{len(tokens):,} tokens{after} are more than the {positions:,} positions that the run has "
-            "learned; give a shorter prompt or fewer new tokens"
-        )
-
-
-def positions_of(run: RunConfig) -> int | None:
-    """The longest text, where positions were learned; None where there is no end."""
-    learned = run.model.position_embedding_type == "learned_absolute"
-    return run.model.max_position_embeddings if learned else None

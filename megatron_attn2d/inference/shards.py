@@ -99,11 +99,21 @@ def owner(filled: Sequence[int]) -> int:
     return min(range(len(filled)), key=lambda rank: (filled[rank], rank))
 
 
-def capacity(lengths: Sequence[int], new: int, tokens: int, ranks: int) -> int:
-    """The most tokens of one sequence that a rank keeps: of prompts that are filled by chunks, with `new` more each."""
-    filled = [[0] * ranks for _ in lengths]
-    for chunk in chunks([0] * len(lengths), lengths, tokens, ranks):
+def capacity(
+    lengths: Sequence[int], new: int, tokens: int, ranks: int, filled: Sequence[Sequence[int]] | None = None
+) -> int:
+    """The most tokens of one sequence that a rank keeps once `lengths` and then `new` single tokens are added to each.
+
+    Args:
+        lengths: tokens of each sequence that are filled in by chunks.
+        new: single tokens of each that follow.
+        tokens: of a chunk, as of `chunks`.
+        ranks: P.
+        filled: tokens of each sequence that each rank keeps before, [B][P]; None: none.
+    """
+    kept = [list(held) for held in filled or [[0] * ranks] * len(lengths)]
+    for chunk in chunks(list(map(sum, kept)), lengths, tokens, ranks):
         for piece in chunk:
             for rank in range(ranks):
-                filled[piece.sequence][rank] += piece.kept(rank)
-    return max((max(*kept, -(-(sum(kept) + new) // ranks)) for kept in filled), default=0)
+                kept[piece.sequence][rank] += piece.kept(rank)
+    return max((max(*held, -(-(sum(held) + new) // ranks)) for held in kept), default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -11,6 +12,10 @@ from megatron_attn2d.data import tokenizers
 
 _UNFINISHED = "\ufffd"
 """What bytes of an unfinished character show as."""
+_ANCHORS = ("\n", "a", ".")
+"""Texts, behind one of which another text is encoded as in the middle of a document."""
+_BEFORE = 32
+"""Tokens of a prompt that are decoded together with what follows it."""
 
 
 class Tokenizer:
@@ -32,9 +37,20 @@ class Tokenizer:
         self._before = len(self.encode(""))  # ids that it puts before every text: none, or one
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        """The ids of `text` but for the one that ends a document and, unless it `begins` one, any that stands first."""
+        """The ids of `text`, without the one that ends a document.
+
+        Unless it `begins` a document, neither the id that begins one stands before it nor the space that some
+        tokenizers add to a text's first word.
+        """
         ids: list[int] = self._tokenizer.encode(text)[:-1].tolist()
-        return ids if begins else ids[self._before :]
+        if begins:
+            return ids
+        for anchor in _ANCHORS:
+            before = self.encode(anchor)
+            both = self.encode(anchor + text)
+            if both[: len(before)] == before:  # no token is of the anchor and of the text
+                return both[len(before) :]
+        return ids[self._before :]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`."""
@@ -42,21 +58,23 @@ class Tokenizer:
 
 
 class TextStream:
-    """The text of one completion, token by token.
+    """The text of one completion, token by token: what a reader sees behind the prompt.
 
     Attributes:
-        tokens: so far.
+        tokens: so far, without the prompt's.
         text: of all tokens so far, up to the stop text if there was one.
         stopped: whether a stop text has been reached.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str]) -> None:
-        """`decode` makes text of tokens; the text ends before the first of `stop`."""
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], prompt: Sequence[int] = ()) -> None:
+        """`decode` makes text of tokens; the text ends before the first of `stop`; it follows the tokens `prompt`."""
         self._decode, self._stop = decode, stop
         self._shown = 0
-        # Only the last tokens are decoded again: those from `_begin` on, of which those before `_sure` are settled. All
-        # of them together, as a token's text may depend on the token before it.
-        self._begin = self._sure = 0
+        # Only the last tokens are decoded again, of which the first `_sure` are settled. All of them together, as a
+        # token's text may depend on the token before it: some tokenizers put a space between two words, and none
+        # before the first.
+        self._window = list(prompt[-_BEFORE:])
+        self._sure = len(self._window)
         self._settled = ""
         self.tokens: list[int] = []
         self.text = ""
@@ -65,11 +83,16 @@ class TextStream:
     def add(self, token: int) -> str:
         """Takes a token; the text that may be shown now: no half of a character, and no beginning of a stop text."""
         self.tokens.append(token)
-        known = self._decode(self.tokens[self._begin : self._sure])
-        new = self._decode(self.tokens[self._begin :])[len(known) :]
+        self._window.append(token)
+        known, whole = self._decode(self._window[: self._sure]), self._decode(self._window)
+        # The new token may finish a character of the prompt, or take a space away.
+        alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(known, whole, strict=False)))
+        new = whole[alike:]
         self.text = self._settled + new
-        if not new.endswith(_UNFINISHED):
-            self._settled, self._begin, self._sure = self.text, self._sure, len(self.tokens)
+        if not whole.endswith(_UNFINISHED):
+            self._settled = self.text
+            self._window = self._window[self._sure :]
+            self._sure = len(self._window)
         found = [place for place in (self.text.find(stop) for stop in self._stop) if place >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True

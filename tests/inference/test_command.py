@@ -1,9 +1,14 @@
 """`megatron-attn2d generate` and the API of one process."""
 
+import io
 import json
 import math
 import os
+import re
+import weakref
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -33,16 +38,36 @@ def test_prompts_of_a_file_are_completed(trained: Path, in_pool: None, tmp_path:
     assert len({tuple(line["tokens"]) for line in lines}) == len(PROMPTS)
 
 
+def test_what_is_complete_before_a_crash_is_kept(tmp_path: Path) -> None:
+    from megatron_attn2d.inference.completions import Request, _written
+    from megatron_attn2d.inference.generator import Completion
+
+    output, console = tmp_path / "found.jsonl", io.StringIO()
+    output.write_text("of an earlier run\n")
+    request = Request(mock.Mock(), ["a", "b"], Sampling(), 1, 1, str(output))
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(ZeroDivisionError))
+        write = stack.enter_context(_written(request, console))
+        write("a", Completion("x", [1], [-0.5], "length"))
+        (line,) = (tmp_path / "found.jsonl.new").read_text().splitlines()
+        1 / 0  # noqa: B018  # the crash
+    assert json.loads(line) == {"prompt": "a", "text": "x", "tokens": [1], "logprobs": [-0.5], "stop_reason": "length"}
+    assert console.getvalue() == f"-- 1 of 2 completions are in {output}.new\n"
+    assert output.read_text() == "of an earlier run\n"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--prompt", ""], "prompt 0: empty; give a text of one character"),
+        (["--prompt", "a\udcff"], "prompt 0: no character at place 1; give a text in UTF-8"),
         (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: choose more than 0"),
         (["--prompt", "a", "--max-tokens", "0"], "--max-tokens 0: choose 1 or more"),
         (["--prompt", "a", "--batch", "0"], "--batch 0: choose 1 or more"),
         (["--prompt", "a", "--step", "9"], "no complete checkpoint of step 9; there are 1"),
         (["--prompt", "a", "-o", "none/e.jsonl"], "--output none/e.jsonl: there is no directory none"),
         (["--prompt", "a", "-o", "."], "--output .: a directory; name a file"),
+        (["--prompts", "good.jsonl", "-o", "./good.jsonl"], "--output ./good.jsonl: holds the prompts; choose another"),
         (["--prompts", "bad.jsonl"], "bad.jsonl, line 2: not a JSON object"),
         (["--prompts", "number.jsonl"], "number.jsonl, line 1: the prompt is a int; give a text"),
         (["--prompts", "empty.jsonl"], "empty.jsonl: empty; give a line"),
@@ -56,6 +81,7 @@ def test_prompts_of_a_file_are_completed(trained: Path, in_pool: None, tmp_path:
 )
 def test_mistakes_are_named(words: list[str], message: str, trained: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "a"}\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n')
     (tmp_path / "number.jsonl").write_text('{"prompt": 7}\n')
     (tmp_path / "empty.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
@@ -90,13 +116,31 @@ def test_the_api_of_one_process(pool: RankPool, trained: Path) -> None:
 
 
 def _use(args: list[str]) -> None:
-    from megatron_attn2d.inference.generator import Generator
+    from megatron_attn2d.inference.generator import Completion, Generator
 
-    with Generator.load(args[0], ["parallelism.tensor=1"], step=1, chunk=8) as generator:
+    with Generator.load(args[0], ["parallelism.tensor=1"], step=1, batch=1, chunk=8) as generator:
         encode, greedy = generator.tokenizer.encode, Sampling(4, ignore_end=True)
         text = encode("one haystack, many questions")
         asked = [encode("a"), encode("bcd")]
-        whole = generator.generate([text + question for question in asked], greedy)
+        caches: list[Any] = []
+
+        def new_cache(*of: Any) -> Any:
+            assert all(cache() is None for cache in caches), "one batch's cache is gone before the next one's is made"
+            made = type(generator._model).new_cache(generator._model, *of)
+            caches.append(weakref.ref(made))
+            return made
+
+        told: list[Any] = []
+        with mock.patch.object(generator._model, "new_cache", new_cache):
+            whole = generator.generate(
+                [text + question for question in asked],
+                greedy,
+                lambda i, new: told.append(i),
+                on_completion=lambda i, completion: told.append(completion),
+            )
+        assert len(caches) == 2
+        assert [one for one in told if isinstance(one, Completion)] == whole
+        assert told.index(whole[0]) < told.index(1), "a completion is handed over before the next batch begins"
         shown: dict[int, str] = {0: "", 1: ""}
         cache = generator.prefill([text])
         shared = generator.generate(asked, greedy, lambda i, new: shown.update({i: shown[i] + new}), after=cache)
@@ -123,6 +167,14 @@ def _use(args: list[str]) -> None:
 
         after = cache.snapshot()
         generator.extend(cache, [encode("more")])
+        with mock.patch.object(generator._model, "free_bytes", return_value=200_000):
+            with pytest.raises(UsageError, match="has to grow for 10,000 more, which takes") as refused:
+                generator.extend(cache, [[1] * 10_000])
+            fits = int(re.search("choose ([0-9]+) more tokens per text", str(refused.value))[1])  # type: ignore[index]
+            with pytest.raises(UsageError, match=f"choose {fits} more tokens per text"):
+                generator._room.make(cache, [fits + 1], 0)
+            generator._room.make(cache, [fits], 0)
+        assert cache.lengths == [len(text) + 4]
         later = cache.snapshot()
         cache.roll_back(after)
         with pytest.raises(ValueError, match="the snapshot holds tokens that the cache has forgotten"):
@@ -141,4 +193,11 @@ def _use(args: list[str]) -> None:
             ),
         ):
             generator.generate([[1] * 1000], Sampling(1))
+
+        next(generator._model._chunk.parameters()).data[7] = math.nan  # token 7 of embedding and output
+        for sampling in (Sampling(2), Sampling(2, temperature=1.0)):
+            with pytest.raises(UsageError, match="prompt 0, new token 1: the model's logits are not finite"):
+                generator.generate([[1]], sampling)
+        with pytest.raises(UsageError, match="text 0: the model's logits are not finite"):
+            generator.score([[1, 1]])
     assert os.environ["WORLD_SIZE"] == "1"

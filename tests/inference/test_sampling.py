@@ -1,16 +1,11 @@
-"""Which token is drawn, and what of a text may be shown."""
+"""Which token is drawn."""
 
 from collections import Counter
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from megatron_attn2d.config.schema import Data
-from megatron_attn2d.data import tokenizers
 from megatron_attn2d.inference.sampling import Sampling, choose, generators_of
-from megatron_attn2d.inference.text import TextStream, Tokenizer
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 CPU = torch.device("cpu")
@@ -69,44 +64,3 @@ def test_a_prompt_draws_the_same_wherever_it_stands_in_a_batch() -> None:
 def test_values_out_of_range_are_named(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         Sampling(**wrong)
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "shown", "whole"),
-    [
-        ("abc", (), ["a", "b", "c"], "abc"),
-        ("aéz", (), ["a", "", "é", "z"], "aéz"),
-        ("ab\n\nc", ("\n\n",), ["a", "b", "", ""], "ab"),
-        ("ab\nc", ("\n\n",), ["a", "b", "", "\nc"], "ab\nc"),
-        ("abcd", ("bcd", "c"), ["a", "", "b"], "ab"),
-        ("ab", ("bc",), ["a", ""], "ab"),
-        ("abéz", ("bé",), ["a", "", "", ""], "a"),
-    ],
-)
-def test_text_is_shown_as_far_as_it_is_sure(text: str, stop: tuple[str, ...], shown: list[str], whole: str) -> None:
-    stream = TextStream(lambda tokens: bytes(tokens).decode(errors="replace"), stop)
-    found = []
-    for byte in text.encode():
-        found.append(stream.add(byte))
-        if stream.stopped:
-            break
-    assert found == shown
-    assert stream.text == whole
-    assert "".join(found) + stream.rest() == whole
-
-
-def test_a_text_that_goes_on_has_no_token_that_begins_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Llama's tokenizer puts one before every text."""
-    library = SimpleNamespace(eod=9, vocab_size=300, encode=lambda text: np.array([8, *text.encode(), 9]))
-    monkeypatch.setattr(tokenizers, "load", lambda choice: library)
-    tokenizer = Tokenizer(Data(vocab_size=512, null_tokenizer_eod_id=256))
-    assert tokenizer.encode("ab") == [8, 97, 98]
-    assert tokenizer.encode("ab", begins=False) == [97, 98]
-
-
-def test_a_token_is_decoded_after_the_one_before_it() -> None:
-    """As some tokenizers write a space before a token that is not the first."""
-    stream = TextStream(lambda tokens: " ".join(map(str, tokens)), ("4 5",))
-    assert [stream.add(token) for token in (1, 22, 3, 4, 5)] == ["1", " 22", " 3", " ", ""]
-    assert stream.stopped
-    assert stream.text == "1 22 3 "

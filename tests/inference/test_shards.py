@@ -54,3 +54,4 @@ def test_capacity_is_what_the_fullest_rank_needs() -> None:
     assert shards.capacity([1, 5], 0, 8, 4) == 2
     assert shards.capacity([1], 100, 8, 4) == 26
     assert shards.capacity([1000], 0, 64, 1) == 1000
+    assert shards.capacity([4], 3, 8, 2, [[6, 2]]) == 8  # two more each, and the three go to the emptier rank
