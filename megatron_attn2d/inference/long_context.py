@@ -1,7 +1,8 @@
 """How well a checkpoint uses a long context: tasks of `tasks.catalogue` and perplexity, scored on context ranks.
 
 A haystack's keys and values are cached once; its questions follow one after the other, each rolled back after its
-answer. All ranks make the same haystacks and the same answers; rank 0 tells and writes them.
+answer. Data-parallel replicas share the haystacks and windows; the ranks of a replica make the same ones and the same
+answers. All answers are gathered after each round of one haystack per replica; rank 0 tells and writes them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TextIO
@@ -176,68 +178,94 @@ class Fitted:
         return 2 * len(self.tokens(question.solution)) + _MORE_TOKENS
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One haystack with its questions, or one window of the data set."""
+
+    context: int
+    sample: int
+    task: Task | None
+    """None: a window for `perplexity`."""
+
+
 def evaluate(generator: Generator, request: Request, console: TextIO | None) -> dict[str, Any]:
-    """The result as it is written; `console` is told how far it is.
+    """The result as it is written; `console` is told how far it is. Every rank calls, and gets the same.
 
     Raises:
         UsageError: a context is too short for a task, or too long for the model's positions or the ranks' memory.
     """
     generator.check_length(max(request.contexts))  # before the first is filled in
     fitted = Fitted(generator.tokenizer, request.seed)
-    tasks = tasks_of(request)
-    windows = request.samples if "perplexity" in request.tasks else 0
-    per_token = len(tasks) * request.samples + windows
-    progress = Progress(console, sum(request.contexts) * per_token)
+    makes: list[Task | None] = [*tasks_of(request), *([None] if "perplexity" in request.tasks else [])]
+    jobs = [
+        _Job(context, sample, task)
+        for context in request.contexts
+        for task in makes
+        for sample in range(request.samples)
+    ]
+    progress = Progress(console, sum(job.context for job in jobs))
     answers: list[Answer] = []
     perplexity: dict[str, dict[str, float]] = {}
-    for context in request.contexts:
-        for task in tasks:
-            scores: list[float] = []
-            for sample in range(request.samples):
-                new = list(_answers(generator, fitted, task, context, sample))
-                answers += new
-                scores += [answer.score for answer in new]
-                at = "" if (depth := depth_of(task)) is None else f" at depth {depth:.0%}"
-                line = f"{task.name}, {context:,} tokens{at}: {fmean(scores):.0%}"
-                progress.add(context, line, complete=sample == request.samples - 1)
-        if windows:
-            assert request.data is not None, "the command line has asked for it"
-            perplexity[str(context)] = _perplexity(generator, request.data, context, windows)
-            line = f"perplexity, {context:,} tokens: {perplexity[str(context)]['perplexity']:.3f}"
-            progress.add(context * windows, line, complete=True)
+    scores: list[float] = []
+    losses: list[list[float]] = []
+    for begin in range(0, len(jobs), generator.replicas):
+        mine = begin + generator.replica
+        found = {mine: _done(generator, fitted, request, jobs[mine])} if mine < len(jobs) else {}
+        for place, result in sorted(generator.gathered(found).items()):
+            job = jobs[place]
+            if job.sample == 0:
+                scores, losses = [], []
+            if job.task is None:
+                losses += [result] if result else []
+                perplexity[str(job.context)] = _perplexity(losses)
+                line = f"perplexity, {job.context:,} tokens: {perplexity[str(job.context)]['perplexity']:.3f}"
+            else:
+                answers += result
+                scores += [answer.score for answer in result]
+                at = "" if (depth := depth_of(job.task)) is None else f" at depth {depth:.0%}"
+                line = f"{job.task.name}, {job.context:,} tokens{at}: {fmean(scores):.0%}"
+            progress.add(job.context, line, complete=job.sample == request.samples - 1)
     return summary(request, answers, perplexity)
 
 
-def _answers(generator: Generator, fitted: Fitted, task: Task, context: int, sample: int) -> Iterator[Answer]:
+def _done(generator: Generator, fitted: Fitted, request: Request, job: _Job) -> list[Any]:
+    """The answers to a haystack's questions, or the loss of each token of a window, as this replica finds them."""
+    if job.task is not None:
+        return _answers(generator, fitted, job.task, job.context, job.sample)
+    from megatron_attn2d.training.evaluation import windows
+
+    assert request.data is not None, "the command line has asked for it"
+    for window in islice(windows(request.data, job.context), job.sample, job.sample + 1):
+        (logprobs,) = generator.score([window["tokens"][0].tolist()], shared=False)
+        return [-logprob for logprob in logprobs]
+    return []  # the data set has fewer windows
+
+
+def _answers(generator: Generator, fitted: Fitted, task: Task, context: int, sample: int) -> list[Answer]:
     from megatron_attn2d.inference.sampling import Sampling
 
     made = fitted.haystack(task, context, sample)
     room = max(len(fitted.tokens(question.text)) + fitted.answer_tokens(question) for question in made.questions)
     cache = generator.prefill([fitted.tokens(made.text, begins=True)], room=room)
+    found = []
     for question in made.questions:
         sampling = Sampling(max_tokens=fitted.answer_tokens(question), stop=(_NEXT_QUESTION,))
-        (completion,) = generator.generate([fitted.tokens(question.text)], sampling, after=cache)
+        asked = [fitted.tokens(question.text)]
+        (completion,) = generator.generate(asked, sampling, after=cache, shared=False)
         said = completion.text
         depth = question.depth if depth_of(task) is None else depth_of(task)
-        yield Answer(
-            task.name, context, sample, depth, question.text, list(question.answers), said, question.score(said)
+        found.append(
+            Answer(task.name, context, sample, depth, question.text, list(question.answers), said, question.score(said))
         )
+    return found
 
 
-def _perplexity(generator: Generator, prefix: Path, context: int, most: int) -> dict[str, float]:
-    """Of windows of the data set: over all tokens, and over the last quarter of each window."""
-    from megatron_attn2d.training.evaluation import windows
-
-    losses: list[float] = []
-    last: list[float] = []
-    number = 0
-    for window, _ in zip(windows(prefix, context), range(most), strict=False):
-        (logprobs,) = generator.score([window["tokens"][0].tolist()])
-        losses += [-logprob for logprob in logprobs]
-        last += [-logprob for logprob in logprobs[-max(1, context // 4) :]]
-        number += 1
+def _perplexity(windows: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Of the losses of windows' tokens: over all, and over the last quarter of each window."""
+    losses = [loss for window in windows for loss in window]
+    last = [loss for window in windows for loss in window[-max(1, (len(window) + 1) // 4) :]]
     return {
-        "windows": number,
+        "windows": len(windows),
         "loss": fmean(losses),
         "perplexity": math.exp(fmean(losses)),
         "perplexity_of_last_quarter": math.exp(fmean(last)),

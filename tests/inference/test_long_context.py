@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,8 +35,13 @@ class Oracle:
 
     tokenizer = Bytes()
 
-    def __init__(self, sees: int) -> None:
+    def __init__(self, sees: int, replica: int = 0, meet: Callable[[dict[int, Any]], list[Any]] | None = None) -> None:
         self.sees, self.prefilled, self.asked = sees, 0, 0
+        self.replica, self.replicas = replica, 2 if meet else 1
+        self._meet = meet or (lambda found: [found])
+
+    def gathered(self, found: dict[int, Any]) -> dict[int, Any]:
+        return {place: one for part in self._meet(found) for place, one in part.items()}
 
     def check_length(self, tokens: int) -> None:
         if tokens > 5000:
@@ -45,8 +52,9 @@ class Oracle:
         self.prefilled += 1
         return SimpleNamespace(text=self.tokenizer.decode(prompts[0]), room=room)
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, *, after: Any) -> list[Any]:
+    def generate(self, prompts: list[list[int]], sampling: Sampling, *, after: Any, shared: bool) -> list[Any]:
         (prompt,) = prompts
+        assert not shared
         self.asked += 1
         assert 256 not in prompt
         assert len(prompt) + sampling.max_tokens <= after.room
@@ -79,6 +87,30 @@ def test_scores_by_depth_and_context(tmp_path: Path) -> None:
     head, _, *rows = table(result).splitlines()
     assert head.split() == ["1,000", "4,000"]
     assert rows[0].split() == ["needle", "100.0", "66.7"]
+
+
+def test_replicas_share_the_haystacks(tmp_path: Path) -> None:
+    asked = request(tmp_path, samples=1, tasks=("needle",), contexts=(1000,))  # three: an odd number
+    barrier = Barrier(2, timeout=60)
+    parts: dict[int, Any] = {}
+    results: dict[int, Any] = {}
+
+    def run(replica: int) -> Oracle:
+        def meet(found: dict[int, Any]) -> list[Any]:
+            barrier.wait()
+            parts[replica] = found
+            barrier.wait()
+            return list(parts.values())
+
+        oracle = Oracle(2500, replica, meet)
+        results[replica] = evaluate(oracle, asked, None)  # type: ignore[arg-type]
+        return oracle
+
+    with ThreadPoolExecutor() as threads:
+        oracles = list(threads.map(run, range(2)))
+    assert [oracle.prefilled for oracle in oracles] == [2, 1]
+    alone = evaluate(Oracle(2500), asked, None)  # type: ignore[arg-type]
+    assert results == {0: alone, 1: alone}
 
 
 def test_questions_share_a_haystack(tmp_path: Path) -> None:

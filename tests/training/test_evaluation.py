@@ -241,6 +241,12 @@ def test_stages_of_training_alone_are_left_out(
     assert {name: value for name, value in run.megatron_args.items() if value is not None} == left
 
 
+def test_a_run_on_made_up_data_is_evaluated_on_any(run_dir: Path, tmp_path: Path) -> None:
+    made_up = ("data.paths=[]", "data.mock=true", "data.vocab_size=1000", "data.null_tokenizer_eod_id=null")
+    (tmp_path / "config.yaml").write_text(resolved_yaml(load_run(run_dir / "config.yaml", made_up)))
+    assert evaluate.configuration(tmp_path, 64, []).data.vocab_size == 1000
+
+
 def test_a_key_and_a_set_of_another_tokenizer(run_dir: Path, in_pool: None, tmp_path: Path, capsys) -> None:
     lines = tmp_path / "a.jsonl"
     lines.write_text(json.dumps({"body": "Ring attention passes every key by every rank. " * 20}) + "\n")
@@ -255,9 +261,7 @@ def test_a_key_and_a_set_of_another_tokenizer(run_dir: Path, in_pool: None, tmp_
 def test_tasks_score_alike_on_any_grid(run_dir: Path, in_pool: None, text: Path, tmp_path: Path, capsys) -> None:
     tasks = {"tasks": "needle perplexity fwe", "context": "600 400", "depths": 2, "samples": 1, "digits": 2}
     one = evaluated(run_dir, text, tmp_path / "one.json", **tasks)
-    grid = evaluated(
-        run_dir, text, tmp_path / "grid.json", "context_parallel.size=2", "context_parallel.grid=auto", **tasks
-    )
+    grid = evaluated(run_dir, text, tmp_path / "grid.json", "context_parallel.size=2", "parallelism.data=2", **tasks)
     assert grid["answers"] == one["answers"]
     assert [(answer["task"], answer["context"]) for answer in one["answers"]] == [
         (task, context) for context in (400, 600) for task in ("needle", "needle", "fwe")
