@@ -6,6 +6,7 @@ exactly the asked size for each call, so a test of three ranks and one of eight 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -131,6 +132,7 @@ def _worker(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is no garbage, and each training looks for some
     while True:
         try:
             call = connection.recv()

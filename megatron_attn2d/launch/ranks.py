@@ -5,6 +5,7 @@ On a cluster torchrun or Slurm start the ranks instead, and nothing here is need
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -28,6 +29,7 @@ PRELOAD: tuple[str, ...] = (
     "megatron.training.arguments",
     "megatron.training.training",
     "megatron.core.datasets.gpt_dataset",
+    "megatron.core.tokenizers.text",
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron_attn2d.megatron.layer_spec",
     "megatron_attn2d.training.pretrain_gpt",
@@ -118,6 +120,7 @@ def _preload() -> None:
     """Imports `PRELOAD`; what follows from libraries that Megatron misses is in the log."""
     for module in PRELOAD:
         quiet_import(module)
+    gc.freeze()  # what was imported is no garbage: a rank that looked through it would copy its memory
 
 
 def _run_rank(

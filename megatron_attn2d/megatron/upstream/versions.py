@@ -6,14 +6,16 @@ rest of the package knows one name. docs/next_versions.md lists what moves next.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Mapping
 
 from megatron_attn2d.megatron.upstream.patching import UpstreamChangedError
 
 
+@functools.cache
 def minor() -> str:
-    """The installed minor version, "0.19"."""
+    """The installed minor version, "0.19"; looked up once, as each batch asks for it."""
     return ".".join(importlib.metadata.version("megatron-core").split(".")[:2])
 
 

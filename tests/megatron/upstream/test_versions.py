@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,14 @@ import pytest
 from megatron_attn2d.megatron import refusals
 from megatron_attn2d.megatron.upstream import versions
 from megatron_attn2d.megatron.upstream.patching import UpstreamChangedError
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    """The version is looked up anew in each test, and after the last."""
+    versions.minor.cache_clear()
+    yield
+    versions.minor.cache_clear()
 
 
 @pytest.mark.parametrize(("installed", "found"), [("0.19.2", 19), ("0.20.0rc1", 20), ("0.20.1", 20)])
