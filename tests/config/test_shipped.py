@@ -27,8 +27,13 @@ found, held = {}, {}
 with compat.applied_fixes(), cpu.seam(), contextlib.redirect_stdout(io.StringIO()):
     from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+    from megatron.training import argument_utils
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training import argument_utils
     from megatron.training.arguments import parse_args, validate_args
     from megatron_attn2d.training.own_arguments import add_own_arguments
+    # Help texts, for which upstream reads its own sources at every parsing.
+    argument_utils.ArgumentGroupFactory._get_field_docstrings = lambda *given: {}
     for path in sys.argv[1:]:
         for mode in ("attention2d", "ring"):
             # FP8 needs Transformer Engine, which is not installed here.

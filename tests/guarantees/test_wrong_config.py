@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,10 @@ from megatron_attn2d.config.schema import RunConfig
 from megatron_attn2d.config.yaml_io import dump
 from megatron_attn2d.preview import memory
 from megatron_attn2d.preview.topology import picture
-from tests.config.test_config import BASE, FILES_REFUSED, REFUSED, split_overrides
+from tests.config.base import BASE, split_overrides
+from tests.config.refused import REFUSED
+from tests.config.refused.files import ABSENT, CONTENTS
 
-ABSENT = {
-    "data.paths=[nowhere]": "data.paths = 'nowhere': nowhere.bin and nowhere.idx are not both there; build it: ...",
-    "data.paths={nowhere: 0.5}": "data.paths = 'nowhere': nowhere.bin and nowhere.idx are not both there; ...",
-    "data.mock=true data.tokenizer_type=SentencePieceTokenizer data.tokenizer_model=nowhere": (
-        "data.tokenizer_model = 'nowhere': there is no such file or folder; name one on local disk"
-    ),
-    "data.mock=true checkpoint.load=nowhere": (
-        "checkpoint.load = 'nowhere': there is no checkpoint in it, as it holds no latest_checkpointed_iteration.txt; "
-        "name the folder that another run saves to, or null"
-    ),
-    "data.mock=true run.dir=/proc/run": "run.dir = '/proc/run': can't be made a directory (...",
-    "data.mock=true run.dir=run.yaml": "run.dir = 'run.yaml': can't be made a directory (File exists); choose another",
-    "data.dir=run.yaml/data": "data.dir = 'run.yaml/data': can't be made a directory (Not a directory); ...",
-}
-"""What only the files of this machine tell: overrides of BASE -> the message, as in REFUSED."""
 WITHOUT_DEVICES = "data.mock=true environment.device=cuda"
 
 # Every case in one new interpreter; says what each took and printed, and what was imported in the end.
@@ -73,32 +61,62 @@ def interpreter(*args: str, given: str = "", cwd: Path) -> tuple[subprocess.Comp
     return result, usage.ru_utime + usage.ru_stime
 
 
-def test_every_mistake_ends_train_at_once_with_its_message_alone_before_torch_is_imported(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(BASE)
-    table = {("run.yaml", *split_overrides(overrides)): message for overrides, message in (REFUSED | ABSENT).items()}
-    for number, (content, message) in enumerate(FILES_REFUSED.items()):
-        path = tmp_path / f"{number}.yaml"
-        path.write_text(content.replace("run.yaml", path.name))
-        table[(path.name,)] = "..." + message.replace("run.yaml", path.name)
-    assert len(table) > 120
-    cases = [["train", run, *(word if "=" in word else f" {word}" for word in overrides)] for run, *overrides in table]
-    result, seconds = interpreter("-c", SCRIPT, given=json.dumps(cases), cwd=tmp_path)
+MISTAKES = {("run.yaml", *split_overrides(overrides)): message for overrides, message in (REFUSED | ABSENT).items()}
+for number, message in enumerate(CONTENTS.values()):
+    MISTAKES[(f"{number}.yaml",)] = "..." + message.replace("run.yaml", f"{number}.yaml")
+"""Arguments of `train` -> the message; an ellipsis stands for what is not compared."""
+
+
+@dataclass
+class Answers:
+    """What `train` does about each of the mistakes, in one new interpreter."""
+
+    codes_and_texts: dict[tuple[str, ...], tuple[int, str]]
+    slowest: float
+    """Seconds of CPU from the start of the interpreter to the end of the slowest case, if that came first."""
+    imported: list[str]
+    files: set[str]
+    """In the working directory afterwards."""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    directory = tmp_path_factory.mktemp("mistakes")
+    (directory / "run.yaml").write_text(BASE)
+    for number, content in enumerate(CONTENTS):
+        (directory / f"{number}.yaml").write_text(content.replace("run.yaml", f"{number}.yaml"))
+    cases = [["train", run, *(word if "=" in word else f" {word}" for word in words)] for run, *words in MISTAKES]
+    result, seconds = interpreter("-c", SCRIPT, given=json.dumps(cases), cwd=directory)
     assert result.returncode == 0, result.stderr
-    answers, imported = json.loads(result.stdout)
-    assert imported == [], "a process group needs torch"
-    taken = [own for _, _, own in answers]
-    assert seconds - sum(taken) + max(taken) < 5, "start-up of the interpreter, and the slowest case"
-    for given_, (code, said, _) in zip(table, answers, strict=True):
-        message, expected = said.removesuffix("\n").removeprefix("megatron-attn2d: "), table[given_]
-        assert code == 2, given_
-        assert "Traceback" not in said
-        if expected.startswith("..."):
-            assert expected.removeprefix("...") in message
-        elif expected.endswith("..."):
-            assert message.startswith(expected.removesuffix("...")), message
-        else:
-            assert message.strip() == expected
-    assert not (tmp_path / "pwned").exists()
+    found, imported = json.loads(result.stdout)
+    taken = [own for _, _, own in found]
+    return Answers(
+        {case: (code, text) for case, (code, text, _) in zip(MISTAKES, found, strict=True)},
+        seconds - sum(taken) + max(taken),
+        imported,
+        {path.name for path in directory.iterdir()},
+    )
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: " ".join(case[1:] or case)[:60])
+def test_a_mistake_ends_train_with_its_message_alone(case: tuple[str, ...], answers: Answers) -> None:
+    code, text = answers.codes_and_texts[case]
+    message, expected = text.removesuffix("\n").removeprefix("megatron-attn2d: "), MISTAKES[case]
+    assert code == 2
+    assert "Traceback" not in text
+    if expected.startswith("..."):
+        assert expected.removeprefix("...") in message
+    elif expected.endswith("..."):
+        assert message.startswith(expected.removesuffix("..."))
+    else:
+        assert message.strip() == expected
+
+
+def test_mistakes_end_train_at_once_and_before_torch_is_imported(answers: Answers) -> None:
+    assert len(MISTAKES) > 120
+    assert answers.imported == [], "a process group needs torch"
+    assert answers.slowest < 5
+    assert "pwned" not in answers.files
 
 
 @pytest.mark.parametrize("overrides", ["model.num_layers=x", WITHOUT_DEVICES])
