@@ -29,8 +29,6 @@ with compat.applied_fixes(), cpu.seam(), contextlib.redirect_stdout(io.StringIO(
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
     from megatron.training import argument_utils
     from megatron.training.arguments import parse_args, validate_args
-    from megatron.training import argument_utils
-    from megatron.training.arguments import parse_args, validate_args
     from megatron_attn2d.training.own_arguments import add_own_arguments
     # Help texts, for which upstream reads its own sources at every parsing.
     argument_utils.ArgumentGroupFactory._get_field_docstrings = lambda *given: {}

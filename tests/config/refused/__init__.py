@@ -10,14 +10,27 @@ from tests.config.refused import (
     data,
     graphs,
     layers,
+    machines,
     megatron_args,
-    model,
+    model_sizes,
     parallelism,
     spelling,
-    training,
+    step,
 )
 
-TABLES = (spelling, model, training, parallelism, context, data, checkpoint, layers, megatron_args, graphs)
+TABLES = (
+    spelling,
+    model_sizes,
+    layers,
+    parallelism,
+    context,
+    machines,
+    step,
+    graphs,
+    data,
+    checkpoint,
+    megatron_args,
+)
 REFUSED: dict[str, str] = {}
 for table in TABLES:
     assert not REFUSED.keys() & table.REFUSED.keys(), "a mistake stands in two tables"

@@ -1,7 +1,6 @@
-"""Axes other than the context, and the world that all of them make."""
+"""Tensor, pipeline, sequence and expert parallelism."""
 
 REFUSED = {
-    # axes
     "parallelism.tensor=3": (
         "parallelism.tensor = 3: does not divide model.num_attention_heads = 4; choose one of 1, 2, 4"
     ),
@@ -41,19 +40,5 @@ REFUSED = {
     ),
     "megatron_args.num_layers_per_virtual_pipeline_stage=1 training.micro_batch_size=4": (
         "training.global_batch_size = 4: 1 micro-batches per replica, the interleaved schedule needs ..."
-    ),
-    # world
-    "environment.gpus_per_node=8": "environment.gpus_per_node = 8: environment.device = cpu has no GPUs; choose null",
-    "environment.nodes=2": "environment.nodes = 2: CPU ranks run on one machine; choose 1",
-    "environment.device=cuda environment.nodes=2": (
-        "environment.nodes = 2: environment.gpus_per_node is not given; set that too, or leave out both"
-    ),
-    "environment.device=cuda environment.gpus_per_node=6": (
-        "world size = 6: not a multiple of tensor * pipeline * context = 1 * 2 * 4 = 8 ranks; "
-        "choose 8 ranks, or other sizes"
-    ),
-    "environment.device=cuda environment.gpus_per_node=8 parallelism.data=2": (
-        "parallelism.data = 2: with 8 ranks per replica that is 16 ranks, but there are 8; "
-        "choose 1, or null to derive it"
     ),
 }
