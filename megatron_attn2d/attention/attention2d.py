@@ -258,6 +258,7 @@ class GridSchedule:
         """The schedule of the calling process."""
         plan, row, column = axes(grid, call.sequences.mask(call.band), call.label)
         tile = Tile(plan, call.sequences, call.band, grid.rank)
+        tile.order_rows()
         return cls(call, tile, TileAxis(row, tile), TileAxis(column, tile), overlap_groups)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ Legend: J sequences, n tokens of a chunk of all of them together.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -261,22 +262,33 @@ class Packing:
         """[J], tokens of a chunk before those of each sequence."""
         return self.made("offsets", lambda: self.chunks.cumsum(0) - self.chunks)
 
+    def order_rows(self, *counts: int) -> None:
+        """Make the orders of rows of so many chunks, each of these numbers; on a GPU by one launch."""
+        missing = [slots for slots in dict.fromkeys(counts) if slots and ("rows", slots) not in self._made]
+        if not missing:
+            return
+        offsets, chunks = self._on_device
+        if on_gpu(offsets):
+            from megatron_attn2d.attention.kernels.triton.orders import row_orders
+
+            orders = row_orders(offsets, chunks, self.tokens, missing)
+        else:
+            orders = [self._row_order(slots) for slots in missing]
+        self._made.update({("rows", slots): order for slots, order in zip(missing, orders, strict=True)})
+
     def _rows(self, slots: int) -> tuple[Tensor, Tensor]:
         """`slot_rows` and `sequence_rows`."""
+        self.order_rows(slots)
+        rows: tuple[Tensor, Tensor] = self._made["rows", slots]
+        return rows
 
-        def rows() -> tuple[Tensor, Tensor]:
-            offsets, chunks = self._on_device
-            if on_gpu(offsets):
-                from megatron_attn2d.attention.kernels.triton.orders import row_orders
-
-                return row_orders(offsets, chunks, self.tokens, slots)
-            offset, chunk = self._of_each_row()
-            first = torch.arange(self.tokens, device=self.device) + (slots - 1) * offset
-            there = (first + torch.arange(slots, device=self.device)[:, None] * chunk).flatten().int()
-            here = torch.arange(len(there), device=self.device, dtype=torch.int32)
-            return there, torch.empty_like(there).scatter_(0, there.long(), here)
-
-        return self.made(("rows", slots), rows)
+    def _row_order(self, slots: int) -> tuple[Tensor, Tensor]:
+        """The same, made by torch."""
+        offset, chunk = self._of_each_row()
+        first = torch.arange(self.tokens, device=self.device) + (slots - 1) * offset
+        there = (first + torch.arange(slots, device=self.device)[:, None] * chunk).flatten().int()
+        here = torch.arange(len(there), device=self.device, dtype=torch.int32)
+        return there, torch.empty_like(there).scatter_(0, there.long(), here)
 
     @property
     def _on_device(self) -> tuple[Tensor, Tensor]:
@@ -307,10 +319,10 @@ class Packing:
             reach: Steps = ((whole, whole),)
             return Mask(band, self.ranks) if band in (FULL, CAUSAL) else Mask(band, self.ranks, None, reach, reach)
         chunks, lengths = np.asarray(self.chunks), np.asarray(self.lengths)
-        used = _ceil(lengths, chunks)
         if band in (FULL, CAUSAL):
-            most = int(used.max())
+            most = int(_ceil(lengths, chunks).max()) if self.padded else whole
             return Mask(band, self.ranks, None if most == whole else most)
+        used = _ceil(lengths, chunks)
         back, ahead = (_steps(used, np.full_like(chunks, whole) if s is None else _ceil(s, chunks)) for s in band)
         return Mask(band, self.ranks, None, back, ahead)
 
@@ -326,15 +338,18 @@ def _on_host(
 ) -> Packing:
     unit = 2 * ranks
     lengths = _steps_between("cu_seqlens", totals)
-    padded_lengths = lengths if padded is totals else _steps_between("cu_seqlens_padded", padded)
+    places = lengths if padded is totals else _steps_between("cu_seqlens_padded", padded)
     if len(totals) != len(padded) or len(totals) < 2 or totals[0] != 0 or padded[0] != 0:
         raise ValueError(f"cu_seqlens {_short(totals)} and cu_seqlens_padded {_short(padded)} don't fit")
-    for i in np.flatnonzero((lengths < 0) | (lengths > padded_lengths))[:1].tolist():
-        raise ValueError(f"packed sequence {i} has {lengths[i]} tokens, but {padded_lengths[i]} in cu_seqlens_padded")
-    for i in np.flatnonzero(np.mod(padded_lengths, unit))[:1].tolist():
-        lower = int(padded_lengths[i]) // unit * unit
+    if lengths.min() < 0 or (lengths > places).any():
+        i = int(np.argmax((lengths < 0) | (lengths > places)))
+        raise ValueError(f"packed sequence {i} has {lengths[i]} tokens, but {places[i]} in cu_seqlens_padded")
+    chunks = places // unit
+    if (chunks * unit != places).any():
+        i = int(np.argmax(chunks * unit != places))
+        lower = int(chunks[i]) * unit
         raise ValueError(
-            f"packed sequence {i} takes {padded_lengths[i]} tokens, no multiple of 2 * cp = {unit}: pad it to "
+            f"packed sequence {i} takes {places[i]} tokens, no multiple of 2 * cp = {unit}: pad it to "
             f"{lower + unit} (cu_seqlens_padded){f' or cut it to {lower}' if lower else ''}"
         )
     rest = tokens - padded[-1]
@@ -342,30 +357,25 @@ def _on_host(
         raise ValueError(
             f"packed sequences take {padded[-1]} of {tokens} tokens: what is left must be a multiple of 2 * cp = {unit}"
         )
-    lengths, padded_lengths = np.append(lengths, 0), np.append(padded_lengths, rest)
-    taken = padded_lengths > 0  # sequences of no length are legal, and are nothing
-    if not taken.any():
+    if rest:
+        chunks, lengths = np.append(chunks, rest // unit), np.append(lengths, 0)
+    if not chunks.all():  # sequences of no length are legal, and are nothing
+        taken = chunks > 0
+        chunks, lengths = chunks[taken], lengths[taken]
+    if not len(chunks):
         raise ValueError(f"cu_seqlens {_short(totals)} pack no token")
-    lengths, padded_lengths = lengths[taken], padded_lengths[taken]
-    chunks = padded_lengths // unit
     return Packing(
-        chunks,
-        lengths,
-        ranks,
-        tokens // unit,
-        int(chunks.max()),
-        bool((lengths != padded_lengths).any()),
-        device,
-        (totals, padded),
+        chunks, lengths, ranks, tokens // unit, int(chunks.max()), totals[-1] < tokens, device, (totals, padded)
     )
 
 
 def _steps_between(name: str, totals: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    if not set(map(type, totals)) <= {int} and any(
-        isinstance(total, Tensor) or not hasattr(total, "__index__") for total in totals
-    ):
-        raise ValueError(f"{name} must hold running totals of tokens, as int: got {list(totals[:8])}")
-    numbers = np.array(totals, dtype=np.int64)
+    try:
+        if any(isinstance(total, Tensor) for total in (*totals[:2], *totals[-1:])):
+            raise TypeError("a tensor would be waited for")
+        numbers = np.frombuffer(array("q", totals), dtype=np.int64)  # refuses 1.5, which NumPy takes for 1
+    except (TypeError, OverflowError):
+        raise ValueError(f"{name} must hold running totals of tokens, as int: got {list(totals[:8])}") from None
     return numbers[1:] - numbers[:-1]
 
 

@@ -2,13 +2,15 @@
 
 A segment is a run of query rows and a run of key rows of two flat buffers. Packed sequences, padding and windows make
 many segments. Their number changes the size of a table and never the number of kernel calls.
+
+Tables that the host makes belong to a `Batch`: one copy brings all of a batch to the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +46,8 @@ class Segments:
         band: who sees whom within each segment. Every row of a segment sees a key.
         most_q, most_k: upper bounds of the lengths; they need no synchronisation.
         host: the segments as numbers of the host, for reading; None where only the device knows them.
+        batch: the tables that the host made together with this one; None as for `host`.
+        number: of this table in the batch.
     """
 
     columns: Callable[[], Columns]
@@ -51,6 +55,8 @@ class Segments:
     most_q: int
     most_k: int
     host: Numbers | None = None
+    batch: Batch | None = None
+    number: int = 0
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -80,28 +86,13 @@ class Segments:
         value: Value = self._made[key]
         return value
 
-    def by_length(
-        self, short: int, few: int, q_rows: int, k_rows: int, device: torch.device
-    ) -> tuple[Segments | None, Segments | None]:
+    def by_length(self, short: int, few: int) -> tuple[Segments | None, Segments | None]:
         """The segments of more than `short` query rows, and the others if there are more than `few`.
 
-        Both are tables of the same buffers, of `q_rows` and `k_rows` on `device`, None where there are none. The first
-        has all segments where only the device knows them.
+        Both are tables of the same buffers, None where there are none. The first has all segments where only the device
+        knows them.
         """
-
-        def split() -> list[Segments | None] | None:
-            if self.host is None:
-                return None
-            taken, brief = self.host[:, 1] > 0, self.host[:, 1] <= short
-            chosen = [taken & ~brief, taken & brief]
-            if np.count_nonzero(chosen[1]) <= few:
-                return None
-            parts = iter(Segments.several([self.host[x] for x in chosen if x.any()], self.band, q_rows, k_rows, device))
-            return [next(parts) if x.any() else None for x in chosen]
-
-        # Not the table itself where it stays whole: it would keep itself alive.
-        long, others = self.made(("by length", short, few, q_rows, k_rows), split) or (self, None)
-        return long, others
+        return (self, None) if self.batch is None else self.batch.by_length(self.number, short, few)
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """Query start and length, key start and length of each segment that is not empty; reads a device's numbers."""
@@ -115,7 +106,7 @@ class Segments:
 
     @classmethod
     def of(cls, host: Numbers, band: Band, q_rows: int, k_rows: int, device: torch.device) -> Segments:
-        """A table of numbers that the host knows, copied to `device` when a kernel asks for it; nothing waits for it.
+        """A table of numbers that the host knows, alone in its batch.
 
         Args:
             host: the segments, ascending.
@@ -123,40 +114,128 @@ class Segments:
             q_rows, k_rows: of the two buffers.
             device: where the rows are.
         """
-        (table,) = cls.several([host], band, q_rows, k_rows, device)
-        return table
-
-    @classmethod
-    def several(
-        cls, hosts: Sequence[Numbers], band: Band, q_rows: int, k_rows: int, device: torch.device
-    ) -> list[Segments]:
-        """Several such tables of the same buffers, by one copy."""
-        placed = cache(lambda: _placed(hosts, q_rows, k_rows, device))
-
-        def table(i: int, host: Numbers) -> Segments:
-            most_q, most_k = (int(host[:, column].max(initial=0)) for column in (1, 3))
-            return cls(lambda: placed()[i], band, most_q, most_k, host)
-
-        return [table(i, host) for i, host in enumerate(hosts)]
+        most_q, most_k = host[:, 1::2].max(0, initial=0).tolist()
+        return Batch(device).add(host.T, band, q_rows, k_rows, most_q, most_k)
 
 
+class _Host(NamedTuple):
+    """A table as the host knows it: `rows` are [4, S], the columns of `Numbers`."""
+
+    rows: np.ndarray[Any, Any]
+    band: Band
+    q_rows: int
+    k_rows: int
+    most_q: int
+    most_k: int
+
+
+class Batch:
+    """Tables that the host makes together.
+
+    The first kernel that asks for one of them brings to the device, by one copy for which nothing waits, all that are
+    there by then: so new lengths cost little more for three tables than for one.
+
+    Attributes:
+        heads: on the device, of each table that the copy brought, [tables, HEAD] int32: where in `numbers` its four
+            columns begin, how many segments it has, its band with `FAR` for no limit, the rows of its two buffers, and
+            where its part of a buffer begins that has two numbers for each of the rows.
+        numbers: on the device, the columns of all tables, int32.
+    """
+
+    heads: Tensor
+    numbers: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._hosts: list[_Host] = []
+        self._columns: list[Columns] = []
+        self._parts: dict[tuple[int, int], list[tuple[Segments | None, Segments | None]]] = {}
+        self._made: dict[Hashable, Any] = {}
+
+    def add(
+        self, rows: np.ndarray[Any, Any], band: Band, q_rows: int, k_rows: int, most_q: int, most_k: int
+    ) -> Segments:
+        """One more table, of `rows` [4, S]; other arguments as of `Segments.of` and `Segments`."""
+        number = len(self._hosts)
+        self._hosts.append(_Host(rows, band, q_rows, k_rows, most_q, most_k))
+        return Segments(partial(self.columns, number), band, most_q, most_k, rows.T, self, number)
+
+    def columns(self, number: int) -> Columns:
+        """The columns of a table."""
+        if number >= len(self._columns):
+            _place([self], self._device)
+        return self._columns[number]
+
+    def by_length(self, number: int, short: int, few: int) -> tuple[Segments | None, Segments | None]:
+        """See `Segments.by_length`: all tables are split at once, and one copy brings the parts of all."""
+        parts = self._parts.setdefault((short, few), [])
+        if number >= len(parts):
+            long, brief = Batch(self._device), Batch(self._device)
+            parts += [_split(host, short, few, long, brief) for host in self._hosts[len(parts) :]]
+            _place([long, brief], self._device)
+        return parts[number]
+
+    def made[Value](self, key: Hashable, make: Callable[[list[tuple[int, int, int]]], Value]) -> Value:
+        """What kernels derive once from all tables; `make` is given the number of segments and rows of each."""
+        if key not in self._made:
+            self._made[key] = make([(host.rows.shape[1], host.q_rows, host.k_rows) for host in self._hosts])
+        value: Value = self._made[key]
+        return value
+
+
+HEAD = 12
+FAR = 2**30
 _ALIGNED = 4
 """Numbers of 16 bytes. Kernels copy or compile anew what begins elsewhere."""
 
 
-def _placed(hosts: Sequence[Numbers], q_rows: int, k_rows: int, device: torch.device) -> list[Columns]:
-    """The columns of several tables."""
-    widths = [-(-(len(host) + 1) // _ALIGNED) * _ALIGNED for host in hosts]
-    numbers = np.zeros((len(Columns._fields), sum(widths)), dtype=np.int32)
-    begin, places = 0, []
-    for host, width in zip(hosts, widths, strict=True):
-        count = len(host)
-        numbers[:, begin : begin + count] = host.T
-        numbers[:, begin + count] = q_rows, 0, k_rows, 0
-        places.append((begin, count))
-        begin += width
-    rows = to_device(numbers, device).unbind()
-    return [
-        Columns(*(row.narrow(0, at, count + starts) for row, starts in zip(rows, (1, 0, 1, 0), strict=True)))
-        for at, count in places
-    ]
+def aligned(count: int) -> int:
+    """The next multiple of 16 bytes of so many numbers."""
+    return -(-count // _ALIGNED) * _ALIGNED
+
+
+def _split(host: _Host, short: int, few: int, long: Batch, brief: Batch) -> tuple[Segments | None, Segments | None]:
+    """The parts of a table that `Segments.by_length` returns, added to a batch each."""
+    lengths = host.rows[1]
+    is_brief = lengths <= short
+    count = np.count_nonzero(is_brief)
+    if count <= few:
+        return long.add(*host), None
+    rows = host.rows.take(is_brief.argsort(kind="stable"), 1)
+    others, found = rows[:, :-count], rows[:, -count:]  # `few` is not negative
+    return long.add(others, *host[1:]) if others.size else None, brief.add(found, *host[1:])
+
+
+def _place(batches: Sequence[Batch], device: torch.device) -> None:
+    """Bring the tables of these batches to the device that are not there yet, all of them by one copy."""
+    numbers = np.zeros(sum(_room(batch) for batch in batches), dtype=np.int32)
+    sizes: list[int] = []  # of what lies in a row: per batch its heads, per column the column and what aligns the next
+    at = 0
+    for batch in batches:
+        hosts = batch._hosts[len(batch._columns) :]
+        head, at, before = at, at + HEAD * len(hosts), 0
+        sizes.append(at - head)
+        for rows, band, q_rows, k_rows, *_ in hosts:
+            count = rows.shape[1]
+            width = aligned(count + 1)
+            columns = numbers[at : at + 4 * width].reshape(4, width)
+            columns[:, :count] = rows
+            columns[0, count], columns[2, count] = q_rows, k_rows
+            sizes += (count + 1, width - count - 1, count, width - count) * 2
+            sides = (FAR if side is None else side for side in band)
+            places = range(at, at + 4 * width, width)
+            numbers[head : head + HEAD - 2] = *places, count, *sides, q_rows, k_rows, before
+            head, before = head + HEAD, before + 2 * (aligned(q_rows) + aligned(k_rows))
+            at += 4 * width
+    placed = to_device(numbers, device)
+    pieces = iter(placed.split(sizes))
+    for batch in batches:
+        batch.heads, batch.numbers = next(pieces), placed
+        for _ in batch._hosts[len(batch._columns) :]:
+            found = [next(pieces) for _ in range(8)]
+            batch._columns.append(Columns(*found[::2]))
+
+
+def _room(batch: Batch) -> int:
+    """How many numbers `_place` needs for the tables of a batch."""
+    return sum(HEAD + 4 * aligned(host.rows.shape[1] + 1) for host in batch._hosts[len(batch._columns) :])

@@ -36,7 +36,7 @@ import torch
 
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, Rectangle, TilePlan
 from megatron_attn2d.attention.packing import Packing
-from megatron_attn2d.attention.segments import Columns, Numbers, Segments
+from megatron_attn2d.attention.segments import Batch, Columns, Numbers, Segments
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ def whole_tables(packing: Packing, band: Band) -> TileTables:
 
 
 type _Column = Any
-"""Numbers by sequence and slot, int64 [J, slots] or [J, 1], on the host or a GPU as the packing's are."""
+"""Numbers by slot and sequence, int64 [slots, J] or [J], on the host or a GPU as the packing's are."""
 
 
 class _Pieces(NamedTuple):
-    """Segments by sequence and slot."""
+    """Segments by slot and sequence, all of one shape."""
 
     q_start: _Column
     q_length: _Column
@@ -118,7 +118,7 @@ class _Pieces(NamedTuple):
 
 
 class _Rows:
-    """Rows of the two buffers of a plan by sequence and slot.
+    """Rows of the two buffers of a plan by slot and sequence.
 
     NumPy works on the host's numbers, in a third of torch's time. The functions used here exist in both.
     """
@@ -126,11 +126,12 @@ class _Rows:
     def __init__(self, plan: TilePlan, packing: Packing) -> None:
         self._plan, self._packing = plan, packing
         self._np: Any = np if packing.known else torch
-        self._n: _Column = packing.chunks[:, None]
-        self._offset: _Column = packing.offsets[:, None]
+        self._n: _Column = packing.chunks
+        self._offset: _Column = packing.offsets
         self._queries, self._keys = (
             tuple(chunk.position(packing.ranks) for chunk in chunks) for chunks in (plan.queries, plan.keys)
         )
+        self._found: dict[tuple[int, ...], _Column] = {}
 
     def tables(self, band: Band, share_keys: bool) -> TileTables:
         """See `tile_tables`."""
@@ -216,7 +217,7 @@ class _Rows:
 
     def _seen_after(self, band: Band) -> _Pieces:
         """What every row of a chunk sees of later chunks: they hold tokens only where it is full."""
-        at, length = self._at, self._packing.lengths[:, None]
+        at, length = self._at, self._packing.lengths
         seen = length if band.right is None else self._np.minimum(at + band.right + 1, length)
         return self._piece(0, self._real(self._queries), at + self._n, seen)
 
@@ -224,7 +225,7 @@ class _Rows:
         """Squares, and the rows below them that see all of their keys."""
         at, after = self._at, self._at + self._n
         start = self._np.maximum(at + right + 1, after)
-        stop = self._np.minimum(after + right, self._packing.lengths[:, None])
+        stop = self._np.minimum(after + right, self._packing.lengths)
         first, last = self._begin(start), self._end(stop)
         square = self._piece(first - right - at, last - first, start, stop)
         below = self._piece(last - right - at, after - (last - right), start, stop)
@@ -242,7 +243,7 @@ class _Rows:
     @cached_property
     def _at(self) -> _Column:
         """The first position of each chunk of queries."""
-        return self._np.concatenate([self._n * position for position in self._queries], 1)
+        return self._times(self._queries)
 
     def _held(self, position: _Column) -> _Column:
         """How many keys before this position of its sequence the tile holds."""
@@ -281,9 +282,9 @@ class _Rows:
         """
         if not self._packing.known:
             for slot in range(len(self._queries)):
-                yield _Pieces(*(x[:, slot : slot + 1] for x in pieces))
+                yield _Pieces(*(x[slot] for x in pieces))
             return
-        rows = np.stack([x.ravel() for x in pieces], 1)
+        rows = _in_order(pieces).T
         rows = _joined(rows[rows[:, 1] > 0])
         start, end = rows[:, 2], rows[:, 2] + rows[:, 3]
         most = 1
@@ -292,50 +293,76 @@ class _Rows:
         for i in range(most):
             yield _Pieces(*rows[i::most].T)
 
-    def _run(self, positions: Sequence[int], start: int, stop: int) -> tuple[_Column, _Column]:
-        """Where the slots [start, stop) begin, and how many rows of them are no padding, [J, 1] each."""
+    def _run(self, positions: tuple[int, ...], start: int, stop: int) -> tuple[_Column, _Column]:
+        """Where the slots [start, stop) begin, and how many rows of them are no padding, [J] each."""
         first = len(positions) * self._offset + start * self._n
         if not self._packing.padded:
             return first, (stop - start) * self._n
-        return first, sum(self._real_of(position) for position in positions[start:stop])
+        return first, self._real(positions)[start:stop].sum(0)
 
-    def _each(self, positions: Sequence[int]) -> tuple[_Column, _Column]:
+    def _each(self, positions: tuple[int, ...]) -> tuple[_Column, _Column]:
         """The same of each slot."""
         return self._starts(positions), self._real(positions)
 
-    def _starts(self, positions: Sequence[int]) -> _Column:
+    def _starts(self, positions: tuple[int, ...]) -> _Column:
         """The first row of each slot."""
-        return self._np.concatenate(
-            [len(positions) * self._offset + slot * self._n for slot in range(len(positions))], 1
-        )
+        return len(positions) * self._offset + self._times(range(len(positions)))
 
-    def _real(self, positions: Sequence[int]) -> _Column:
+    def _real(self, positions: tuple[int, ...]) -> _Column:
         """The rows of each slot that are no padding: its first."""
-        if not self._packing.padded:
-            return self._np.broadcast_to(self._n, (len(self._n), len(positions)))
-        return self._np.concatenate([self._real_of(position) for position in positions], 1)
+        if positions not in self._found:
+            real = self._np.broadcast_to(self._n, (len(positions), len(self._n)))
+            if self._packing.padded:
+                behind = self._packing.lengths - self._times(positions)
+                real = self._np.minimum(self._np.clip(behind, 0, None), self._n)
+            self._found[positions] = real
+        return self._found[positions]
 
-    def _real_of(self, position: int) -> _Column:
-        real = self._np.clip(self._packing.lengths[:, None] - position * self._n, 0, None)
-        return self._np.minimum(real, self._n)
+    def _times(self, numbers: Sequence[int]) -> _Column:
+        """So many chunks, in tokens, by slot."""
+        if self._packing.known:
+            return np.multiply.outer(numbers, self._n)
+        return torch.stack([self._n * number for number in numbers])  # numbers of the host would wait for the GPU
 
     def _table(self, pieces: _Pieces, band: Band, most_q: int, most_k: int) -> Segments | None:
         """None where the host knows that all are empty."""
         packing = self._packing
         q_rows, k_rows = (len(slots) * packing.tokens for slots in (self._queries, self._keys))
         if packing.known:
-            rows = np.stack([x.ravel() for x in pieces])
-            taken = (rows[1] > 0) & (rows[3] > 0)
-            rows = rows if taken.all() else rows[:, taken]
-            return Segments.of(rows.T, band, q_rows, k_rows, packing.device) if rows.size else None
+            rows = _in_order(pieces)
+            if rows.size and rows[1::2].min() <= 0:
+                rows = rows.compress((rows[1] > 0) & (rows[3] > 0), 1)
+            if not rows.size:
+                return None
+            batch = packing.made("tables", lambda: Batch(packing.device))
+            return batch.add(rows, band, q_rows, k_rows, *rows[1::2].max(1).tolist())
         empty = (pieces.q_length <= 0) | (pieces.k_length <= 0)
         q_starts, k_starts = (
-            torch.cat((x.flatten(), x.new_full((1,), rows))).int()
+            torch.cat((_by_sequence(x), x.new_full((1,), rows))).int()
             for x, rows in ((pieces.q_start, q_rows), (pieces.k_start, k_rows))
         )
-        q_lengths, k_lengths = (torch.where(empty, 0, x).flatten().int() for x in (pieces.q_length, pieces.k_length))
+        q_lengths, k_lengths = (
+            _by_sequence(torch.where(empty, 0, x)).int() for x in (pieces.q_length, pieces.k_length)
+        )
         columns = Columns(q_starts, q_lengths, k_starts, k_lengths)
         return Segments(lambda: columns, band, most_q, most_k)
+
+
+def _by_sequence(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers by slot and sequence in the order of rows: all slots of the first sequence, all of the second, ..."""
+    return numbers.movedim(0, -1).flatten()
+
+
+def _in_order(pieces: _Pieces) -> np.ndarray[Any, Any]:
+    """The same of all columns of the host, [4, segments]."""
+    if pieces.q_start.ndim == 1:
+        return np.stack(pieces)
+    slots, sequences = pieces.q_start.shape
+    rows = np.empty((len(pieces), sequences, slots), dtype=np.int64)
+    for column, numbers in zip(rows, pieces, strict=True):
+        for slot in range(slots):  # a few: to transpose takes several times as long
+            column[:, slot] = numbers[slot]
+    return rows.reshape(len(pieces), -1)
 
 
 def _joined(rows: Numbers) -> Numbers:

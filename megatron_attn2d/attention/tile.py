@@ -53,19 +53,32 @@ class Tile:
     band: Band
     rank: int
 
-    @cached_property
+    @property
     def tables(self) -> TileTables | None:
         """The tile's calls; None where the plan's rectangles of one sequence serve."""
-        if self.packing.plain and self.band in (FULL, CAUSAL):
-            return None
-        return tile_tables(self.plan, self.packing, self.band, share_keys=True)
+        return self._all_tables[0]
 
-    @cached_property
+    @property
     def diagonal_tables(self) -> TileTables | None:
         """The calls of the diagonal; None where squares of one sequence serve."""
-        if self.packing.plain:
-            return None
-        return diagonal_tables(self.plan, self.packing, self.rank, self.band)
+        return self._all_tables[1]
+
+    @cached_property
+    def _all_tables(self) -> tuple[TileTables | None, TileTables | None]:
+        """Both are made before the first is used, so that one copy brings them to the device."""
+        plan, packing, band = self.plan, self.packing, self.band
+        if packing.plain:
+            return None if band in (FULL, CAUSAL) else tile_tables(plan, packing, band, share_keys=True), None
+        return tile_tables(plan, packing, band, share_keys=True), diagonal_tables(plan, packing, self.rank, band)
+
+    def order_rows(self) -> None:
+        """Make at once the orders of rows that chunks are brought to and from where they travel."""
+        plan = self.plan
+        travelling = [
+            chunks for chunks, travel in ((plan.queries, plan.queries_travel), (plan.keys, plan.keys_travel)) if travel
+        ]
+        if travelling and not self.packing.one:
+            self.packing.order_rows(2, *map(len, travelling))
 
     @property
     def diagonal_squares(self) -> float:

@@ -79,6 +79,7 @@ def _to_heads(shards: Sequence[Tensor], grid: Grid, label: str, packing: Packing
     if packing is None or packing.one:
         parts = [torch.stack(x.unflatten(0, (2, -1)).chunk(grid.ulysses_size, dim=3)) for x in shards]
     else:
+        packing.order_rows(2, 2 * grid.ulysses_size)
         shape = grid.ulysses_size, 2, packing.tokens, 1
         rows = packing.spread_rows(grid.ulysses_size)
         parts = [_parts_of_rows(x, grid.ulysses_size).index_select(0, rows).view(*shape, -1, x.size(3)) for x in shards]

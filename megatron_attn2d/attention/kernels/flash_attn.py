@@ -94,7 +94,7 @@ class FlashAttention4Kernel:
         self, q: Tensor, k: Tensor, v: Tensor, table: Segments, softmax: Softmax, into: Outputs
     ) -> None:
         """See `Kernel.forward_segments`."""
-        long, short = _by_length(table, q, k, softmax.scale)
+        long, short = _by_length(table, softmax.scale)
         if short is not None:
             from megatron_attn2d.attention.kernels.triton import short as short_segments
 
@@ -120,7 +120,7 @@ class FlashAttention4Kernel:
         """See `Kernel.backward_segments`."""
         q, dout, lse, _, out = rows
         assert out is not None
-        long, short = _by_length(table, q, k, softmax.scale)
+        long, short = _by_length(table, softmax.scale)
         if short is not None:
             from megatron_attn2d.attention.kernels.triton import short as short_segments
 
@@ -153,11 +153,11 @@ def _installed() -> bool:
         return False
 
 
-def _by_length(table: Segments, q: Tensor, k: Tensor, scale: float) -> tuple[Segments | None, Segments | None]:
+def _by_length(table: Segments, scale: float) -> tuple[Segments | None, Segments | None]:
     """Segments for FlashAttention-4, and those so short that a block of it would be empty but for a few rows."""
     if scale <= 0 or not triton_installed():
         return table, None
-    return table.by_length(_SHORT, _FEW, q.size(0), k.size(0), q.device)
+    return table.by_length(_SHORT, _FEW)
 
 
 def _mask(band: Band) -> dict[str, Any]:

@@ -3,15 +3,24 @@
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 256
+_MOST_COUNTS = 3
 
 
-@triton.jit(do_not_specialize=["sequences", "steps", "tokens", "slots"])  # other numbers in every step
-def _row_orders(offsets, chunks, slot_rows, sequence_rows, sequences, steps, tokens, slots, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["sequences", "steps", "tokens", "first", "second", "third"])  # others in every step
+def _row_orders(offsets, chunks, orders, sequences, steps, tokens, first, second, third, BLOCK: tl.constexpr):
+    """A block of rows of `first`, `second` or `third` chunks per rank, by the second axis of programs."""
+    slots = first
+    if tl.program_id(1) == 1:
+        slots, orders = second, orders + 2 * first * tokens
+    if tl.program_id(1) == 2:
+        slots, orders = third, orders + 2 * (first + second) * tokens
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # by sequence
     inside = row < slots * tokens
     sequence = tl.zeros((BLOCK,), tl.int32)
@@ -22,24 +31,22 @@ def _row_orders(offsets, chunks, slot_rows, sequence_rows, sequences, steps, tok
     offset, chunk = tl.load(offsets + sequence), tl.load(chunks + sequence)
     within = row - slots * offset
     there = (within // chunk) * tokens + offset + within % chunk
-    tl.store(sequence_rows + row, there, inside)
-    tl.store(slot_rows + there, row, inside & (there >= 0) & (there < slots * tokens))
+    tl.store(orders + slots * tokens + row, there, inside)
+    tl.store(orders + there, row, inside & (there >= 0) & (there < slots * tokens))
 
 
-def row_orders(offsets: Tensor, chunks: Tensor, tokens: int, slots: int) -> tuple[Tensor, Tensor]:
-    """`Packing.slot_rows` and `Packing.sequence_rows` of `slots` chunks, from `offsets` and `chunks` [J] int32."""
-    rows = slots * tokens
-    slot_rows, sequence_rows = offsets.new_empty((2, rows)).unbind()
+def row_orders(offsets: Tensor, chunks: Tensor, tokens: int, counts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """`Packing.slot_rows` and `Packing.sequence_rows` of each of these numbers of chunks, at most three.
+
+    `offsets` and `chunks` are those of the packing, [J] int32.
+    """
+    rows = [slots * tokens for slots in counts]
+    orders = offsets.new_empty(2 * sum(rows))
     sequences = len(offsets)
-    _row_orders[(-(-rows // _BLOCK),)](
-        offsets,
-        chunks,
-        slot_rows,
-        sequence_rows,
-        sequences,
-        sequences.bit_length(),
-        tokens,
-        slots,
+    _row_orders[(-(-max(rows) // _BLOCK), len(counts))](
+        *(offsets, chunks, orders, sequences, sequences.bit_length(), tokens),
+        *(*counts, 0, 0)[:_MOST_COUNTS],
         BLOCK=_BLOCK,
     )
-    return slot_rows, sequence_rows
+    pieces = orders.split([n for n in rows for _ in range(2)])
+    return list(zip(pieces[::2], pieces[1::2], strict=True))

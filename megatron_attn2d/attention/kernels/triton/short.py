@@ -22,14 +22,13 @@ from torch import Tensor
 from megatron_attn2d.attention.kernels.base import BackwardRows, Gradients, Outputs
 from megatron_attn2d.attention.kernels.triton.blocks import LN2, LOG2E
 from megatron_attn2d.attention.kernels.triton.launch import Table, run, tuned, with_strides
-from megatron_attn2d.attention.segments import Segments
+from megatron_attn2d.attention.segments import HEAD, Segments, aligned
 
 # As in `launch`: rows and keys of a block, warps and pipeline stages by the widest head dim.
 FORWARD: Table = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)}
 BACKWARD_ROWS: Table = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)}
 BACKWARD_KEYS: Table = {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)}
 _BLOCK = 256
-_FAR = 2**30
 
 
 @triton.jit
@@ -51,11 +50,15 @@ def _seen_from(i, starts, lengths, others, other_lengths, count, steps, before, 
     tl.store(seen + size + at, tl.where(inside, other + stop, -1), at < size)
 
 
-@triton.jit(do_not_specialize=["count", "steps", "left", "right", "rows", "keys"])  # others in every step
-def _find_seen(
-    q_starts, q_lengths, k_starts, k_lengths, count, steps, left, right, seen_keys, seen_rows, rows, keys,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["steps"])  # another number in every step
+def _find_seen(heads, numbers, seen, steps, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of rows and one of keys of one table; see `segments.Batch` for what heads hold."""
+    head = heads + tl.program_id(1) * HEAD
+    q_starts, q_lengths = numbers + tl.load(head), numbers + tl.load(head + 1)
+    k_starts, k_lengths = numbers + tl.load(head + 2), numbers + tl.load(head + 3)
+    count, left, right = tl.load(head + 4), tl.load(head + 5), tl.load(head + 6)
+    rows, keys, seen_keys = tl.load(head + 7), tl.load(head + 8), seen + tl.load(head + 9)
+    seen_rows = seen_keys + 2 * tl.cdiv(rows, 4) * 4
     i = tl.program_id(0) * BLOCK
     if i < rows:
         _seen_from(i, q_starts, q_lengths, k_starts, k_lengths, count, steps, left, right, seen_keys, rows, BLOCK)
@@ -217,7 +220,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table: Segments, scale: float, into:
     arguments = (
         *map(with_strides, (q, k, v, out)),
         *(lse, lse.stride(0), scale * LOG2E.value, q.size(2) // k.size(2)),
-        *(*_seen_of(table, *sizes), sizes, q.size(3), v.size(3)),
+        *(*_seen_of(table), sizes, q.size(3), v.size(3)),
     )
     run(_forward, (-(-sizes[0] // blocks[0]), q.size(2)), arguments, blocks, how, q, False)
 
@@ -232,7 +235,7 @@ def differentiate(rows: BackwardRows, k: Tensor, v: Tensor, table: Segments, sca
     inputs = [*map(with_strides, (dout, q, k, v))]
     same = (
         *(scale, scale * LOG2E.value, heads // key_heads),
-        *(*_seen_of(table, sq, sk), (sq, sk), d, v_dim),
+        *(*_seen_of(table), (sq, sk), d, v_dim),
     )
     blocks, how = tuned(q, v, BACKWARD_ROWS)
     arguments = (*inputs, with_strides(out), lse, lse.stride(0), delta, with_strides(dq), *same)
@@ -242,21 +245,23 @@ def differentiate(rows: BackwardRows, k: Tensor, v: Tensor, table: Segments, sca
     run(_backward_keys, (-(-sk // blocks[1]), key_heads), arguments, blocks, how, q, False)
 
 
-def _seen_of(table: Segments, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+def _seen_of(table: Segments) -> tuple[Tensor, Tensor]:
     """For each row the keys [first, stop) that it sees, [2, rows] int32, and for each key the rows, [2, keys].
 
-    -1 where a row or a key is of no segment. They are found once per table.
+    -1 where a row or a key is of no segment. One launch finds them for all tables of the batch.
     """
+    batch = table.batch
+    assert batch is not None, "only tables of the host are split by length"
 
-    def find() -> tuple[Tensor, Tensor]:
-        seen_keys, seen_rows = (table.q_lengths.new_empty((2, n)) for n in (rows, keys))
-        count = table.q_lengths.size(0)
-        left, right = (_FAR if side is None else side for side in table.band)
-        _find_seen[(-(-max(rows, keys) // _BLOCK),)](
-            *(table.q_starts, table.q_lengths, table.k_starts, table.k_lengths),
-            *(count, count.bit_length(), left, right, seen_keys, seen_rows, rows, keys),
-            BLOCK=_BLOCK,
-        )
-        return seen_keys, seen_rows
+    def find(sizes: list[tuple[int, int, int]]) -> list[tuple[Tensor, Tensor]]:
+        pieces = [
+            size for _, *rows in sizes for n in rows for size in (2 * n, 2 * (aligned(n) - n))
+        ]  # of what lies in a row; every second one aligns the next
+        seen = batch.numbers.new_empty(sum(pieces))
+        most = max(max(rows) for _, *rows in sizes)
+        steps = max(count for count, *_ in sizes).bit_length()
+        _find_seen[(-(-most // _BLOCK), len(sizes))](batch.heads, batch.numbers, seen, steps, HEAD=HEAD, BLOCK=_BLOCK)
+        found = [piece.view(2, -1) for piece in seen.split(pieces)[::2]]
+        return list(zip(found[::2], found[1::2], strict=True))
 
-    return table.made(("seen", rows, keys), find)
+    return batch.made("seen", find)[table.number]

@@ -137,7 +137,7 @@ def compare_short(case: str) -> None:
         return
     whole, tensors = drawn(case)
     q, k, v, dout = tensors
-    _, table = whole.by_length(1000, 0, q.size(0), k.size(0), torch.device("cpu"))
+    _, table = whole.by_length(1000, 0)
     assert table is not None
     members = [torch.zeros(n, dtype=torch.bool) for n in (q.size(0), k.size(0))]
     for q_start, q_length, k_start, k_length in table:

@@ -22,11 +22,13 @@ def compare_row_orders() -> None:
         numbers = torch.tensor(chunks)
         packing = Packing(numbers, 8 * numbers, 4, sum(chunks), max(chunks), True, numbers.device)
         offsets = numbers.cumsum(0) - numbers
-        for slots in (1, 2, 7):
-            found = row_orders(offsets.int(), numbers.int(), packing.tokens, slots)
-            for expected, order in zip((packing.slot_rows(slots), packing.sequence_rows(slots)), found, strict=True):
-                assert order.dtype == torch.int32
-                assert torch.equal(order, expected), (chunks, slots)
+        for counts in ([1, 2, 7], [2, 3], [2]):
+            found = row_orders(offsets.int(), numbers.int(), packing.tokens, counts)
+            for slots, orders in zip(counts, found, strict=True):
+                expected = packing.slot_rows(slots), packing.sequence_rows(slots)
+                for order, rows in zip(orders, expected, strict=True):
+                    assert order.dtype == torch.int32
+                    assert torch.equal(order, rows), (chunks, slots)
 
 
 def compare(d: int) -> None:
