@@ -15,7 +15,8 @@ from megatron_attn2d.attention.kernels.triton.blocks import (
     hidden,
     load,
     load_row,
-    segment_of,
+    part_of,
+    place_of,
     store,
 )
 from megatron_attn2d.attention.kernels.triton.keep import drop_arguments, kept
@@ -66,14 +67,10 @@ def _backward_rows(
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    q_start, sq, k_start, sk = 0, sizes[0], 0, sizes[1]
-    if table is not None:
-        segment, block = segment_of(block, table)
-        if segment >= table[1]:
-            return
-        q_start, sq = tl.load(table[2] + segment), tl.load(table[3] + segment)
-        k_start, sk = tl.load(table[4] + segment), tl.load(table[5] + segment)
+    block, q_start, sq, k_start, sk = place_of(block, sizes, table)
     first = block * M
+    if first >= sq:  # after the last segment
+        return
     rows = first + tl.arange(0, M)
     q_block = load(head_of(q, batch, head, q_start), q[1][0], first, sq, d, False, M, D)
     dout_block = load(head_of(dout, batch, head, q_start), dout[1][0], first, sq, dv, False, M, DV)
@@ -92,11 +89,7 @@ def _backward_rows(
     low, whole, cut, high = blocks_seen(first, M, sq, sk, N, sk - sq, band[0], band[1])
     for part in tl.static_range(3):
         if part > 0 or band[0] is not None:
-            start, stop = low, whole
-            if part == 1:
-                start, stop = whole, cut
-            if part == 2:
-                start, stop = cut, high
+            start, stop = part_of(part, low, whole, cut, high)
             acc = _differentiate_rows(
                 start, stop, acc, q_block, dout_block, rows, words, lse2, delta_rows, k_head, v_head, scale2, sq, sk,
                 band, drop, keys_at, part != 1, d, dv, M, N, D, DV, PRECISION,
@@ -144,14 +137,10 @@ def _backward_keys(
 ):  # fmt: skip
     block = tl.program_id(0)
     batch, key_head = tl.program_id(1) // (heads // group), tl.program_id(1) % (heads // group)
-    q_start, sq, k_start, sk = 0, sizes[0], 0, sizes[1]
-    if table is not None:
-        segment, block = segment_of(block, table)
-        if segment >= table[1]:
-            return
-        q_start, sq = tl.load(table[2] + segment), tl.load(table[3] + segment)
-        k_start, sk = tl.load(table[4] + segment), tl.load(table[5] + segment)
+    block, q_start, sq, k_start, sk = place_of(block, sizes, table)
     first = block * N
+    if first >= sk:  # after the last segment
+        return
     keys = first + tl.arange(0, N)
     k_block = load(head_of(k, batch, key_head, k_start), k[1][0], first, sk, d, False, N, D)
     v_block = load(head_of(v, batch, key_head, k_start), v[1][0], first, sk, dv, False, N, DV)
@@ -173,11 +162,7 @@ def _backward_keys(
             rows_at = number * drop[3] + q_start
         for part in tl.static_range(3):
             if part > 0 or band[1] is not None:
-                start, stop = low, whole
-                if part == 1:
-                    start, stop = whole, cut
-                if part == 2:
-                    start, stop = cut, high
+                start, stop = part_of(part, low, whole, cut, high)
                 dk_acc, dv_acc = _differentiate_keys(
                     start, stop, dk_acc, dv_acc, k_block, v_block, keys, key_words, dout_head, q_head, lse_head,
                     delta_head, scale2, sq, sk, band, drop, rows_at, part != 1, d, dv, M, N, D, DV, PRECISION,

@@ -26,6 +26,32 @@ def segment_of(block, table):
 
 
 @triton.jit
+def place_of(block, sizes, table):
+    """A block's number in its segment, and start and length of the segment's rows and of its keys.
+
+    Without a table all rows are one segment. Blocks after the last are in an empty one.
+    """
+    q_start, sq, k_start, sk = 0, sizes[0], 0, sizes[1]
+    if table is not None:
+        segment, block = segment_of(block, table)
+        there = segment < table[1]
+        q_start, sq = tl.load(table[2] + segment, there, other=0), tl.load(table[3] + segment, there, other=0)
+        k_start, sk = tl.load(table[4] + segment, there, other=0), tl.load(table[5] + segment, there, other=0)
+    return block, q_start, sq, k_start, sk
+
+
+@triton.jit
+def part_of(part: tl.constexpr, low, whole, cut, high):
+    """Where each of the three runs of blocks of `blocks_seen` starts and stops; all see the second one."""
+    start, stop = low, whole
+    if part == 1:
+        start, stop = whole, cut
+    if part == 2:
+        start, stop = cut, high
+    return start, stop
+
+
+@triton.jit
 def head_of(x, batch, head, start):
     """Where the rows of one head begin, from row `start` on, and how far they are from each other."""
     pointer, stride = x

@@ -16,7 +16,8 @@ from megatron_attn2d.attention.kernels.triton.blocks import (
     hidden,
     load,
     load_row,
-    segment_of,
+    part_of,
+    place_of,
     store,
 )
 from megatron_attn2d.attention.kernels.triton.keep import drop_arguments, kept
@@ -70,14 +71,10 @@ def _forward(
     # Under a causal mask the last rows see most: they go first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    q_start, sq, k_start, sk = 0, sizes[0], 0, sizes[1]
-    if table is not None:
-        segment, block = segment_of(block, table)
-        if segment >= table[1]:
-            return
-        q_start, sq = tl.load(table[2] + segment), tl.load(table[3] + segment)
-        k_start, sk = tl.load(table[4] + segment), tl.load(table[5] + segment)
+    block, q_start, sq, k_start, sk = place_of(block, sizes, table)
     first = block * M
+    if first >= sq:  # after the last segment
+        return
     rows = first + tl.arange(0, M)
     q_block = load(head_of(q, batch, head, q_start), q[1][0], first, sq, d, False, M, D)
     k_head = head_of(k, batch, head // group, k_start), k[1][0]
@@ -93,11 +90,7 @@ def _forward(
     low, whole, cut, high = blocks_seen(first, M, sq, sk, N, sk - sq, band[0], band[1])
     for part in tl.static_range(3):
         if part > 0 or band[0] is not None:  # without an end on the left the first part is empty
-            start, stop = low, whole
-            if part == 1:
-                start, stop = whole, cut
-            if part == 2:
-                start, stop = cut, high
+            start, stop = part_of(part, low, whole, cut, high)
             acc, total, highest = _attend(
                 start, stop, acc, total, highest, q_block, rows, words, k_head, v_head, scale2, sq, sk, band, drop,
                 keys_at, part != 1, d, dv, M, N, D, DV, PRECISION,

@@ -10,6 +10,10 @@ them whatever the band is, and each key which rows see it:
 A program visits all of these in steps, and masks in each row what belongs to others. So no row is loaded for nothing,
 and rows of no segment, which may hold anything, count as zeros and are not stored. The backward pass takes no room for
 sums in fp32, of which FlashAttention-4 takes a block per segment and head.
+
+What belongs to others has probability 0, and 0 times NaN is NaN: a NaN or Inf in a value of one segment reaches the
+outputs of others whose rows share its block, and one in Q, K, V or dO their gradients. To leave it out would take a
+second mask per step.
 """
 
 # mypy: disallow-untyped-defs=False
