@@ -210,8 +210,10 @@ def _step_times(decoder: Any, cache: Any, steps: int) -> list[float]:
 
 def _attention_ms(model: Any, cache: Any) -> float:
     """Milliseconds of all layers' attention to this rank's shard, without messages."""
+    from megatron_attn2d.inference.passes import Decode
+
     active = torch.ones(len(cache.lengths), dtype=torch.bool, device=model.device)
-    step = cache.decode(active)
+    step = Decode(cache, active)
     queries = {
         layer: torch.randn(
             len(cache.lengths),

@@ -8,8 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_attn2d.inference import shards
 from megatron_attn2d.inference.cache import Cache
 from megatron_attn2d.inference.model import Model
+from megatron_attn2d.inference.passes import Decode
 
 Graph = Literal["auto", "always", "never"]
 _WORTH = 64
@@ -35,6 +37,8 @@ class Decoder:
         self._rows = torch.arange(count, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
+        needed = shards.capacity([0] * count, tokens, 1, cache.ranks, cache.filled)
+        assert needed <= cache.capacity, f"room for {needed} tokens of a sequence, there is {cache.capacity}"
         refusal = model.graph_refusal
         if graph == "always" and refusal is not None:
             raise ValueError(f"a CUDA graph of the decode step: {refusal}; choose graph='auto' or 'never'")
@@ -67,7 +71,7 @@ class Decoder:
         return logits
 
     def _forward(self) -> Tensor | None:
-        step = self._cache.decode(self._active)
+        step = self._cache.begin(Decode(self._cache, self._active))
         return self._model.logits(self._cache, self._tokens, step.positions, self._rows)
 
     def _capture(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_attn2d.inference import shards
 from megatron_attn2d.inference.cache import Cache
 from megatron_attn2d.inference.model import Model
+from megatron_attn2d.inference.passes import Fill
 from megatron_attn2d.inference.shards import Piece
 
 _LOGITS = 1 << 26
@@ -52,7 +53,7 @@ def fill(
     last: list[Tensor | None] = [None] * len(tokens)
     scores = [torch.zeros(len(new), 2, dtype=torch.float64, device=model.device) for new in tokens]
     for pieces in shards.chunks(starts, list(map(len, tokens)), chunk * cache.ranks, cache.ranks):
-        step = cache.fill(pieces)
+        step = cache.begin(Fill(cache, pieces))
         held, rows = _rows(pieces, cache.rank, tokens, starts, first)
         asked = torch.tensor([row for row, _, _ in rows] or [0], device=model.device)
         logits = model.logits(cache, torch.tensor(held, device=model.device), step.positions, asked)

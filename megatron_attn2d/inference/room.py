@@ -75,10 +75,11 @@ class Room:
         sequences, tokens, each = len(lengths), max(lengths) + new, capacity * self._model.bytes_per_token
         if sequences * each <= free:
             return
+        number = "1 prompt" if sequences == 1 else f"{sequences} prompts"
         what = [f"{int(free // each)} prompts at once"] if each <= free and sequences > 1 else []
         what += [f"{tokens * free / (sequences * each):,.0f} tokens per prompt"]
         what += [f"{-(-self._ranks * sequences * each // int(free)):,} context ranks"] if free >= 1 else []
         raise UsageError(
-            f"a cache of {sequences} prompts of {tokens:,} tokens takes {sequences * each / _GIB:,.2f} GiB on each of "
+            f"a cache of {number} of {tokens:,} tokens takes {sequences * each / _GIB:,.2f} GiB on each of "
             f"{self._ranks} context ranks, and {free / _GIB:,.2f} GiB are free: choose {', or '.join(what)}"
         )

@@ -177,6 +177,7 @@ def _use(args: list[str]) -> None:
         assert cache.lengths == [len(text) + 4]
         later = cache.snapshot()
         cache.roll_back(after)
+        generator.extend(cache, [encode("other")])  # more tokens than the snapshot has, and not those
         with pytest.raises(ValueError, match="the snapshot holds tokens that the cache has forgotten"):
             cache.roll_back(later)
 
@@ -189,7 +190,7 @@ def _use(args: list[str]) -> None:
         with (
             mock.patch.object(generator._model, "free_bytes", return_value=10_000),
             pytest.raises(
-                UsageError, match=r"a cache of 1 prompts of 1,001 tokens takes .* choose \d+ tokens per prompt"
+                UsageError, match=r"a cache of 1 prompt of 1,001 tokens takes .* choose \d+ tokens per prompt"
             ),
         ):
             generator.generate([[1] * 1000], Sampling(1))
