@@ -172,11 +172,6 @@ class Cache:
             for rows, sequence, places in at:
                 held[sequence, places] = new[rows].to(held.dtype)
 
-    def bytes_to_grow(self, capacity: int) -> int:
-        """What `grow` takes at its peak beside `bytes`: a layer's old tensors stay until it has been copied."""
-        largest = max((sum(x.numel() * x.element_size() for x in held) for held in self.layers.values()), default=0)
-        return self.bytes * (capacity - self.capacity) // (self.capacity + 1) + largest
-
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` tokens of one sequence on each rank, layer by layer; what is kept is copied."""
         more = capacity - self.capacity

@@ -16,7 +16,9 @@ from typing import TextIO
 
 from megatron_attn2d.config import RunConfig
 from megatron_attn2d.errors import UsageError
-from megatron_attn2d.inference.generator import Completion, Generator, check_tokens
+from megatron_attn2d.inference.generator import Generator
+from megatron_attn2d.inference.prompts import check_tokens
+from megatron_attn2d.inference.results import Completion
 from megatron_attn2d.inference.sampling import Sampling
 from megatron_attn2d.inference.text import Tokenizer
 

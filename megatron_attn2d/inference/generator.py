@@ -15,10 +15,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TextIO, cast
+from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from megatron_attn2d.config import RunConfig
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.inference import configuration
 from megatron_attn2d.inference.prompts import check_tokens, positions_of
+from megatron_attn2d.inference.results import Completion, Measured, StopReason
 from megatron_attn2d.inference.sampling import Sampling, choose, generators_of
 from megatron_attn2d.inference.text import TextStream, Tokenizer
 from megatron_attn2d.launch import environment, ranks
@@ -40,47 +40,6 @@ if TYPE_CHECKING:  # they import Megatron, whose greeting is for the log
     from megatron_attn2d.inference.room import Room
 
 Tokens = Sequence[int]
-StopReason = Literal["length", "end", "stop"]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What follows a prompt."""
-
-    text: str
-    """As it reads behind the prompt; without the stop text that ended it."""
-    tokens: list[int]
-    """As they were chosen, a stop text's included, the end-of-document token not."""
-    logprobs: list[float]
-    """Natural logarithm of each token's probability, before temperature, top-k and top-p."""
-    stop_reason: StopReason
-    """length: max_tokens were chosen. end: the model ended the document. stop: a stop text came."""
-
-
-@dataclass
-class Measured:
-    """What this replica has generated, and how fast."""
-
-    ranks: int
-    """Context ranks over which keys and values are spread."""
-    replicas: int = 1
-    prompt_tokens: int = 0
-    prompt_s: float = 0.0
-    """Until the first new token of the prompts was known."""
-    new_tokens: int = 0
-    """Without the first of each prompt."""
-    new_s: float = 0.0
-    cache_bytes: int = 0
-    """Of keys and values, on this rank, at most."""
-
-    def sentence(self) -> str:
-        """In words."""
-        speed = f"{self.new_tokens / self.new_s:,.1f} new tokens per s" if self.new_tokens else "no second token"
-        return (
-            f"{self.prompt_tokens:,} tokens of prompts in {self.prompt_s:.2f} s; {speed}; keys and values "
-            f"{self.cache_bytes / 2**20:,.3g} MiB on each of {self.ranks} context ranks"
-            + (f"; on one of {self.replicas} replicas" if self.replicas > 1 else "")
-        )
 
 
 class Generator:

@@ -79,12 +79,13 @@ class Model:
     @property
     def bytes_per_token(self) -> int:
         """Of one token's keys and values, in all layers of this rank."""
-        return sum(self.width(layer) * layer.config.params_dtype.itemsize for layer in self.layers)
+        return sum(map(self.layer_bytes, self.layers))
 
-    def width(self, layer: ContextParallelAttention) -> int:
-        """Numbers that are kept of a token in a layer."""
+    def layer_bytes(self, layer: ContextParallelAttention) -> int:
+        """What a layer keeps of one token."""
         latent = self.latents.get(layer.layer_number)
-        return layer.kept_heads * sum(layer.head_dims) if latent is None else latent.width
+        numbers = layer.kept_heads * sum(layer.head_dims) if latent is None else latent.width
+        return numbers * layer.config.params_dtype.itemsize
 
     def new_cache(self, sequences: int, capacity: int) -> Cache:
         """An empty cache with room for `capacity` tokens of each sequence on this rank."""
@@ -122,15 +123,22 @@ class Model:
             free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         else:
             free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        least = torch.tensor(free, dtype=torch.long, device=self.device)
+        return self._over_replica(free, dist.ReduceOp.MIN)
+
+    def largest(self, value: int) -> int:
+        """The largest `value` of the ranks of the replica; all of them call, and get the same."""
+        return self._over_replica(value, dist.ReduceOp.MAX)
+
+    def _over_replica(self, value: int, op: Any) -> int:
+        found = torch.tensor(value, dtype=torch.long, device=self.device)
         for group in (
             mpu.get_context_parallel_group(),
             mpu.get_tensor_model_parallel_group(),
             mpu.get_pipeline_model_parallel_group(),
         ):
             if group.size() > 1:
-                dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
-        return int(least)
+                dist.all_reduce(found, op, group=group)
+        return int(found)
 
     @torch.no_grad()
     def logits(self, cache: Cache, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor | None:

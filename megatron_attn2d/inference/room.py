@@ -20,6 +20,9 @@ class Room:
     def __init__(self, model: Model, chunk: int, ranks: int) -> None:
         """For prompts that are filled in by chunks of `chunk` tokens per rank, on `ranks` context ranks."""
         self._model, self._chunk, self._ranks = model, chunk, ranks
+        # Stages may have different layers, and all must come to the same decision: these are of the largest stage.
+        self._per_token = model.largest(model.bytes_per_token)
+        self._layer_per_token = model.largest(max(map(model.layer_bytes, model.layers), default=0))
 
     def check(self, batches: Iterable[Sequence[int]], new: int) -> None:
         """Raise UsageError unless a cache fits for each of `batches`, lengths of texts, with `new` more tokens each."""
@@ -49,30 +52,35 @@ class Room:
         free = self._free()
         # A quarter more than there was, if it fits, for a cache that grows again and again: growing copies it.
         for capacity in (max(needed, cache.capacity * 5 // 4), needed):
-            if cache.bytes_to_grow(capacity) <= free:
+            if self._growth(cache, capacity) <= free:
                 cache.grow(capacity)
                 return
-        per_token = len(lengths) * self._model.bytes_per_token
-        fixed = cache.bytes_to_grow(cache.capacity)
+        per_token = len(lengths) * self._per_token
+        fixed = self._growth(cache, cache.capacity)
         held, wanted = max(cache.lengths), max(map(sum, zip(cache.lengths, lengths, strict=True))) + new
         most = (cache.capacity + max(0, int(free) - fixed) // per_token) * self._ranks - held
         choices = [f"{max(0, most):,} more tokens per text"]
-        if per_token * needed <= free + cache.bytes:
+        if per_token * needed <= free + per_token * cache.capacity:
             choices.append(f"a cache that has the room from the beginning, prefill(..., room={wanted - held:,})")
         raise UsageError(
             f"a cache of {held:,} tokens per text has to grow for {wanted - held:,} more, which takes "
-            f"{cache.bytes_to_grow(needed) / _GIB:,.2f} GiB beside it on each of {self._ranks} context ranks, and "
+            f"{self._growth(cache, needed) / _GIB:,.2f} GiB beside it on each of {self._ranks} context ranks, and "
             f"{free / _GIB:,.2f} GiB are free: choose {', or '.join(choices)}"
         )
 
     def _capacity(self, lengths: Sequence[int], new: int, filled: Sequence[Sequence[int]] | None = None) -> int:
         return shards.capacity(lengths, new, self._chunk * self._ranks, self._ranks, filled)
 
+    def _growth(self, cache: Cache, capacity: int) -> int:
+        """Bytes beside the cache that growing to `capacity` takes at most: a layer is kept until it is copied."""
+        layer = cache.capacity * self._layer_per_token
+        return len(cache.filled) * ((capacity - cache.capacity) * self._per_token + layer)
+
     def _free(self) -> float:
         return self._model.free_bytes() * _MARGIN
 
     def _check(self, lengths: Sequence[int], new: int, capacity: int, free: float) -> None:
-        sequences, tokens, each = len(lengths), max(lengths) + new, capacity * self._model.bytes_per_token
+        sequences, tokens, each = len(lengths), max(lengths) + new, capacity * self._per_token
         if sequences * each <= free:
             return
         number = "1 prompt" if sequences == 1 else f"{sequences} prompts"

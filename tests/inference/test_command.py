@@ -17,6 +17,7 @@ from megatron_attn2d import cli
 from megatron_attn2d.data.build import build
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.inference import configuration
+from megatron_attn2d.inference.results import Completion
 from megatron_attn2d.inference.sampling import Sampling
 from tests.data.conftest import _sentencepiece
 from tests.inference.conftest import described
@@ -40,7 +41,6 @@ def test_prompts_of_a_file_are_completed(trained: Path, in_pool: None, tmp_path:
 
 def test_what_is_complete_before_a_crash_is_kept(tmp_path: Path) -> None:
     from megatron_attn2d.inference.completions import Request, _written
-    from megatron_attn2d.inference.generator import Completion
 
     output, console = tmp_path / "found.jsonl", io.StringIO()
     output.write_text("of an earlier run\n")
@@ -116,7 +116,7 @@ def test_the_api_of_one_process(pool: RankPool, trained: Path) -> None:
 
 
 def _use(args: list[str]) -> None:
-    from megatron_attn2d.inference.generator import Completion, Generator
+    from megatron_attn2d.inference.generator import Generator
 
     with Generator.load(args[0], ["parallelism.tensor=1"], step=1, batch=1, chunk=8) as generator:
         encode, greedy = generator.tokenizer.encode, Sampling(4, ignore_end=True)
