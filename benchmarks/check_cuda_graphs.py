@@ -4,6 +4,7 @@
     python benchmarks/check_cuda_graphs.py --ranks 2 --quick
     python benchmarks/check_cuda_graphs.py --ranks 4 --only pipeline
     python benchmarks/check_cuda_graphs.py --ranks 2 --nodes --jobs 3 --timeout 150 --only 1x2 micro-batches
+    python benchmarks/check_cuda_graphs.py --ranks 1 --only documents --lines 45
 
 Each row is a run of `megatron-attn2d train` on all ranks, in deterministic mode. Its losses and gradient norms must be
 those of the same run without graphs, and it must end by itself: also after SIGTERM, and where it continues from a
@@ -29,6 +30,7 @@ from typing import Any
 from training_run import ROOT, TrainingError, machines, run, started
 from watched import brief
 
+from megatron_attn2d.data import docstrings
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.run.metrics import read_steps
 
@@ -52,6 +54,10 @@ GRAPHS = {
 SELECTIVE = ["training.recompute_granularity=selective"]
 FULL = ["training.recompute_granularity=full", "training.recompute_method=uniform", "training.recompute_num_layers=1"]
 SEVERAL = ["training.global_batch_size=4"]  # micro-batches of one sequence
+BYTES = ["data.mock=false", "data.vocab_size=512", "data.null_tokenizer_eod_id=256"]
+BINS = "data.document_bins=96"
+"""More than any sample of the embedded examples needs: the run without graphs has them too, so that kernels get the
+same tables."""
 
 type Steps = list[dict[str, Any]]
 type Row = tuple[str, list[str], str, list[str]]
@@ -63,8 +69,45 @@ def grid(*axes: int) -> list[str]:
     return [f"context_parallel.grid={list(axes)}"]
 
 
+def documents(data: str, *others: str) -> list[str]:
+    """Overrides for sequences of 32 to 511 tokens, packed: the data set of that prefix."""
+    return [*BYTES, f"data.paths=[{data}]", "data.document_masking=true", *others]
+
+
+def rows_of_documents(ranks: int, data: str) -> list[Row]:
+    """What is compared on packs, whose documents are others in each step."""
+    own = grid(ranks, 1) if ranks > 1 else []
+    packs, impl = documents(data, *own, BINS), ("layer", "attention", "iteration")
+    found: list[Row] = [("documents", packs, graphs, []) for graphs in GRAPHS]
+    found += [("documents, 4 micro-batches", [*packs, *SEVERAL], graphs, []) for graphs in impl]
+    two = [*packs, "training.micro_batch_size=2", "training.global_batch_size=2"]
+    found += [("documents, micro-batch of 2", two, graphs, []) for graphs in impl]
+    sft = ["data.format=sft" if one == "data.document_masking=true" else one for one in packs]
+    found += [("documents of fine-tuning", sft, graphs, []) for graphs in impl]
+    found += [("documents", packs, "layer", SELECTIVE), ("documents", packs, "iteration", FULL)]
+    evaluated = [*packs, "data.split='95,5,0'", "training.eval_iters=2", "training.eval_interval=4"]
+    found += [("documents, evaluated", evaluated, graphs, []) for graphs in ("layer", "iteration")]
+    if ranks > 1:
+        for name, mode in (
+            ("1xN", grid(1, ranks)),
+            ("Nx1x1", grid(ranks, 1, 1)),
+            ("ring", ["context_parallel.mode=ring"]),
+        ):
+            found += [(f"documents, {name}", documents(data, *mode, BINS), graphs, []) for graphs in impl]
+    if ranks == 4:
+        stages = documents(data, "parallelism.pipeline=2", "context_parallel.size=2", *grid(2, 1), *SEVERAL, BINS)
+        found += [("documents, pipeline of 2, 2x1", stages, graphs, []) for graphs in GRAPHS]
+        interleaved = [*stages, "parallelism.virtual_pipeline=2"]
+        found += [("documents, interleaved pipeline of 2, 2x1", interleaved, graphs, []) for graphs in impl]
+        tensor = ["parallelism.tensor=2", "parallelism.sequence_parallel=true", "context_parallel.size=2", *grid(2, 1)]
+        found += [("documents, tensor 2, 2x1", documents(data, *tensor, BINS), graphs, []) for graphs in impl]
+    return found
+
+
 def rows(ranks: int, quick: bool) -> list[Row]:
-    """All that is compared on these ranks, what matters most first."""
+    """All that is compared on these ranks of one sequence per sample, what matters most first."""
+    if ranks == 1:
+        return []
     main = f"attention2d {ranks}x1", grid(ranks, 1)
     found: list[Row] = [(*main, graphs, []) for graphs in ("layer", "attention", "iteration")]
     if quick:
@@ -92,23 +135,25 @@ def rows(ranks: int, quick: bool) -> list[Row]:
 def main() -> None:
     """Run everything, print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, choices=[2, 4], help="one GPU each")
+    parser.add_argument("--ranks", type=int, default=2, choices=[1, 2, 4], help="one GPU each; 1: documents alone")
     parser.add_argument("--nodes", action="store_true", help="each rank poses as a host; they may share GPUs")
     parser.add_argument("--quick", action="store_true", help="the rows that matter most")
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose name holds one of these")
+    parser.add_argument("--lines", type=int, default=15, help="of what a failed run printed")
     parser.add_argument("--jobs", type=int, default=6, help="runs at once")
     parser.add_argument("--timeout", type=float, default=90, help="seconds for a run")
     parser.add_argument("--budget", type=float, default=600, help="seconds for all of it; runs end with it")
     args = parser.parse_args()
     failed, begin = 0, time.monotonic()
     args.end = begin + args.budget
-    with ThreadPoolExecutor(args.jobs) as executor:
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(args.jobs) as executor:
+        args.data = str(docstrings.build_default(directory))
         labels = {executor.submit(check): label for label, check in checks(args, executor).items()}
         for future in as_completed(labels):
             try:
                 verdict = f"ok      {future.result()}"
             except (TrainingError, UsageError, AssertionError) as error:
-                failed, verdict = failed + 1, f"FAILED  {brief(str(error))}"
+                failed, verdict = failed + 1, f"FAILED  {brief(str(error), args.lines)}"
             print(f"{time.monotonic() - begin:4.0f} s  {labels[future]:58s} {verdict}", flush=True)
     print(f"{len(labels) - failed} of {len(labels)} as they should be")
     sys.exit(failed > 0)
@@ -118,12 +163,25 @@ def checks(args: argparse.Namespace, executor: ThreadPoolExecutor) -> dict[str, 
     """What is to be checked; the runs without graphs are on their way already."""
     found: dict[str, Callable[[], str]] = {}
     plain: dict[str, Future[Steps]] = {}
-    for name, overrides, graphs, more in rows(args.ranks, args.quick):
+    compared = rows(args.ranks, args.quick)
+    if not args.quick:
+        compared += rows_of_documents(args.ranks, args.data)
+    for name, overrides, graphs, more in compared:
         label = ", ".join([f"{name}: {graphs}", *("recomputed" for _ in more[:1])])
         if wanted(args, label):
             if name not in plain:
                 plain[name] = executor.submit(train, args, overrides)
             found[label] = partial(compare, args, [*overrides, *GRAPHS[graphs], *more], plain[name])
+    if not args.quick:
+        own = grid(args.ranks, 1) if args.ranks > 1 else []
+        packs = documents(args.data, *own)
+        near = {"documents in bins, no graphs": [BINS]}
+        near |= {f"documents in as many bins as they need: {one}": GRAPHS[one] for one in ("layer", "iteration")}
+        for label, more in near.items():
+            if wanted(args, label):
+                found[label] = partial(alike, args, [*packs, *more], packs)
+    if args.ranks == 1:
+        return found
     steps = 20 if args.quick else 200
     for graphs in ("layer",) if args.quick else ("layer", "attention", "iteration"):
         others = {
@@ -142,8 +200,9 @@ def wanted(args: argparse.Namespace, label: str) -> bool:
 
 def train(args: argparse.Namespace, overrides: list[str], directory: str | None = None) -> Steps:
     """The recorded steps of a run that ended by itself."""
-    overrides = [*tiny(args), *overrides]
-    return run(YAML, args.ranks, overrides, _limit(args), torchrun=False, nodes=args.nodes, directory=directory)
+    with tempfile.TemporaryDirectory() as cache:  # runs that begin at once would write the same one
+        overrides = [*tiny(args), f"data.data_cache_path={cache}", *overrides]
+        return run(YAML, args.ranks, overrides, _limit(args), torchrun=False, nodes=args.nodes, directory=directory)
 
 
 def _limit(args: argparse.Namespace) -> float:
@@ -174,6 +233,15 @@ def same(found: Steps, expected: Steps) -> str:
                 f"{name} of step {one['step']} is {one[name]}, without graphs {other[name]}"
             )
     return f"{len(found)} steps, bit by bit"
+
+
+def alike(args: argparse.Namespace, overrides: list[str], others: list[str]) -> str:
+    """Says how far losses are from those of the same run on documents as they come, whose kernels get other tables."""
+    with ThreadPoolExecutor(2) as both:
+        found, expected = both.map(partial(train, args), (overrides, others))
+    apart = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(found, expected, strict=True))
+    assert apart < 5e-3, f"losses in bins are {apart:.1e} from those of documents as they come"
+    return f"losses {apart:.1e} apart"
 
 
 def dropout(args: argparse.Namespace, graphs: list[str]) -> str:

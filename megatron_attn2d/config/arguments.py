@@ -33,6 +33,7 @@ _DECIDED_BY = {
     "train-data-path": "data.paths",
     "dataloader-inter-document-masking": "data.document_masking",
     "document-multiple": "data.document_multiple",
+    "document-bins": "data.document_bins",
     "examples": "data.format",
     "sft": "data.format",
     "fp16": "training.precision",
@@ -214,6 +215,7 @@ def _graphs(run: RunConfig) -> list[str]:
 
 def _data(run: RunConfig) -> list[str]:
     arguments = _flag("document-multiple", run.document_multiple) if run.document_multiple else []
+    arguments += _flag("document-bins", run.data.document_bins) if run.data.document_bins else []
     arguments += _flag("examples") if run.data.format == "sft" else []
     return arguments + ([] if run.data.mock else _flag("data-path", *data_blend(run)))
 

@@ -39,6 +39,7 @@ FORWARD_ONLY = (
     "data.format=text",
     "data.document_masking=false",
     "data.document_multiple=null",
+    "data.document_bins=null",
     "data.split=1,0,0",
 )
 """What of a run's configuration is about training, replaced."""

@@ -37,7 +37,7 @@ _ANYWHERE = {"run", "parallelism", "context_parallel", "checkpoint", "logging", 
 """Sections that say where, how fast and how loudly a run trains."""
 _FREE = {
     *("model.init_method_std", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
-    *("data.dir", "data.num_workers", "data.data_cache_path"),
+    *("data.dir", "data.num_workers", "data.data_cache_path", "data.document_bins"),
     *("training.micro_batch_size", "training.exit_interval", "training.eval_iters", "training.eval_interval"),
     *("training.recompute_granularity", "training.recompute_method", "training.recompute_num_layers"),
     *("training.keep_attention_outputs", "training.offload_activations", "training.loss_chunk_tokens"),

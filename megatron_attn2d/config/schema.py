@@ -146,6 +146,9 @@ class Data(Section):
     document_multiple: Annotated[Positive | None, NO_FLAG] = None
     """Tokens of which the place of each document is a multiple, with padding after its end. None: 2 *
     context_parallel.size, the chunks of a document. A larger one lets a run go on on other context ranks."""
+    document_bins: Annotated[Positive | None, NO_FLAG] = None
+    """Documents of a sample that attention is told of: where a sample has fewer the rest are empty, and none may have
+    more. None: under training.cuda_graphs as many as the fullest sample of the run has, else no fixed number."""
     mock: Annotated[bool, Flag("mock-data")] = False
     """Made-up tokens, for measuring speed."""
     split: Annotated[str, StringConstraints(pattern=r"^[0-9.]+,[0-9.]+,[0-9.]+$")] = "1,0,0"
@@ -410,8 +413,13 @@ class RunConfig(Section):
         """Tokens of which the place of each document is a multiple; 0 where all documents are one sequence."""
         if not self.data.document_masking and self.data.format == "text":
             return 0
-        context = self.context_parallel.size
-        return self.data.document_multiple or (2 * context if context > 1 else 1)
+        return self.data.document_multiple or 2 * self.context_parallel.size
+
+    @property
+    def documents_in_bins(self) -> bool:
+        """Whether attention is told of a fixed number of documents per sample, as in CUDA graphs."""
+        fixed = self.data.document_bins is not None or self.graph_implementation != "none"
+        return bool(self.document_multiple) and fixed
 
     @property
     def keeps_attention_outputs(self) -> bool:

@@ -101,6 +101,14 @@ class DocumentDataset(GPTDataset):
     def _key_config_attributes() -> list[str]:
         return [*GPTDataset._key_config_attributes(), "document_multiple"]
 
+    @property
+    def most_documents(self) -> int:
+        """No sample has more documents and pieces of them."""
+        if not len(self):
+            return 0
+        first, last = self.sample_index[:-1, 0], self.sample_index[1:]  # (document, offset) where samples begin and end
+        return int((last[:, 0] - first + (last[:, 1] > 0)).max())
+
     def __getitem__(self, idx: int | None) -> Sample:
         """The sample `idx`; None: one that counts nowhere, to fill a batch."""
         stream, _, lengths = self._query_document_sample_shuffle_indices(idx or 0)
@@ -159,6 +167,11 @@ class ExampleDataset(MegatronDataset):
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
+
+    @property
+    def most_documents(self) -> int:
+        """No sample has more examples, what is left at its end counted as one."""
+        return 1 + int(np.diff(self._bounds).max(initial=0))
 
     def __getitem__(self, idx: int | None) -> Sample:
         """The sample `idx`; None: one that counts nowhere, to fill a batch."""
@@ -227,6 +240,16 @@ def _fitted(taken: np.ndarray, most: int, to_the_end: bool) -> tuple[np.ndarray,
                 left.append(place)
         ahead = left
         bounds.append(len(dealt))
+
+
+def most_documents(built: Any) -> int:
+    """No sample of a data set, a blend, or a list of them has more documents; 0 where there is none."""
+    if isinstance(built, list | tuple):
+        return max(map(most_documents, built), default=0)
+    parts = getattr(built, "datasets", None)  # of a blend
+    if parts is not None:
+        return most_documents(list(parts))
+    return 0 if built is None else int(built.most_documents)
 
 
 def _uncounted(sample: Sample) -> Sample:

@@ -36,7 +36,7 @@ from torch import Tensor
 from megatron_attn2d import Grid, attention2d, ring_attention
 from megatron_attn2d.attention.checks import check_heads
 from megatron_attn2d.attention.dropout import Dropout
-from megatron_attn2d.megatron import cuda_graphs
+from megatron_attn2d.megatron import cuda_graphs, document_bins
 from megatron_attn2d.megatron.announcement import launched_with, tell_unread_mask
 from megatron_attn2d.megatron.layer_grid import layer_grid, split_mode
 from megatron_attn2d.megatron.recomputation import attentions
@@ -130,6 +130,7 @@ class ContextParallelAttention(MegatronModule):
         """Attend query [s/cp, b, h, d] to key and value [s/cp, b, g, d] in the zigzag layout, or to those of `cache`.
 
         The mask is that of `attn_mask_type`; `attention_mask` is not read, as Megatron's loader need not make it.
+        Where it is `document_bins`, b is 1, and each document is a sequence in a zigzag of its own.
         With `packed_seq_params` (THD) the shapes are [t/cp, heads, d], each sequence in a zigzag of its own.
 
         Returns:
@@ -138,6 +139,13 @@ class ContextParallelAttention(MegatronModule):
         if self.cache is not None:
             return self.cache.attend(self, query, key, value)
         causal = self._is_causal(attn_mask_type, packed_seq_params)
+        if attention_mask is not None and document_bins.are_bins(attention_mask):
+            # Megatron takes the pack for one sequence.
+            q, k, v = (x.squeeze(1) for x in (query, key, value))
+            tokens = q.size(0) * self.config.context_parallel_size
+            lengths, places = document_bins.rows_of(attention_mask)
+            bins = {"cu_seqlens": lengths, "cu_seqlens_padded": places, "max_seqlen": tokens}
+            return self.attend(q, k, v, causal, **bins).unsqueeze(1)
         if attention_mask is not None:
             tell_unread_mask(attention_mask)
         if attention_bias is not None:

@@ -26,7 +26,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_attn2d.megatron.announcement import introduce
+from megatron_attn2d.megatron import document_bins
+from megatron_attn2d.megatron.announcement import introduce, launched_with
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 from megatron_attn2d.megatron.layer_grid import ATTENTION2D, split_mode
 from megatron_attn2d.megatron.refusals import check_model
@@ -52,11 +53,16 @@ class CoreAttention:
             kwargs.get("pg_collection"),
             (kwargs.get("k_channels") or config.kv_channels, kwargs.get("v_channels") or config.kv_channels),
             config.attention_dropout,
-            transformer_engine=HAVE_TE,
+            transformer_engine=_has_other_modes(),
         )
-        if HAVE_TE and split_mode(mode)[0] != ATTENTION2D:
+        if _has_other_modes() and split_mode(mode)[0] != ATTENTION2D:
             return TEDotProductAttention(config=config, layer_number=layer_number, cp_comm_type=cp_comm_type, **kwargs)
         return ContextParallelAttention(config=config, layer_number=layer_number, cp_comm_type=mode, **kwargs)
+
+
+def _has_other_modes() -> bool:
+    """Whether modes other than attention2d are Transformer Engine's: it can't be told of documents by bins."""
+    return HAVE_TE and not document_bins.asked_for(launched_with())
 
 
 def with_context_parallelism(spec: Any) -> Any:

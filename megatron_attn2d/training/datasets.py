@@ -22,7 +22,7 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple
         the three sets; None for a set that has no samples, and on ranks that load no data.
 
     Raises:
-        UsageError: a data set holds a token outside the vocabulary.
+        UsageError: a data set holds a token outside the vocabulary, or more documents in a sample than there are bins.
         ValueError: a data set's index, or a cached index of samples, is not the one that was built.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -30,7 +30,9 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple
     from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
+    from megatron_attn2d.data.documents import most_documents
     from megatron_attn2d.data.matching import largest_id
+    from megatron_attn2d.megatron import document_bins
 
     args = get_args()
     kind = _kind(args)
@@ -53,7 +55,10 @@ def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple
         return bool(used) and get_tensor_model_parallel_rank() == 0
 
     with indexed.sealed_caches(caches, verifies=os.environ.get("LOCAL_RANK", "0") == "0", seals=args.rank == 0):
-        return BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, config).build()
+        built: tuple[Any, Any, Any] = BlendedMegatronDatasetBuilder(kind, num_samples, is_built_here, config).build()
+    if document_bins.asked_for(args):
+        args.document_bins = document_bins.agreed(args.document_bins, most_documents(built))
+    return built
 
 
 def _kind(args: Any) -> Any:

@@ -23,10 +23,10 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> tuple[
 
     Returns:
         Tensors [b, s/cp], and None. Where each document is a sequence of its own: tensors [1, b * s/cp], and their
-        PackedSeqParams.
+        PackedSeqParams, or None where documents are bins, which are the attention mask.
 
     Raises:
-        UsageError: a token is outside the vocabulary.
+        UsageError: a token is outside the vocabulary, or a sample holds more documents than there are bins.
     """
     from megatron.core import parallel_state as mpu
     from megatron.training import get_args
@@ -36,10 +36,13 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> tuple[
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     mtp = last and bool(args.mtp_num_layers)
     if args.document_multiple:
-        from megatron_attn2d.training.packed_batch import packed_on_this_rank
+        from megatron_attn2d.megatron import document_bins
+        from megatron_attn2d.training.packed_batch import binned_on_this_rank, packed_on_this_rank
 
         held = next(iterator) if iterator is not None else {}
         check_batch(held)
+        if document_bins.asked_for(args):
+            return binned_on_this_rank(held, args, first=first, last=last, counted=not vp_stage), None
         return packed_on_this_rank(held, args, first=first, last=last, mtp=mtp, counted=not vp_stage)
     if not (first or last):
         return dict.fromkeys(_KEYS), None
@@ -55,14 +58,20 @@ def next_batch(iterator: Iterator[Batch] | None, vp_stage: int | None) -> tuple[
 
 
 def check_batch(held: Batch) -> None:
-    """Raise UsageError if a batch on the CPU holds a token outside the vocabulary; this takes microseconds.
+    """Raise UsageError if a batch on the CPU holds a token outside the vocabulary, or more documents than bins.
 
-    A batch on the GPU belongs to the CUDA graph of an iteration: to read it would break the capture, and
-    `checked_buffers` has looked at it before.
+    This takes microseconds. A batch on the GPU belongs to the CUDA graph of an iteration: to read it would break the
+    capture, and `checked_buffers` has looked at it before.
     """
     ids = [int(t.max()) for key in ("tokens", "labels") if (t := held.get(key)) is not None and not t.is_cuda]
     if ids:
         check_vocabulary(max(ids), "a batch")
+    if (places := held.get("document_places")) is not None and not places.is_cuda:
+        from megatron.training import get_args
+
+        from megatron_attn2d.megatron import document_bins
+
+        document_bins.check_batch(places, get_args())
 
 
 def checked_buffers() -> AbstractContextManager[None]:

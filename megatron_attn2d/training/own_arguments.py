@@ -21,6 +21,12 @@ def add_own_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="each document is a sequence of its own, padded to a multiple of so many tokens; 0: all are one",
     )
     own.add_argument(
+        "--document-bins",
+        type=int,
+        default=0,
+        help="tell attention of so many documents per sample; 0: as many as the fullest in CUDA graphs, else as come",
+    )
+    own.add_argument(
         "--examples", action="store_true", help="data sets hold examples of fine-tuning, which are not cut"
     )
     own.add_argument("--keep-last", type=int, help="checkpoints to keep; default: all")

@@ -7,16 +7,20 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.training import training
 
 from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.data.documents import PLACES, TOTALS
+from megatron_attn2d.megatron import document_bins
 from megatron_attn2d.megatron.core_attention import keep_totals
 from megatron_attn2d.megatron.upstream.batches import Batch, to_tensor_ranks
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+ROTARY_POSITIONS = "rotary_positions"
+"""Key of a batch in bins: the positions of its tokens in their documents, [b * s / cp] int64, on every stage."""
 _ROTARY_LENGTHS = 8
 """How many lengths the longest document is rounded up to: upstream keeps a table of rotary angles for each that comes
 by, as long as it."""
@@ -106,3 +110,34 @@ def packed_on_this_rank(
         rows = packing.positions([rank, 2 * ranks - 1 - rank])[0]
         batch |= {key: x.index_select(1, rows) for key in KEYS if (x := batch[key]) is not None}
     return {key: batch[key] for key in (*KEYS, "attention_mask")}, pack.parameters(totals_there, places_there)
+
+
+def binned_on_this_rank(held: Batch, args: Any, *, first: bool, last: bool, counted: bool) -> Batch:
+    """`packed_on_this_rank` without a number that only the GPU knows: each sample has `args.document_bins` documents.
+
+    Returns:
+        the tensors that this stage uses, [1, b * s / cp]; bins as the attention mask, and `ROTARY_POSITIONS`.
+    """
+    group, context = mpu.get_tensor_model_parallel_group(), mpu.get_context_parallel_group()
+    device, batch = torch.cuda.current_device(), dict[str, Any]()
+    if group.rank() == 0:
+        totals, places = held[TOTALS], held[PLACES]
+        assert totals is not None
+        assert places is not None
+        bins = document_bins.of_samples(
+            totals.cuda(non_blocking=True), places.cuda(non_blocking=True), args.document_bins
+        )
+        batch = {key: None if (x := held.get(key)) is None else x.reshape(1, -1).cuda() for key in KEYS}
+    else:
+        bins = torch.empty((2, args.micro_batch_size * args.document_bins + 1), dtype=torch.int32, device=device)
+    if group.size() > 1:
+        dist.broadcast(bins, mpu.get_tensor_model_parallel_src_rank(), group=group)
+    used: dict[str, Any] = dict.fromkeys(KEYS)
+    if first or last:
+        used |= to_tensor_ranks({"attention_mask": None, **batch}, args, first=first, last=last, mtp=False, joined=True)
+    if counted and torch.is_grad_enabled():
+        training.update_seqlen_stats_from_cu_seqlens(bins[0])
+    tokens = args.micro_batch_size * args.seq_length
+    rows, positions = document_bins.rows_and_positions(bins, tokens, context.rank(), context.size())
+    found = {key: x if (x := used[key]) is None else x.index_select(1, rows) for key in KEYS}
+    return {**found, "attention_mask": bins, ROTARY_POSITIONS: positions}

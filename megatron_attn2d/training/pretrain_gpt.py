@@ -15,7 +15,9 @@ from unittest import mock
 
 import torch
 
+from megatron_attn2d.megatron.upstream import rotary
 from megatron_attn2d.megatron.upstream.batches import Batch
+from megatron_attn2d.megatron.upstream.patching import applied
 from megatron_attn2d.training import chunked_loss, progress, wandb_run
 from megatron_attn2d.training.datasets import build_datasets
 from megatron_attn2d.training.guards import same_start
@@ -43,7 +45,9 @@ def _pretrain(given: int, console: TextIO) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import training
 
+    from megatron_attn2d.megatron import document_bins
     from megatron_attn2d.megatron.recomputation import keeping
+    from megatron_attn2d.megatron.upstream import bins_in_graphs
     from megatron_attn2d.training.guards.finite_check import checked_for_finiteness
     from megatron_attn2d.training.guards.self_check import checked_before_training
     from megatron_attn2d.training.start_line import announced
@@ -60,6 +64,9 @@ def _pretrain(given: int, console: TextIO) -> None:
         stack.enter_context(checked_for_finiteness(args))
         stack.enter_context(checked_buffers())
         stack.enter_context(keeping(args))
+        if document_bins.asked_for(args):
+            document_bins.check_model(args)
+            stack.enter_context(applied(bins_in_graphs.patches(args)))
         stack.enter_context(same_start.agreed(sys.argv[1:]))
         stack.enter_context(announced(args, sys.argv[1 + given :], console))
         if args.attention_self_check:
@@ -82,15 +89,16 @@ def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> t
     timers("batch-generator", log_level=2).start()
     batch, packing = next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=packing,
-        **chunked_loss.of_model(get_args()),
-    )
+    with rotary.at(batch.get("rotary_positions")):
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            packed_seq_params=packing,
+            **chunked_loss.of_model(get_args()),
+        )
     return output, partial(_loss, batch["loss_mask"])
 
 

@@ -7,12 +7,14 @@ import math
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_attn2d.config.arguments import megatron_arguments
 from megatron_attn2d.config.read import load_run
 from megatron_attn2d.training.derive import derived_arguments
 from tests.benchmarks.test_benchmark_multi_gpu import script
+from tests.megatron.documents import build
 from tests.training.test_derive import FULL
 
 
@@ -25,18 +27,29 @@ class AtOnce:
         return future
 
 
-@pytest.mark.parametrize(("ranks", "quick", "most"), [(2, True, 7), (2, False, 24), (4, False, 40)])
-def test_all_runs_are_valid(monkeypatch: pytest.MonkeyPatch, ranks: int, quick: bool, most: int) -> None:
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prefix = build(tmp_path_factory.mktemp("data") / "set", [np.arange(8)])
+    prefix.with_suffix(".loss").write_bytes(bytes(8))
+    return str(prefix)
+
+
+@pytest.mark.parametrize(("ranks", "quick", "most"), [(1, False, 24), (2, True, 7), (2, False, 54), (4, False, 80)])
+def test_all_runs_are_valid(monkeypatch: pytest.MonkeyPatch, examples: str, ranks: int, quick: bool, most: int) -> None:
     check, asked = script("check_cuda_graphs"), []
 
     def run(yaml: Any, world: int, overrides: list[str], *_: Any, **__: Any) -> list[dict[str, float]]:
         asked.append(overrides)
         run = load_run(yaml, [*overrides, "run.dir=/tmp/none"], world_size=world)
-        derived_arguments(megatron_arguments(run), FULL)
+        arguments = megatron_arguments(run)
+        derived_arguments(arguments, FULL)
+        if "data.document_masking=true" in overrides:  # also a single rank cuts documents into two chunks
+            assert arguments[arguments.index("--document-multiple") + 1] == str(2 * run.context_parallel.size)
         return [{"step": i, "loss": 1.0, "grad_norm": 1.0} for i in range(200)]
 
     monkeypatch.setattr(check, "run", run)
     args = argparse.Namespace(ranks=ranks, quick=quick, nodes=quick, only=[""], timeout=1.0, end=math.inf)
+    args.data = examples
     found = check.checks(args, AtOnce())
     assert len(found) <= most
     for label, one in found.items():

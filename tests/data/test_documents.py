@@ -85,6 +85,31 @@ def test_samples_hold_each_token_once_and_predict_within_documents(multiple: int
     assert len(seen) >= sum(LENGTHS) - SEQ
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_bins_hold_the_documents_of_the_fullest_sample(multiple: int, prefix: Path) -> None:
+    from megatron_attn2d.data.documents import most_documents
+
+    found = dataset(prefix, multiple, 16)  # of several epochs
+    fullest = max(len(documents(found[i])) for i in range(len(found)))
+    assert most_documents([found, None]) == fullest > 2
+
+
+def test_bins_and_positions_are_those_of_the_documents() -> None:
+    from megatron_attn2d.megatron import document_bins
+
+    totals = torch.tensor([[0, 3, 7, 7, 7], [0, 6, 6, 6, 6]], dtype=torch.int32)
+    places = torch.tensor([[0, 4, 8, 8, 8], [0, 8, 8, 8, 8]], dtype=torch.int32)
+    bins = document_bins.of_samples(totals, places, 3)
+    assert bins.tolist() == [[0, 3, 7, 7, 13, 13, 13], [0, 4, 8, 8, 16, 16, 16]]
+    assert document_bins.of_samples(totals, places, 5).tolist()[1] == [0, 4, 8, 8, 8, 8, 16, 16, 16, 16, 16]
+    assert document_bins.are_bins(bins)
+    assert not document_bins.are_bins(torch.ones(1, 1, 4, 4, dtype=torch.bool))
+    found = [document_bins.rows_and_positions(bins, 16, rank, 2) for rank in (0, 1)]
+    rows, positions = (torch.cat(both) for both in zip(*found, strict=True))
+    assert rows.tolist() == [0, 3, 4, 7, 8, 9, 14, 15, 1, 2, 5, 6, 10, 11, 12, 13]
+    assert positions.tolist() == [0, 3, 0, 3, 0, 1, 6, 7, 1, 2, 1, 2, 2, 3, 4, 5]
+
+
 def test_a_sample_that_fills_a_batch_counts_nowhere(prefix: Path) -> None:
     found = dataset(prefix, 4, 4)
     assert found[0]["loss_mask"].any()

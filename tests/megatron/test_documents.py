@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_attn2d.errors import UsageError
 from tests.megatron.combinations import EP, MODELS, PP, SP, VPP, Combination, grid
 from tests.megatron.documents import short_examples, short_texts
 from tests.megatron.runs import context_parallel, train
@@ -23,6 +25,11 @@ COMBINATIONS: dict[str, Combination] = {
     "PP2 interleaved, 2x1": Combination("four layers", 4, {**VPP, **grid(2, 1), "micro_batch_size": 1}),
     "DP2, 1x2, loss in chunks": Combination("llama", 4, grid(1, 2, loss_chunk_tokens=24)),
     "GPT-3, 2x2": Combination("gpt3", 4, grid(2, 2)),
+    "2x2, in bins": Combination("llama", 4, grid(2, 2, document_bins=24)),
+    "TP2 SP, PP2, 2x1, in bins": Combination(
+        "llama", 8, {**SP, **PP, **grid(2, 1), "micro_batch_size": 1, "document_bins": 8}
+    ),
+    "hybrid, ring 2, in bins": Combination("hybrid", 2, {**context_parallel("p2p", 1, 2), "document_bins": 8}),
     "MoE, EP2 over 2x1": Combination("moe", 2, {**EP, **grid(2, 1)}),
     "MLA, 2x1": Combination("mla", 2, grid(2, 1)),
 }
@@ -71,3 +78,53 @@ def test_completions_are_learned_alike_on_one_rank_and_in_a_grid(pool: RankPool,
     grid_of_4 = train(pool, 4, tmp_path / "grid", **options, **grid(2, 2))
     assert [step["loss"] for step in grid_of_4] == pytest.approx([step["loss"] for step in one], abs=2e-5)
     assert one[-1]["loss"] < one[0]["loss"] - 1
+
+
+def bins(rank: int, asked: int) -> int | str:
+    """How many bins ranks agree on whose fullest samples hold 3 and 4 documents, or why not."""
+    from megatron_attn2d.megatron import document_bins
+    from megatron_attn2d.megatron.upstream import cpu
+
+    with cpu.seam():
+        try:
+            return document_bins.agreed(asked, 3 + rank)
+        except UsageError as error:
+            return str(error)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [(0, 4), (8, 8), (3, "data.document_bins = 3 (--document-bins): a sample")]
+)
+def test_every_rank_has_bins_for_the_fullest_sample(pool: RankPool, asked: int, found: int | str) -> None:
+    for one in pool.run(bins, 2, asked):
+        assert str(one).startswith(str(found))
+
+
+def test_graphs_of_transformer_engine_get_bins_and_one_sequence_to_be_captured_with() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from megatron_attn2d.megatron.upstream import bins_in_graphs, compat, cpu
+    from megatron_attn2d.megatron.upstream.patching import applied
+
+    args = SimpleNamespace(cuda_graph_impl="transformer_engine", micro_batch_size=2, document_bins=0)
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, context_parallel_size=2)
+    config.cuda_graph_impl = args.cuda_graph_impl
+    with cpu.seam(), compat.applied_fixes(), applied(bins_in_graphs.patches(args)):
+        args.document_bins = 3  # once there are data sets
+        found = TransformerLayer.get_layer_static_inputs(SimpleNamespace(config=config), 64, 2)
+    assert found["hidden_states"].shape == (64, 1, 8)
+    assert found["attention_mask"].tolist() == [[0, *[128] * 6]] * 2
+
+
+def test_replays_of_an_iteration_count_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from megatron.training import training
+
+    from megatron_attn2d.megatron.upstream import bins_in_graphs
+    from megatron_attn2d.megatron.upstream.patching import applied
+
+    monkeypatch.setattr(training, "_seqlen_stats_active", False)
+    monkeypatch.setattr(training, "_seqlen_stats_in_iteration", torch.tensor([5.0, 13.0]))  # as a replay leaves it
+    with applied(bins_in_graphs.patches(SimpleNamespace(cuda_graph_impl="full_iteration"))):
+        assert training.consume_seqlen_stats_in_iteration() == (5, 13)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_attn2d.config.checks.refusal import Refusal
+from megatron_attn2d.config.layer_pattern import MTP
 from megatron_attn2d.config.prefixes import prefix_fault
 from megatron_attn2d.config.schema import RunConfig
 
@@ -10,6 +11,12 @@ _EMBEDDED_EXAMPLE = 512
 """Tokens of the longest example that `data.docstrings` builds."""
 _RECURRENT = {"M", "G"}
 """Layers of a hybrid model that carry a state from token to token: Mamba and gated delta net."""
+
+_NOT_IN_BINS = {
+    "multi_latent_attention": ("+", "rotates by the positions of the whole sample where documents are bins"),
+    "mtp_num_layers": (MTP, "would predict a neighbour's tokens where documents are bins"),
+}
+"""Arguments of Megatron's, their symbols in the pattern of a hybrid model, and why they aren't served with bins."""
 
 
 def check_data(run: RunConfig) -> Iterator[Refusal]:
@@ -25,8 +32,11 @@ def check_documents(run: RunConfig) -> Iterator[Refusal]:
         yield from _check_examples(run)
         yield from _check_places(run)
         yield from _check_across_documents(run)
-    elif run.data.document_multiple:
-        yield "data.document_multiple", "data.document_masking is false", "choose null, or document_masking=true"
+        yield from _check_bins(run)
+        return
+    for key in ("document_multiple", "document_bins"):
+        if getattr(run.data, key):
+            yield f"data.{key}", "data.document_masking is false", "choose null, or document_masking=true"
 
 
 def _check_examples(run: RunConfig) -> Iterator[Refusal]:
@@ -41,7 +51,7 @@ def _check_examples(run: RunConfig) -> Iterator[Refusal]:
 def _check_places(run: RunConfig) -> Iterator[Refusal]:
     """Refusals about where documents may begin, and how many samples of them may go through at once."""
     multiple = run.document_multiple
-    chunks = 2 * run.context_parallel.size if run.context_parallel.size > 1 else 1
+    chunks = 2 * run.context_parallel.size
     if multiple % chunks:
         yield (
             "data.document_multiple",
@@ -58,13 +68,10 @@ def _check_places(run: RunConfig) -> Iterator[Refusal]:
 
 
 def _check_across_documents(run: RunConfig) -> Iterator[Refusal]:
-    """Refuse graphs of fixed lengths, and layers that carry a state from one document into the next."""
+    """Refuse layers that carry a state from one document into the next."""
     data, given = run.data, run.megatron_args
     masking = "data.format = sft" if data.format == "sft" else "data.document_masking"
     other = "leave it out" if data.format == "sft" else "leave it out, or data.document_masking=false"
-    if run.graph_implementation != "none":
-        reason = f"a graph is for one set of lengths, and {masking} brings others with each batch"
-        yield "training.cuda_graphs", reason, "choose none"
     if given.get("reset_position_ids"):
         reason = f"{masking} begins positions anew in each document already"
         yield "megatron_args.reset_position_ids", reason, "leave it out"
@@ -75,6 +82,19 @@ def _check_across_documents(run: RunConfig) -> Iterator[Refusal]:
     if layers := sorted(set(str(given.get("hybrid_layer_pattern") or "")) & _RECURRENT):
         reason = f"layers {', '.join(layers)} would carry what they know from a document into the next, under {masking}"
         yield "megatron_args.hybrid_layer_pattern", reason, "choose * or +"
+
+
+def _check_bins(run: RunConfig) -> Iterator[Refusal]:
+    """Refuse layers that can't be told of a fixed number of documents, as CUDA graphs ask for."""
+    if not run.documents_in_bins:
+        return
+    in_graphs = run.graph_implementation != "none"
+    key, without = ("training.cuda_graphs", "none") if in_graphs else ("data.document_bins", "null")
+    masking = "data.format = sft" if run.data.format == "sft" else "data.document_masking"
+    pattern = str(run.megatron_args.get("hybrid_layer_pattern") or "")
+    for name, (symbol, why) in _NOT_IN_BINS.items():
+        if run.megatron_args.get(name) or symbol in pattern:
+            yield key, f"megatron_args.{name} {why}, under {masking}", f"choose {without}"
 
 
 def _check_split(run: RunConfig) -> Iterator[Refusal]:

@@ -43,6 +43,9 @@ def _check_layers(run: RunConfig) -> Iterator[Refusal]:
     """Refusals for a graph per layer, or per layer's attention."""
     model, training, given = run.model, run.training, run.megatron_args
     graphs, implementation = training.cuda_graphs, run.graph_implementation
+    if implementation == "transformer_engine" and model.rope_scaling == "yarn":
+        reason = f"Megatron gives graphs (training.cuda_graphs = {graphs}) no angles of yarn: nothing would be rotated"
+        yield "model.rope_scaling", reason, "choose another, or training.cuda_graphs=layer"
     if implementation == "transformer_engine" and training.precision != "bf16":
         reason = f"Megatron captures training.cuda_graphs = {graphs} in bf16"
         yield "training.precision", reason, "choose bf16, or training.cuda_graphs=layer"

@@ -13,19 +13,20 @@ Batch = dict[str, torch.Tensor | None]
 
 
 def to_tensor_ranks(
-    batch: Batch, args: Any, *, first: bool, last: bool, mtp: bool, packed: bool = False
+    batch: Batch, args: Any, *, first: bool, last: bool, mtp: bool, packed: bool = False, joined: bool = False
 ) -> dict[str, Any]:
     """What a pipeline stage uses of a batch, on all its tensor-parallel ranks, of which rank 0 holds it.
 
     Args:
-        batch: tensors [b, s]; with `packed` [1, b * s], and the documents' totals; {} on ranks other than 0.
+        batch: tensors [b, s]; with `joined` or `packed` [1, b * s]; {} on ranks other than 0.
         args: Megatron's.
         first, last: whether this is the first, the last stage.
         mtp: whether the stage predicts several tokens.
-        packed: whether documents are sequences of their own.
+        packed: whether the documents' totals are part of it, and samples joined.
+        joined: whether samples are one sequence.
     """
     return of_this_version("hand a batch to tensor ranks", {"0.19": _to_tensor_ranks_0_19})(
-        batch, args, first, last, mtp, packed
+        batch, args, first, last, mtp, packed, joined or packed
     )
 
 
@@ -34,7 +35,9 @@ def to_context_rank(batch: Batch, group: dist.ProcessGroup) -> dict[str, Any]:
     return of_this_version("cut a batch for context ranks", {"0.19": _to_context_rank_0_19})(batch, group)
 
 
-def _to_tensor_ranks_0_19(batch: Batch, args: Any, first: bool, last: bool, mtp: bool, packed: bool) -> dict[str, Any]:
+def _to_tensor_ranks_0_19(
+    batch: Batch, args: Any, first: bool, last: bool, mtp: bool, packed: bool, joined: bool
+) -> dict[str, Any]:
     from megatron.core import parallel_state as mpu
     from megatron.core.utils import get_batch_on_this_tp_rank
 
@@ -42,14 +45,14 @@ def _to_tensor_ranks_0_19(batch: Batch, args: Any, first: bool, last: bool, mtp:
         batch,
         has_cu_seqlens=packed,
         is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader and not packed,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader and not joined,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         # A pack's totals are padded to chunks on one context rank too, and upstream hands those on for 2 or more.
         cp_size=2 if packed else args.context_parallel_size,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=1 if packed else args.micro_batch_size,
-        seq_length=args.seq_length * (args.micro_batch_size if packed else 1),
+        micro_batch_size=1 if joined else args.micro_batch_size,
+        seq_length=args.seq_length * (args.micro_batch_size if joined else 1),
         mtp_on_this_rank=mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,

@@ -33,6 +33,12 @@ REFUSED = {
     "data.document_multiple=8": (
         "data.document_multiple = 8: data.document_masking is false; choose null, or document_masking=true"
     ),
+    "data.document_bins=8": (
+        "data.document_bins = 8: data.document_masking is false; choose null, or document_masking=true"
+    ),
+    "data.document_masking=true data.document_bins=8 megatron_args.multi_latent_attention=true": (
+        "data.document_bins = 8: megatron_args.multi_latent_attention rotates by the positions of the whole sample ..."
+    ),
     "data.document_masking=true data.document_multiple=12": (
         "data.document_multiple = 12: not a multiple of 2 * context_parallel.size = 8, the chunks of a document; "
         "choose 16, or null"

@@ -24,9 +24,14 @@ REFUSED = {
         "training.precision = 'fp32': Megatron captures training.cuda_graphs = attention in bf16; choose bf16, or "
         "training.cuda_graphs=layer"
     ),
-    "environment.device=cuda training.cuda_graphs=iteration data.document_masking=true": (
-        "training.cuda_graphs = 'iteration': a graph is for one set of lengths, and data.document_masking brings "
-        "others with each batch; choose none"
+    "environment.device=cuda training.cuda_graphs=iteration data.document_masking=true "
+    "megatron_args.mtp_num_layers=1": (
+        "training.cuda_graphs = 'iteration': megatron_args.mtp_num_layers would predict a neighbour's tokens where "
+        "documents are bins, under data.document_masking; choose none"
+    ),
+    "environment.device=cuda training.precision=bf16 training.cuda_graphs=attention model.rope_scaling=yarn "
+    "model.rope_scaling_factor=4 model.rope_original_length=64 model.position_embedding_type=rope": (
+        "model.rope_scaling = 'yarn': Megatron gives graphs (training.cuda_graphs = attention) no angles of yarn: ..."
     ),
     "environment.device=cuda training.precision=bf16 training.cuda_graphs=attention training.check_finite=true": (
         "training.check_finite = true: it waits for the GPU in each layer, which training.cuda_graphs = attention ..."
