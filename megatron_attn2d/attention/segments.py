@@ -3,7 +3,7 @@
 A segment is a run of query rows and a run of key rows of two flat buffers. Packed sequences, padding and windows make
 many segments. Their number changes the size of a table and never the number of kernel calls.
 
-Tables that the host makes belong to a `Batch`: one copy brings all of a batch to the device.
+Tables that the host makes belong to a `Bundle`: one copy brings all of a bundle to the device.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Segments:
         band: who sees whom within each segment. Every row of a segment sees a key.
         most_q, most_k: upper bounds of the lengths; they need no synchronisation.
         host: the segments as numbers of the host, for reading; None where only the device knows them.
-        batch: the tables that the host made together with this one; None as for `host`.
-        number: of this table in the batch.
+        bundle: the tables that the host made together with this one; None as for `host`.
+        number: of this table in the bundle.
     """
 
     columns: Callable[[], Columns]
@@ -55,7 +55,7 @@ class Segments:
     most_q: int
     most_k: int
     host: Numbers | None = None
-    batch: Batch | None = None
+    bundle: Bundle | None = None
     number: int = 0
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -92,7 +92,7 @@ class Segments:
         Both are tables of the same buffers, None where there are none. The first has all segments where only the device
         knows them.
         """
-        return (self, None) if self.batch is None else self.batch.by_length(self.number, short, few)
+        return (self, None) if self.bundle is None else self.bundle.by_length(self.number, short, few)
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """Query start and length, key start and length of each segment that is not empty; reads a device's numbers."""
@@ -106,7 +106,7 @@ class Segments:
 
     @classmethod
     def of(cls, host: Numbers, band: Band, q_rows: int, k_rows: int, device: torch.device) -> Segments:
-        """A table of numbers that the host knows, alone in its batch.
+        """A table of numbers that the host knows, alone in its bundle.
 
         Args:
             host: the segments, ascending.
@@ -115,7 +115,7 @@ class Segments:
             device: where the rows are.
         """
         most_q, most_k = host[:, 1::2].max(0, initial=0).tolist()
-        return Batch(device).add(host.T, band, q_rows, k_rows, most_q, most_k)
+        return Bundle(device).add(host.T, band, q_rows, k_rows, most_q, most_k)
 
 
 class _Host(NamedTuple):
@@ -129,7 +129,7 @@ class _Host(NamedTuple):
     most_k: int
 
 
-class Batch:
+class Bundle:
     """Tables that the host makes together.
 
     The first kernel that asks for one of them brings to the device, by one copy for which nothing waits, all that are
@@ -170,7 +170,7 @@ class Batch:
         """See `Segments.by_length`: all tables are split at once, and one copy brings the parts of all."""
         parts = self._parts.setdefault((short, few), [])
         if number >= len(parts):
-            long, brief = Batch(self._device), Batch(self._device)
+            long, brief = Bundle(self._device), Bundle(self._device)
             parts += [_split(host, short, few, long, brief) for host in self._hosts[len(parts) :]]
             _place([long, brief], self._device)
         return parts[number]
@@ -194,8 +194,8 @@ def aligned(count: int) -> int:
     return -(-count // _ALIGNED) * _ALIGNED
 
 
-def _split(host: _Host, short: int, few: int, long: Batch, brief: Batch) -> tuple[Segments | None, Segments | None]:
-    """The parts of a table that `Segments.by_length` returns, added to a batch each."""
+def _split(host: _Host, short: int, few: int, long: Bundle, brief: Bundle) -> tuple[Segments | None, Segments | None]:
+    """The parts of a table that `Segments.by_length` returns, added to a bundle each."""
     lengths = host.rows[1]
     is_brief = lengths <= short
     count = np.count_nonzero(is_brief)
@@ -206,13 +206,13 @@ def _split(host: _Host, short: int, few: int, long: Batch, brief: Batch) -> tupl
     return long.add(others, *host[1:]) if others.size else None, brief.add(found, *host[1:])
 
 
-def _place(batches: Sequence[Batch], device: torch.device) -> None:
-    """Bring the tables of these batches to the device that are not there yet, all of them by one copy."""
-    numbers = np.zeros(sum(_room(batch) for batch in batches), dtype=np.int32)
-    sizes: list[int] = []  # of what lies in a row: per batch its heads, per column the column and what aligns the next
+def _place(bundles: Sequence[Bundle], device: torch.device) -> None:
+    """Bring the tables of these bundles to the device that are not there yet, all of them by one copy."""
+    numbers = np.zeros(sum(_room(bundle) for bundle in bundles), dtype=np.int32)
+    sizes: list[int] = []  # of what lies in a row: per bundle its heads, per column the column and what aligns the next
     at = 0
-    for batch in batches:
-        hosts = batch._hosts[len(batch._columns) :]
+    for bundle in bundles:
+        hosts = bundle._hosts[len(bundle._columns) :]
         head, at, before = at, at + HEAD * len(hosts), 0
         sizes.append(at - head)
         for rows, band, q_rows, k_rows, *_ in hosts:
@@ -229,13 +229,13 @@ def _place(batches: Sequence[Batch], device: torch.device) -> None:
             at += 4 * width
     placed = to_device(numbers, device)
     pieces = iter(placed.split(sizes))
-    for batch in batches:
-        batch.heads, batch.numbers = next(pieces), placed
-        for _ in batch._hosts[len(batch._columns) :]:
+    for bundle in bundles:
+        bundle.heads, bundle.numbers = next(pieces), placed
+        for _ in bundle._hosts[len(bundle._columns) :]:
             found = [next(pieces) for _ in range(8)]
-            batch._columns.append(Columns(*found[::2]))
+            bundle._columns.append(Columns(*found[::2]))
 
 
-def _room(batch: Batch) -> int:
-    """How many numbers `_place` needs for the tables of a batch."""
-    return sum(HEAD + 4 * aligned(host.rows.shape[1] + 1) for host in batch._hosts[len(batch._columns) :])
+def _room(bundle: Bundle) -> int:
+    """How many numbers `_place` needs for the tables of a bundle."""
+    return sum(HEAD + 4 * aligned(host.rows.shape[1] + 1) for host in bundle._hosts[len(bundle._columns) :])

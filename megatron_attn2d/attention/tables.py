@@ -36,7 +36,7 @@ import torch
 
 from megatron_attn2d.attention.layout import CAUSAL, FULL, LOWER, UPPER, Band, Chunk, Rectangle, TilePlan
 from megatron_attn2d.attention.packing import Packing
-from megatron_attn2d.attention.segments import Batch, Columns, Numbers, Segments
+from megatron_attn2d.attention.segments import Bundle, Columns, Numbers, Segments
 
 
 @dataclass(frozen=True)
@@ -334,8 +334,8 @@ class _Rows:
                 rows = rows.compress((rows[1] > 0) & (rows[3] > 0), 1)
             if not rows.size:
                 return None
-            batch = packing.made("tables", lambda: Batch(packing.device))
-            return batch.add(rows, band, q_rows, k_rows, *rows[1::2].max(1).tolist())
+            bundle = packing.made("tables", lambda: Bundle(packing.device))
+            return bundle.add(rows, band, q_rows, k_rows, *rows[1::2].max(1).tolist())
         empty = (pieces.q_length <= 0) | (pieces.k_length <= 0)
         q_starts, k_starts = (
             torch.cat((_by_sequence(x), x.new_full((1,), rows))).int()

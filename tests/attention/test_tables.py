@@ -202,15 +202,19 @@ def test_short_segments_apart_are_all_segments_of_a_few_rows_by_one_copy(monkeyp
     copies = Mock(side_effect=to_device)
     monkeypatch.setattr(segments, "to_device", copies)
     host = np.array([(0, 9, 0, 9), (9, 2, 9, 4), (11, 1, 13, 1), (12, 8, 14, 8)])
-    table = Segments.of(host, CAUSAL, 21, 23, CPU)
+    bundle = segments.Bundle(CPU)
+    table, other = (bundle.add(x.T, CAUSAL, 21, 23, 9, 9) for x in (host, host[1:]))
     whole, none = table.by_length(2, 2)
     assert (whole and list(whole), none) == (list(table), None), "too few"
     copies.reset_mock()
-    long, short = table.by_length(2, 1)
-    for part, numbers in ((long, host[[0, 3]]), (short, host[1:3])):
-        assert part is not None
-        assert list(part) == [tuple(row) for row in numbers.tolist()]
-        check_table(part, 21, 23)
-        aligned = {x.data_ptr() % 16 for x in (part.q_starts, part.q_lengths, part.k_starts, part.k_lengths)}
-        assert aligned == {0}, "kernels copy what begins elsewhere"
+    for parts, rows in ((table.by_length(2, 1), ([0, 3], [1, 2])), (other.by_length(2, 1), ([3], [1, 2]))):
+        for part, taken in zip(parts, rows, strict=True):
+            assert part is not None
+            assert list(part) == [tuple(row) for row in host[taken].tolist()]
+            assert torch.equal(
+                torch.stack((part.q_starts[:-1], part.k_lengths), 1), torch.as_tensor(host[taken][:, [0, 3]]).int()
+            )
+            check_table(part, 21, 23)
+            aligned = {x.data_ptr() % 16 for x in (part.q_starts, part.q_lengths, part.k_starts, part.k_lengths)}
+            assert aligned == {0}, "kernels copy what begins elsewhere"
     copies.assert_called_once()

@@ -56,7 +56,7 @@ def _seen_from(i, starts, lengths, others, other_lengths, count, steps, before, 
 
 @triton.jit(do_not_specialize=["steps"])  # another number in every step
 def _find_seen(heads, numbers, seen, steps, HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of rows and one of keys of one table; see `segments.Batch` for what heads hold."""
+    """One block of rows and one of keys of one table; see `segments.Bundle` for what heads hold."""
     head = heads + tl.program_id(1) * HEAD
     q_starts, q_lengths = numbers + tl.load(head), numbers + tl.load(head + 1)
     k_starts, k_lengths = numbers + tl.load(head + 2), numbers + tl.load(head + 3)
@@ -252,20 +252,20 @@ def differentiate(rows: BackwardRows, k: Tensor, v: Tensor, table: Segments, sca
 def _seen_of(table: Segments) -> tuple[Tensor, Tensor]:
     """For each row the keys [first, stop) that it sees, [2, rows] int32, and for each key the rows, [2, keys].
 
-    -1 where a row or a key is of no segment. One launch finds them for all tables of the batch.
+    -1 where a row or a key is of no segment. One launch finds them for all tables of the bundle.
     """
-    batch = table.batch
-    assert batch is not None, "only tables of the host are split by length"
+    bundle = table.bundle
+    assert bundle is not None, "only tables of the host are split by length"
 
     def find(sizes: list[tuple[int, int, int]]) -> list[tuple[Tensor, Tensor]]:
         pieces = [
             size for _, *rows in sizes for n in rows for size in (2 * n, 2 * (aligned(n) - n))
         ]  # of what lies in a row; every second one aligns the next
-        seen = batch.numbers.new_empty(sum(pieces))
+        seen = bundle.numbers.new_empty(sum(pieces))
         most = max(max(rows) for _, *rows in sizes)
         steps = max(count for count, *_ in sizes).bit_length()
-        _find_seen[(-(-most // _BLOCK), len(sizes))](batch.heads, batch.numbers, seen, steps, HEAD=HEAD, BLOCK=_BLOCK)
+        _find_seen[(-(-most // _BLOCK), len(sizes))](bundle.heads, bundle.numbers, seen, steps, HEAD=HEAD, BLOCK=_BLOCK)
         found = [piece.view(2, -1) for piece in seen.split(pieces)[::2]]
         return list(zip(found[::2], found[1::2], strict=True))
 
-    return batch.made("seen", find)[table.number]
+    return bundle.made("seen", find)[table.number]
