@@ -42,7 +42,7 @@ from million_table import markdown
 from watched import Watched, python
 
 from megatron_attn2d.config import load_run
-from megatron_attn2d.preview import memory
+from megatron_attn2d.preview import parameters
 
 ANCHOR_S = 380.0
 """Published for Qwen3-8B, 1,048,576 tokens per step on 8 x H100, with Ulysses or ring attention."""
@@ -118,7 +118,7 @@ def model(args: argparse.Namespace) -> dict[str, Any]:
     sizes, data = load_run(YAML).model, load_run(YAML).data
     names = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "qk_layernorm", "rotary_base")
     read = {name: getattr(sizes, name) for name in names}
-    return {**read, "ffn_hidden_size": memory.ffn_width(sizes), "vocab_size": data.vocab_size}
+    return {**read, "ffn_hidden_size": parameters.ffn_width(sizes), "vocab_size": data.vocab_size}
 
 
 def layers(args: argparse.Namespace, found: dict[str, Any], deadline: float) -> None:

@@ -5,7 +5,7 @@ schema.py     the keys and their types
 auto.py       numbers in the place of `auto`
 check.py      whether the values fit together, by checks/
 read.py       all of this in order: `load_run`
-arguments.py  the run as Megatron's command line
+arguments.py  the run as Megatron's command line, and passed_through.py what of Megatron's own arguments joins it
 """
 
 from megatron_attn2d.config.arguments import megatron_arguments

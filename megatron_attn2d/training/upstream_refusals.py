@@ -1,8 +1,8 @@
-"""What Megatron refuses before the first step has ended, told in one sentence that names the arguments.
+"""Turns an error by which Megatron refuses its arguments into one sentence that names the arguments.
 
 Megatron checks its arguments in hundreds of places: while it reads them, while it builds the model, and in the first
-step. All of them raise, and few name what the user wrote. Here the message, the statement that raised it and the
-condition above that are searched for the names of the arguments that were given. The traceback is in the log.
+step. All of them raise, and few name the argument. Here the message, the statement that raised it and the condition
+above that statement are searched for the names of the arguments that were given. The traceback is in the log.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attn2d.config import upstream_flags
-from megatron_attn2d.config.arguments import key_of
+from megatron_attn2d.config.passed_through import key_of
 from megatron_attn2d.errors import UsageError, show
 from megatron_attn2d.megatron.upstream.patching import Patch, applied
 
 _SLIPS = (TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError)
-"""What Megatron's code trips over where it doesn't check."""
+"""Errors that Megatron's code runs into where it doesn't check an argument."""
 _MISFIT = re.compile(r"shape|size|dimension|out of range")
-"""In what torch says where tensors don't fit: what fails otherwise is no matter of arguments."""
+"""Words of torch's errors about tensors that don't fit; its other errors are not about arguments."""
 _UPSTREAM = re.compile(r"/megatron/(core|training)/")
-_OURS = re.compile(r"/megatron_attn2d/(?!megatron/upstream/cpu\.py$)")  # through which every call of torch's goes
+_OURS = re.compile(r"/megatron_attn2d/(?!megatron/upstream/cpu\.py$)")  # cpu.py wraps every call of torch
 _FINDS_FAULTS = {"rerun_state_machine.py"}
-"""Files of Megatron's that raise for what went wrong in a step."""
+"""Files of Megatron that raise errors about a step's results, not about arguments."""
 _OTHER_NAMES = {
     "lr_warmup_steps": "lr_warmup_iters",
     "lr_decay_steps": "lr_decay_iters",
@@ -40,12 +40,19 @@ _OTHER_NAMES = {
     "num_microbatches": "global_batch_size",
     "virtual_pipeline_model_parallel_size": "num_virtual_stages_per_pipeline_rank",
 }
-"""Names in Megatron's code of arguments that are stored under another one."""
+"""Names in Megatron's code for arguments that are stored under another name."""
 
 
 @contextmanager
 def told(arguments: Sequence[str]) -> Iterator[None]:
-    """Until the first step has ended, makes what refuses Megatron's arguments a user's mistake."""
+    """While entered, and until the first step has ended, turn errors that refuse arguments into UsageError.
+
+    Args:
+        arguments: Megatron's command line.
+
+    Raises:
+        UsageError: Megatron, or this package, has refused an argument; the message is `sentence`.
+    """
     ended = False
 
     def watch(train_step: Any) -> Any:
@@ -58,7 +65,7 @@ def told(arguments: Sequence[str]) -> Iterator[None]:
 
         return watched
 
-    with applied([Patch("megatron.training.training:train_step", watch, "it says when the first step has ended")]):
+    with applied([Patch("megatron.training.training:train_step", watch, "the end of the first step is noticed")]):
         try:
             yield
         except UsageError:
@@ -71,7 +78,7 @@ def told(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def sentence(error: BaseException, arguments: Sequence[str]) -> str:
-    """What `error` says, and those of `arguments` that it is about."""
+    """The message of `error` in one sentence, with those of `arguments` that it concerns, and their values."""
     at = _raised_in(error)
     statement, condition = _source(at)
     said, where = " ".join(str(error).split()), f"({Path(at.filename).name}, line {at.lineno})"
@@ -79,14 +86,14 @@ def sentence(error: BaseException, arguments: Sequence[str]) -> str:
         said = f"Megatron fails in {ast.unparse(statement) if statement else at.line} {where}: {said}"
     elif not said:
         said = f"{ast.unparse(statement) if statement else at.line} {where}"
-    if not _UPSTREAM.search(at.filename):  # ours, which name what they are about
+    if not _UPSTREAM.search(at.filename):  # errors of this package name the argument themselves
         return said
     named = _named(f"{said} {condition}", arguments)
     return f"Megatron's arguments: {said}" + (f"; given: {', '.join(named)}" if named else "")
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether Megatron, or this package, won't do or can't do what it was asked for; not that something broke."""
+    """Whether `error` refuses what the arguments ask for, and does not report that something broke."""
     if isinstance(error, ValueError):
         return True
     at = _raised_in(error)
@@ -99,14 +106,14 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _raised_in(error: BaseException) -> traceback.FrameSummary:
-    """The innermost frame of Megatron's or this package's; the last one, if there is none."""
+    """The innermost frame in Megatron's code or this package's; the last frame if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     near = [frame for frame in frames if _UPSTREAM.search(frame.filename) or _OURS.search(frame.filename)]
     return (near or frames)[-1]
 
 
 def _source(at: traceback.FrameSummary) -> tuple[ast.stmt | None, str]:
-    """The statement of a frame, and its source with the nearest condition above it."""
+    """The statement at which a frame stands, and the source of that and of the nearest condition around it."""
     statements = _around(at.filename, at.lineno or 0)
     tests = [node.test for node in statements if isinstance(node, ast.If)][:1]
     return next(iter(statements), None), " ".join(ast.unparse(node) for node in (*statements[:1], *tests))
@@ -121,7 +128,7 @@ def _tree(filename: str) -> ast.Module | None:
 
 
 def _around(filename: str, line: int) -> list[ast.stmt]:
-    """The statements that hold a line of a file, the innermost first."""
+    """The statements that contain a line of a file, the innermost first."""
     tree = _tree(filename)
     found = [
         node
@@ -132,13 +139,13 @@ def _around(filename: str, line: int) -> list[ast.stmt]:
 
 
 def _named(text: str, arguments: Sequence[str]) -> list[str]:
-    """'model.num_layers = 4': the arguments that `text` is about, in the order in which it names them."""
+    """The arguments that `text` names, in its order, as 'model.num_layers = 4'."""
     words = [_OTHER_NAMES.get(word, word) for word in re.findall(r"[a-z]\w+", text.lower().replace("-", "_"))]
     return list(dict.fromkeys(f"{key} = {value}" for word in words for key, value in _by_name(arguments).get(word, ())))
 
 
 def _by_name(arguments: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-    """Keys and values of the arguments given, by the names that Megatron's code may have for them."""
+    """Keys and values of the given arguments, by each name that Megatron's code may use for them."""
     found: dict[str, list[tuple[str, str]]] = {}
     for dest, (flag, values) in upstream_flags.given(arguments).items():
         value = show(values[0] if len(values) == 1 else values or True)

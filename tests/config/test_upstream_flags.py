@@ -9,12 +9,12 @@ from megatron_attn2d.config import load_run, megatron_arguments, upstream_flags
 
 def test_every_flag_is_one_of_megatrons(base):
     """A renamed argument of upstream's must not wait for a run to be found."""
-    from megatron_attn2d.config.arguments import _owners
+    from megatron_attn2d.config.passed_through import owners
     from megatron_attn2d.training.own_arguments import add_own_arguments
 
     own = add_own_arguments(ArgumentParser())._option_string_actions
     known = {flag.removeprefix("--") for flag in (*upstream_flags.options(), *own)}
-    assert {flag: key for flag, key in _owners().items() if flag not in known} == {}
+    assert {flag: key for flag, key in owners().items() if flag not in known} == {}
 
 
 def test_the_table_of_upstreams_arguments_is_that_of_its_parser(monkeypatch):

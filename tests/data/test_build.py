@@ -103,14 +103,14 @@ def test_a_set_is_only_replaced_when_asked(tmp_path: Path) -> None:
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from megatron_attn2d.data import build
-tokenize = build._tokenize
+from megatron_attn2d.data import build, tokenizing
+tokenize = tokenizing._tokenize
 def slowly(*args):
     Path(sys.argv[1], "begun").touch()
     time.sleep(0.3)
     return tokenize(*args)
-build._tokenize = slowly
-build._BATCH_DOCUMENTS = 5
+tokenizing._tokenize = slowly
+tokenizing._BATCH_DOCUMENTS = 5
 build.build([Path(sys.argv[1], "a.jsonl")], Path(sys.argv[1], "out", "set"), build.TokenizerChoice(), processes=2)
 """
 

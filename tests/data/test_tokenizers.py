@@ -13,7 +13,7 @@ from megatron_attn2d.config.yaml_io import dump
 from megatron_attn2d.data import tokenizers
 from megatron_attn2d.data.tokenizers import TokenizerChoice, load, yaml_section
 from megatron_attn2d.errors import UsageError
-from megatron_attn2d.preview.memory import parameters
+from megatron_attn2d.preview.parameters import parameters
 from tests.data.conftest import TEXTS
 
 RUNS = Path(__file__).parents[2] / "configs" / "runs"

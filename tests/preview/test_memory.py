@@ -6,7 +6,8 @@ import pytest
 
 from megatron_attn2d.config import load_run
 from megatron_attn2d.errors import UsageError
-from megatron_attn2d.preview.memory import GIB, check, estimate, estimate_host, parameters, report
+from megatron_attn2d.preview.memory import GIB, check, estimate, estimate_host, report
+from megatron_attn2d.preview.parameters import parameters
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
