@@ -10,7 +10,7 @@ from megatron_attn2d.errors import UsageError
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds `configs` to the command line's `commands`; returns its parser."""
+    """Add `configs` to the command line's `commands`, and return its parser."""
     parser = commands.add_parser("configs", help="list or copy the YAMLs that come along", description=_configs.__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="models/llama_8b.yaml, or a folder; default: all")
     parser.add_argument("--copy", metavar="FOLDER", help="copy them and what they extend here, for changes of your own")
@@ -31,7 +31,7 @@ def _configs(args: argparse.Namespace) -> int:
     targets = {name: Path(args.copy) / name for name in shipped.with_parents(chosen)}
     for name, target in targets.items():
         if target.exists() and target.read_bytes() != (shipped.folder() / name).read_bytes():
-            raise UsageError(f"{target}: exists already, and is another; copy into another folder")
+            raise UsageError(f"{target}: exists already, with other content; copy into another folder")
     for name, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(shipped.folder() / name, target)

@@ -15,7 +15,7 @@ TOKENIZERS = ("bytes", "huggingface", "sentencepiece", "tiktoken")
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds `data` to the command line's `commands`; returns the parsers of its own commands."""
+    """Add `data` to the command line's `commands`, and return the parsers of its own commands."""
     data = commands.add_parser("data", help="make and look at data sets").add_subparsers(required=True, metavar="WHAT")
 
     build = data.add_parser("build", help="text, JSONL or Parquet files to .bin/.idx", description=_build.__doc__)

@@ -1,4 +1,4 @@
-"""`megatron-attn2d eval`: loss and perplexity of a run's checkpoint by position, at a context of one's choice."""
+"""`megatron-attn2d eval`: loss and perplexity of a run's checkpoint by position, at any context."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_attn2d.run import checkpoints
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds `eval` to the command line's `commands`; returns its parser."""
+    """Add `eval` to the command line's `commands`, and return its parser."""
     parser = commands.add_parser("eval", help="loss, or scores, at a long context", description=_evaluate.__doc__)
     parser.add_argument("run", metavar="RUN_DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the run's config.yaml")
@@ -45,9 +45,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.tasks is not None:
         return evaluate_tasks.run_tasks(args, contexts)
     evaluate_tasks.refuse_options(args)
-    if len(contexts) > 1 or args.data is None:
-        what = f"--context {' '.join(args.context)}: one" if len(contexts) > 1 else "--data: needed"
-        raise UsageError(f"{what} where loss by position is measured; give --tasks, or correct it")
+    if len(contexts) > 1:
+        raise UsageError(f"--context {' '.join(args.context)}: loss by position takes one; choose one, or give --tasks")
+    if args.data is None:
+        raise UsageError("--data: loss by position needs a data set or a file; name one, or give --tasks")
     (context,) = contexts
     world_size = environment.launched_world_size()
     run = configuration(Path(args.run), context, args.overrides, world_size)
@@ -78,11 +79,18 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def configuration(run_dir: Path, context: int, overrides: list[str], world_size: int | None = None) -> RunConfig:
-    """The run in `run_dir` without what is about training, at another context.
+    """The run in `run_dir` at another context, without keys about training.
+
+    Args:
+        run_dir: the run's directory.
+        context: tokens of a window.
+        overrides: the user's.
+        world_size: ranks that a launcher has started; None without one.
 
     Raises:
-        ConfigError: there is none, the model has no positions beyond those that it was trained with, or overrides
-            change what the weights depend on or what `eval` decides.
+        ConfigError: the model has learned fewer positions than `context`, or an override changes a key on which the
+            weights depend or that `eval` decides about.
+        UsageError: there is no run in `run_dir`, or `context` is not a context of this run.
     """
     path, trained = trained_run(run_dir)
     positions = trained.model.max_position_embeddings or trained.training.seq_length
@@ -113,12 +121,12 @@ def configuration(run_dir: Path, context: int, overrides: list[str], world_size:
     loaded = accepted(path, trained, decided, overrides, reasons, "eval")
     try:
         return load_run(path, loaded, world_size=world_size)
-    except ConfigError as error:  # of keys that the user spelled otherwise
+    except ConfigError as error:  # the user gave --context, not the key
         raise UsageError(str(error).replace(f"training.seq_length = {context}", f"--context {context}")) from error
 
 
 def bucket_edges(context: int, buckets: int) -> tuple[int, ...]:
-    """0, ..., context / 4, context / 2, context: buckets that double, as far as whole tokens allow."""
+    """The edges 0, ..., context / 4, context / 2, context of `buckets` buckets that double, rounded to whole tokens."""
     if buckets < 1:
         raise UsageError(f"--buckets {buckets}: choose 1 or more")
     return tuple(sorted({0} | {context >> i for i in range(buckets)}))

@@ -1,4 +1,4 @@
-"""What `megatron-attn2d eval` does where tasks are named: scores of a checkpoint on long texts."""
+"""`megatron-attn2d eval --tasks`: scores of a checkpoint on long texts."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _READ_BY = {
     "depths": ("needle",),
     "digits": ("needle",),
 }
-"""Options that only some tasks read."""
+"""Options that only some tasks read, and these tasks."""
 
 
 class Words(argparse.Action):
-    """Takes the words after an option but for overrides, `key.sub=value`, which join those of the command."""
+    """Stores the words after an option; overrides among them, `key.sub=value`, join those of the command."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        """Takes `values`, the words after `option`."""
+        """Store `values`, the words after `option`."""
         namespace.intermixed = [*namespace.intermixed, *(word for word in values if "=" in word)]
         setattr(namespace, self.dest, [word for word in values if "=" not in word])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `--tasks` to the parser of `eval`."""
+    """Add the options of `--tasks` to the parser of `eval`."""
     group = parser.add_argument_group("tasks", "scores on long texts that are made for the purpose; docs/evaluation.md")
     group.add_argument(
         "--tasks", nargs="+", action=Words, metavar="NAME", help="needle, ruler or one of its kinds, perplexity"
@@ -74,7 +74,11 @@ def contexts(words: Sequence[str]) -> tuple[int, ...]:
 
 
 def run_tasks(args: argparse.Namespace, asked: tuple[int, ...]) -> int:
-    """Evaluates `args.tasks` at the contexts `asked`, on ranks that it starts or, under a launcher, as one of them."""
+    """Evaluate `args.tasks` at the contexts `asked`, on ranks that it starts, or as one rank of a launcher.
+
+    Returns:
+        The exit code.
+    """
     world_size = environment.launched_world_size()
     run_dir, names = Path(args.run), catalogue.chosen(args.tasks)
     _refuse_unread(args, names)
@@ -133,7 +137,7 @@ def _check(request: long_context.Request, run: RunConfig) -> None:
     fitted = long_context.Fitted(Tokenizer(run.data), request.seed)
     for task in long_context.tasks_of(request):
         fitted.haystack(task, request.contexts[0], 0)
-        if task.most is not None:  # of documents there may be too few for the longest
+        if task.most is not None:  # the documents may be too few for the longest context
             for sample in range(request.samples):
                 fitted.haystack(task, request.contexts[-1], sample)
 

@@ -1,4 +1,4 @@
-"""What `eval` reads, text or a data set of the run's tokenizer, and where it and `generate` may write."""
+"""Checks and prepares the data that `eval` reads, and checks the output of `eval` and `generate`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_attn2d.errors import ConfigErrors, UsageError
 
 
 def check_output(output: Path) -> None:
-    """Refuses before the work what could not be written after it."""
+    """Raise UsageError, before the work, if `output` can't be written after it."""
     if output.is_dir():
         raise UsageError(f"--output {output}: a directory; name a file")
     if not output.parent.is_dir():
@@ -25,10 +25,16 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def data_set(given: str, key: str | None, run: RunConfig, *, launched: bool) -> Iterator[str]:
-    """The prefix of the data set `given`, of the run's tokenizer; a file of texts is made into one meanwhile.
+    """Yields the prefix of the data set `given`; from a file of texts a temporary one is built, by the run's tokenizer.
+
+    Args:
+        given: a prefix, or a text, JSONL or Parquet file.
+        key: of the text in a JSONL or Parquet file; None: text.
+        run: has the tokenizer.
+        launched: whether a launcher has started the ranks, which then can't share a temporary data set.
 
     Raises:
-        UsageError: it is a file under a launcher, no data set, or one of another tokenizer.
+        UsageError: `given` is a file under a launcher, no data set, or a data set of another tokenizer.
     """
     if not Path(given).is_file():
         _check_data(given, key, run)
@@ -41,7 +47,7 @@ def data_set(given: str, key: str | None, run: RunConfig, *, launched: bool) -> 
 
 
 def _built(file: Path, key: str, prefix: Path, run: RunConfig) -> str:
-    """`file` as a data set of the run's tokenizer."""
+    """Build the data set `prefix` of `file`, by the run's tokenizer."""
     from megatron_attn2d.data.build import build
     from megatron_attn2d.data.tokenizers import from_yaml_section
 
@@ -50,7 +56,7 @@ def _built(file: Path, key: str, prefix: Path, run: RunConfig) -> str:
 
 
 def _check_data(prefix: str, key: str | None, run: RunConfig) -> None:
-    """Refuses a data set of another tokenizer than the run's."""
+    """Raise UsageError if `prefix` is a folder, has another tokenizer than the run, or comes with a `key`."""
     from megatron_attn2d.data.matching import mismatches
 
     if fault := prefix_fault(prefix):
@@ -62,12 +68,16 @@ def _check_data(prefix: str, key: str | None, run: RunConfig) -> None:
 
 
 def samples(prefix: Path, context: int, most: int) -> int:
-    """How many windows there are, up to `most`."""
+    """The number of windows of `context` tokens in the data set `prefix`, at most `most`.
+
+    Raises:
+        UsageError: `most` is less than 1, or the data set is shorter than a window.
+    """
     from megatron_attn2d.data.inspect import open_indexed
 
     if most < 1:
         raise UsageError(f"--samples {most}: choose 1 or more")
-    indexed = open_indexed(prefix)  # named: its arrays are views of a mapping that ends with it
+    indexed = open_indexed(prefix)  # kept alive here: its arrays are views of its mapping
     tokens = int(indexed.sequence_lengths.sum())
     if tokens <= context:
         raise UsageError(f"{prefix}: {tokens:,} tokens, a window of --context {context:,} needs one more than that")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds `generate` to the command line's `commands`; returns its parser."""
+    """Add `generate` to the command line's `commands`, and return its parser."""
     parser = commands.add_parser("generate", help="continue texts", description=_generate.__doc__)
     parser.add_argument("run", metavar="RUN_DIR")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the run's config.yaml")
@@ -76,7 +76,7 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 
     try:
         return Sampling(args.max_tokens, args.temperature, args.top_p, args.top_k, args.seed, tuple(args.stop))
-    except ValueError as error:  # which name fields
+    except ValueError as error:  # its message begins with the field's name
         name, _, rest = str(error).partition(" ")
         raise UsageError(f"--{name.replace('_', '-')} {rest}") from error
 

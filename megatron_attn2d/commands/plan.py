@@ -1,4 +1,4 @@
-"""`megatron-attn2d plan`: what every mode and grid would take on the YAML's cluster."""
+"""`megatron-attn2d plan`: predicted time, bytes and memory of every mode and grid on the YAML's cluster."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from megatron_attn2d.config import load_run
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds `plan` to the command line's `commands`; returns its parser."""
+    """Add `plan` to the command line's `commands`, and return its parser."""
     parser = commands.add_parser("plan", help="predict modes and grids for a YAML", description=_plan.__doc__)
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the YAML")

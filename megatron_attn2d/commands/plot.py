@@ -6,7 +6,7 @@ from typing import Any
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds `plot` to the command line's `commands`; returns its parser."""
+    """Add `plot` to the command line's `commands`, and return its parser."""
     parser = commands.add_parser("plot", help="draw the loss curves of runs", description=_plot.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("-o", "--output", default="loss.png", metavar="PNG", help="default: %(default)s")

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds `report` to the command line's `commands`; returns its parser."""
+    """Add `report` to the command line's `commands`, and return its parser."""
     parser = commands.add_parser("report", help="loss and throughput of runs", description=_report.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("-o", "--output", default="report.png", metavar="PNG", help="default: %(default)s")

@@ -20,7 +20,7 @@ from megatron_attn2d.launch import slurm
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds `submit` to the command line's `commands`; returns its parser."""
+    """Add `submit` to the command line's `commands`, and return its parser."""
     parser = commands.add_parser("submit", help="hand a run to Slurm", description=_submit.__doc__)
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the YAML")
@@ -57,7 +57,7 @@ def _resolved(path: str, overrides: Sequence[str], nodes: int | None) -> tuple[R
     """The run, on as many nodes as asked for, with an absolute directory; and the number of nodes."""
     if nodes is not None and nodes < 1:
         raise UsageError(f"--nodes {nodes}: must be at least 1")
-    # Unchecked: without the nodes the number of ranks may not fit.
+    # Not checked yet: the number of ranks may not fit before the nodes are known.
     asked = build_run(read_run(Path(path), overrides))
     on_gpus = asked.environment.device == "cuda"
     if on_gpus and not asked.environment.gpus_per_node:
@@ -72,20 +72,20 @@ def _resolved(path: str, overrides: Sequence[str], nodes: int | None) -> tuple[R
     if run.world_size % nodes:
         raise UsageError(f"--nodes {nodes}: {run.world_size} ranks do not spread evenly over them")
     slurm.check(run)
-    megatron_arguments(run)  # refuses here what each rank would
+    megatron_arguments(run)  # raises here the errors that each rank would raise
     absolute = run.run.model_copy(update={"dir": str(Path(run.directory).absolute())})
     return run.model_copy(update={"run": absolute}), nodes
 
 
 def _check_files(run: RunConfig) -> None:
     slurm.check_setup(run)
-    if not run.slurm.container_image:  # else paths are those within it
+    if not run.slurm.container_image:  # in a container other paths hold
         check_files(run)
         check_data(run)
 
 
 def _check_files_seen_from_here(run: RunConfig) -> None:
-    """For a dry run: says which files this host does not see, and makes the directories that are missing elsewhere."""
+    """For a dry run: report the errors of `_check_files`, with temporary directories in the place of missing ones."""
     with tempfile.TemporaryDirectory() as scratch:
         for section in ("run", "data"):
             where = getattr(run, section)
@@ -98,5 +98,5 @@ def _check_files_seen_from_here(run: RunConfig) -> None:
 
 
 def _next_directory(run_dir: Path) -> Path:
-    """Where this submission's files go: a job that waits or runs keeps its own."""
+    """A new directory for this submission's files, as a job that waits or runs keeps its own."""
     return next(path for number in count(1) if not (path := run_dir / "jobs" / f"{number:03d}").exists())

@@ -1,4 +1,4 @@
-"""`megatron-attn2d train`: pretrain what a YAML describes, as one rank of a launcher's or with ranks of its own."""
+"""`megatron-attn2d train`: pretrain what a YAML describes, as one rank of a launcher or with ranks of its own."""
 
 import argparse
 import os
@@ -19,11 +19,11 @@ from megatron_attn2d.preview.topology import picture
 from megatron_attn2d.run import checkpoints, lock
 
 _NOT_BY_STEP = {"ckpt_convert_format", "skip_train"}
-"""Arguments of Megatron's under which it has something to do after the last step too."""
+"""Arguments of Megatron with which it has work to do even after the last step."""
 
 
 def add(commands: Any) -> list[argparse.ArgumentParser]:
-    """Adds `train` to the command line's `commands`; returns its parser."""
+    """Add `train` to the command line's `commands`, and return its parser."""
     parser = commands.add_parser("train", help="pretrain what a YAML describes", description=_train.__doc__)
     parser.add_argument("run", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override keys of the YAML")
@@ -86,7 +86,13 @@ def _train_alone(run: RunConfig, arguments: list[str]) -> int:
 
 @contextmanager
 def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
-    """The run's data and, by its first rank or its launcher, its directory: locked, with its resolved configuration."""
+    """While entered, files and data of the run are checked, and its directory is locked.
+
+    The first rank, or the process that starts the ranks, holds the lock, and writes config.yaml into the directory.
+
+    Raises:
+        UsageError: a file is missing or does not fit the run, or another training holds the lock.
+    """
     from megatron_attn2d.data import docstrings, indexed
     from megatron_attn2d.data.matching import check_data
 
@@ -107,9 +113,9 @@ def _prepared(run: RunConfig, first: bool) -> Iterator[None]:
 
 
 def _continuation(run: RunConfig) -> Iterator[str]:
-    """What a user should know about how the run goes on from its checkpoint or that of another."""
+    """Lines on how the run continues from its own checkpoint or another run's: changed keys, data, outdated keys."""
     step = checkpoints.last_complete(Path(run.directory) / "checkpoints")
-    before, directory = continued.begun(run), continued.begun_in(run)
+    before, directory = continued.continued_run(run), continued.continued_directory(run)
     if directory is not None and before is None:
         yield f"{directory}: no config.yaml of this version, so that what has changed since is not looked at"
     if before is not None and (keys := changed(before, run)):
@@ -118,13 +124,13 @@ def _continuation(run: RunConfig) -> Iterator[str]:
         if set(keys) & {*ORDER}:
             from megatron_attn2d.data import order
 
-            yield order.told(before, run, continued.step_of(run))
+            yield order.describe(before, run, continued.continued_step(run))
     if outdated := left_out(run):
         yield f"left out, as the run goes on from its own step {step}, not from its first start: {', '.join(outdated)}"
 
 
 def _is_finished(run: RunConfig, says: bool) -> bool:
-    """Whether the last step is in a checkpoint, so that Megatron would start, train nothing and end without a word."""
+    """Whether the last step is in a checkpoint, so that Megatron would start, train nothing and end silently."""
     step, steps = checkpoints.last_complete(Path(run.directory) / "checkpoints"), run.training.train_iters
     if step is None or step < steps or any(map(run.megatron_args.get, _NOT_BY_STEP)):
         return False

@@ -1,4 +1,4 @@
-"""What `auto` is: the planner's view of a run, and the grid that it chooses, once, when the run is loaded."""
+"""Numbers in the place of `auto`: the planner sees the run, and chooses a grid once, when the run is loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LATENT_DIMS = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
 """Head dims of multi-latent attention where Megatron's arguments leave them out."""
 
 _MESSAGE_S = 2e-6
-"""What NCCL's proxy spends on a message, whichever the cluster: an order of magnitude."""
+"""Seconds that NCCL's proxy spends on a message: an order of magnitude, used for every cluster."""
 
 
 def workload(run: RunConfig) -> Workload:
@@ -33,7 +33,7 @@ def workload(run: RunConfig) -> Workload:
     model, tensor = run.model, run.parallelism.tensor
     kv_heads, head_dim = model.num_query_groups, model.kv_channels or model.hidden_size // model.num_attention_heads
     if run.megatron_args.get("multi_latent_attention"):
-        # All heads have keys. Their head dim and that of values differ; each is half of what is sent and computed.
+        # Each query head has keys of its own. Keys and values differ in head dim; the planner takes the mean.
         given = {name: run.megatron_args.get(name) for name in LATENT_DIMS}
         dims = [value if isinstance(value, int) else LATENT_DIMS[name] for name, value in given.items()]
         kv_heads, head_dim = None, sum(dims) // 2
@@ -48,25 +48,25 @@ def workload(run: RunConfig) -> Workload:
 
 
 def missing_rates(run: RunConfig) -> list[str]:
-    """Keys that a prediction needs and the YAML leaves out."""
+    """The keys, "section.name", that a prediction needs and the YAML leaves out."""
     missing = [f"cluster.{name}" for name in _RATES if getattr(run.cluster, name) is None]
     return missing + (["environment.gpus_per_node"] if run.environment.gpus_per_node is None else [])
 
 
-def described(run: RunConfig) -> None:
-    """Refuse a run whose YAML does not describe the cluster.
+def require_cluster(run: RunConfig) -> None:
+    """Check that the YAML describes the cluster.
 
     Raises:
-        ConfigError: naming the first key that is missing.
+        ConfigError: a key is missing; names the first.
     """
     if missing := missing_rates(run):
         raise ConfigError(missing[0], None, "the planner needs it", "extend one of configs/clusters")
 
 
 def cluster(run: RunConfig) -> Cluster:
-    """What a context-parallel rank has, by the YAML's cluster section; `missing_rates` must be empty.
+    """The rates of a context-parallel rank, by the YAML's cluster section; `missing_rates` must be empty.
 
-    A CUDA graph starts all that it holds at once: starts then cost nothing.
+    Under CUDA graphs starting a kernel costs nothing, as one launch starts all of a graph.
     """
     rates = {name: getattr(run.cluster, name) for name in _RATES}
     nic = rates["nic_gb_per_s"] * 1e9
@@ -86,15 +86,15 @@ def cluster(run: RunConfig) -> Cluster:
 
 @lru_cache(maxsize=64)
 def predictions(ranks: int, work: Workload, machines: Cluster) -> tuple[Prediction, ...]:
-    """`cost.plan`, computed once."""
+    """`cost.plan`, computed once for equal arguments."""
     return tuple(plan(ranks, work, machines))
 
 
 def with_grid(run: RunConfig) -> RunConfig:
-    """`run` with numbers for grid, tile and head groups of attention2d: those written, or for `auto` the planner's.
+    """`run` with numbers for grid, tile and head groups of attention2d: the written ones, or the planner's for `auto`.
 
     Where the YAML does not describe the cluster, the choice is the R x C with the fewest bytes (`best_grid`), in one
-    head group. A run without a grid stays as it is. Whether what is written fits the ranks is for `check` to say.
+    head group. A run without a grid stays as it is. `check` says whether written numbers fit the ranks.
     """
     context = run.context_parallel
     if context.mode != "attention2d" or context.size == 1:
@@ -106,13 +106,13 @@ def with_grid(run: RunConfig) -> RunConfig:
         candidate = Candidate("attention2d", axes, tile)
         known = fits and not missing_rates(run)
         groups = _head_groups(candidate, context.size, workload(run), cluster(run)) if known else 1
-    chosen = None if tile == (axes[1], 1) else list(tile)  # whole columns need no words, whatever the grid
+    chosen = None if tile == (axes[1], 1) else list(tile)  # a tile of one whole column is the default
     numbers = {"grid": list(axes if axes[0] > 1 else axes[1:]), "tile": context.tile or chosen, "head_groups": groups}
     return run.model_copy(update={"context_parallel": context.model_copy(update=numbers)})
 
 
 def _chosen_axes(run: RunConfig) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """U, R and C, and the rows and columns of the tile."""
+    """The grid's axes U, R and C, and the rows and columns of the tile."""
     context = run.context_parallel
     tile = (context.tile[0], context.tile[1]) if context.tile else None
     if context.grid != "auto":
@@ -134,7 +134,7 @@ def _chosen_axes(run: RunConfig) -> tuple[tuple[int, int, int], tuple[int, int]]
 def _in_tiles(
     found: Sequence[Prediction], tile: tuple[int, int], ranks: int, work: Workload, machines: Cluster
 ) -> list[Prediction]:
-    """Of the grids that are found those that a given tile fills, the fastest first."""
+    """Predictions for the grids among `found` that `tile` fills, the fastest first."""
     grids = dict.fromkeys(p.candidate.axes for p in found if p.candidate.mode == "attention2d")
     filled = [axes for axes in grids if axes and not (axes[1] % tile[0] or axes[2] % tile[1])]
     predicted = [predict(Candidate("attention2d", axes, tile), ranks, work, machines) for axes in filled]

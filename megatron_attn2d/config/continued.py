@@ -1,4 +1,4 @@
-"""Whether a run goes on as it was begun: its configuration is compared with that of its checkpoint."""
+"""Compares the configuration of a continued run with that of its checkpoint, and refuses what must not change."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,31 +11,31 @@ from megatron_attn2d.errors import ConfigError, show
 from megatron_attn2d.run import checkpoints
 
 
-def begun_in(run: RunConfig) -> Path | None:
-    """The directory of the run whose checkpoint `run` continues: its own or that of checkpoint.load; None: none."""
+def continued_directory(run: RunConfig) -> Path | None:
+    """The directory of the run whose checkpoint `run` continues: its own, or that of checkpoint.load; None: no run."""
     if checkpoints.last_complete(Path(run.directory) / "checkpoints") is not None:
         return Path(run.directory)
     return Path(run.checkpoint.load).parent if run.checkpoint.load else None
 
 
-def begun(run: RunConfig) -> RunConfig | None:
-    """How the run that `run` continues was configured at its checkpoint; None where nothing says so."""
-    directory = begun_in(run)
+def continued_run(run: RunConfig) -> RunConfig | None:
+    """The configuration that was saved with the checkpoint that `run` continues; None where there is none to read."""
+    directory = continued_directory(run)
     if directory is None:
         return None
     saved = Path(run.directory) / "checkpoints" if directory == Path(run.directory) else Path(run.checkpoint.load or "")
-    # The directory's own file is that of the last start, which may have ended before it saved.
-    for folder in (checkpoints.folder(saved, step_of(run)), directory):
+    # The file in the run's directory comes second: the last start wrote it, and may have ended before it saved.
+    for folder in (checkpoints.folder(saved, continued_step(run)), directory):
         if (folder / checkpoints.CONFIGURATION).is_file():
             try:
                 return build_run(read_run(folder / checkpoints.CONFIGURATION))
-            except ConfigError:  # of another version of this package
+            except ConfigError:  # another version of this package wrote it
                 return None
     return None
 
 
-def step_of(run: RunConfig) -> int:
-    """The step after which `run` goes on from the checkpoint that it loads; there must be one."""
+def continued_step(run: RunConfig) -> int:
+    """The step of the checkpoint from which `run` continues; there must be one."""
     own = checkpoints.last_complete(Path(run.directory) / "checkpoints")
     if own is not None:
         return own
@@ -45,8 +45,8 @@ def step_of(run: RunConfig) -> int:
 
 
 def check_continued(run: RunConfig) -> Iterator[ConfigError]:
-    """What another configuration than the one that a run was begun with has changed, and must not."""
-    before, directory = begun(run), begun_in(run)
+    """A refusal for each key that differs from the configuration of the checkpoint, and must not differ."""
+    before, directory = continued_run(run), continued_directory(run)
     if before is None:
         return
     is_own = directory == Path(run.directory)

@@ -1,10 +1,10 @@
-"""Which arguments change nothing in which kind of model, by measurement: they are refused rather than ignored.
+"""Finds arguments that would change nothing in a run's kind of model, so that they are refused rather than ignored.
 
-`argument_effects.json` holds the arguments that a training with some kind of model ignores, and how they do in each
-kind: two steps with and without each of them, by `scripts/argument_sweep.sh`.
+`argument_effects.json` holds the arguments that a training with some kind of model ignores, and their state in each
+kind. `scripts/argument_sweep.sh` measured it, by two training steps with and without each argument.
 
-A model's kind is its layers and its positions, `gpt rope`, say; experts and multi-token prediction come on top:
-`gpt moe` tells what has an effect only with experts.
+A model's kind is its layers and its positions, such as `gpt rope`. Experts and multi-token prediction are kinds beside
+that: the kind `gpt moe` tells which arguments have an effect only with experts.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from megatron_attn2d.config import upstream_flags
 TABLE = "argument_effects.json"
 
 State = Literal["changes", "needs", "refused", "nothing"]
-"""An argument changes the training; changes it beside the arguments that it needs; is refused by Megatron or can't be
-tried; or changes nothing."""
+"""What an argument does. changes: it changes the training. needs: it does so only beside other arguments. refused:
+Megatron refuses it, or it can't be tried. nothing: it changes nothing."""
 _MOST_FIRST: tuple[State, ...] = ("changes", "needs", "refused", "nothing")
 EXTRAS = {"gpt moe": "gpt rope", "gpt mtp": "gpt rope", "hybrid moe": "hybrid rope", "hybrid mtp": "hybrid rope"}
-"""Kinds that add something to a model, and the kind that they were measured on."""
+"""Kinds that add something to a model, and the kind of model that was measured with and without it."""
 _MEASURED_ON = {"gpt": "gpt rope", "mla": "mla yarn", "hybrid": "hybrid rope"}
-"""Where an argument that is not about positions was measured, by the layers."""
+"""The kind in which arguments that do not concern positions were measured, by the kind's layers."""
 _UNKNOWN = {
     *("spec", "heterogeneous_layers_config_path", "experimental_attention_variant", "use_checkpoint_args"),
     *("hybrid_override_pattern", "yaml_cfg"),
 }
-"""Arguments whose models have no kind here, and neither has one with `mrope`."""
+"""Arguments that make models without a kind here; a model with `mrope` has none either."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Effect:
 
     kinds: dict[str, State]
     needs: tuple[str, ...] = ()
-    """Arguments beside which alone it changes anything."""
+    """The arguments that it needs to change anything."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Ignored:
 
 @cache
 def table() -> dict[str, Effect]:
-    """The arguments that some kind of model ignores, by their flags; empty under a version that wasn't measured."""
+    """The arguments that some kind of model ignores, by flag; empty under a version that wasn't measured."""
     found = json.loads(resources.files(__package__).joinpath(TABLE).read_text())
     if found["megatron-core"] != upstream_flags.installed():
         return {}
@@ -64,14 +64,14 @@ def table() -> dict[str, Effect]:
 
 
 def ignored(arguments: Sequence[str]) -> Iterator[Ignored]:
-    """What of a command line for Megatron would change nothing in its model."""
+    """The arguments of a command line for Megatron that would change nothing in its model."""
     given = upstream_flags.given(arguments)
     if not (kinds := _kinds(given)):
         return
     options = upstream_flags.options()
     for flag, effect in table().items():
         one = given.get(options[flag].dest)
-        if one is None or one[0] != flag or one[1] == [str(options[flag].default)]:  # by which nobody asks for anything
+        if one is None or one[0] != flag or one[1] == [str(options[flag].default)]:
             continue
         state = min((_state(effect, kind) for kind in kinds), key=_MOST_FIRST.index)
         missing = [name for name in effect.needs if name not in given]
@@ -85,7 +85,7 @@ def ignored(arguments: Sequence[str]) -> Iterator[Ignored]:
 
 
 def _kinds(given: dict[str, tuple[str, list[str]]]) -> list[str]:
-    """The kinds of a model whose arguments these are; none where they don't tell."""
+    """The kinds of the model that these arguments make; empty where they don't tell."""
     if _UNKNOWN & given.keys():
         return []
 
@@ -103,7 +103,7 @@ def _kinds(given: dict[str, tuple[str, list[str]]]) -> list[str]:
     kinds = []
     if latent and (not pattern or "+" in pattern):
         kinds.append(f"{'hybrid mla' if pattern else 'mla'} {value('rope_type', 'yarn')}")
-    if not latent or "*" in pattern or positions == "learned_absolute":  # which latent attention has on top of its own
+    if not latent or "*" in pattern or positions == "learned_absolute":  # latent attention adds them to its own
         kinds.append(f"{prefix} {positions}")
     if "E" in pattern or (not pattern and "num_experts" in given):
         kinds.append(f"{prefix} moe")
@@ -113,11 +113,11 @@ def _kinds(given: dict[str, tuple[str, list[str]]]) -> list[str]:
 
 
 def _state(effect: Effect, kind: str) -> State:
-    """How an argument does in a kind of model, as measured there or, where it isn't about positions, on its like."""
+    """The state of an argument in a kind of model: measured there, or in the kind that stands for its layers."""
     if kind in effect.kinds:
         return effect.kinds[kind]
     if kind in EXTRAS:
-        return effect.kinds.get(kind.replace("hybrid", "gpt"), "nothing")  # more than without the extra
+        return effect.kinds.get(kind.replace("hybrid", "gpt"), "nothing")  # only where it makes a difference
     layers, _, positions = kind.rpartition(" ")
     if layers == "hybrid mla":
         return min((_state(effect, f"{like} {positions}") for like in ("mla", "hybrid")), key=_MOST_FIRST.index)

@@ -1,4 +1,4 @@
-"""Pydantic's findings in the words of someone who writes YAML."""
+"""Puts pydantic's errors into words for someone who writes YAML."""
 
 import re
 from collections.abc import Mapping
@@ -27,16 +27,16 @@ _BY_TYPE = {
 
 
 def explain(error: ValidationError, content: Mapping[str, Any]) -> list[ConfigError]:
-    """A ConfigError for each key of `content` that `error` is about, in order."""
+    """A ConfigError for each key of `content` that `error` concerns, in the order of the errors."""
     findings: dict[str, tuple[str, str]] = {}
     for details in error.errors(include_url=False):
-        # A union reports every member that did not fit, under one key: the first will do.
+        # A union reports an error per member that did not fit, all of one key: the first is enough.
         findings.setdefault(_key(details["loc"]), (details["type"], details["msg"]))
     return [_explained(key, kind, message, content) for key, (kind, message) in findings.items()]
 
 
 def _key(location: tuple[int | str, ...]) -> str:
-    """The dotted key at pydantic's `location`, without its notes on list items and members of unions."""
+    """The key "section.name" at pydantic's `location`, without the parts for list items and members of unions."""
     names: list[str] = []
     model: Any = RunConfig
     for part in location:
@@ -66,7 +66,7 @@ def _explained(key: str, kind: str, message: str, content: Mapping[str, Any]) ->
 
 
 def _suggestion(section: str, name: str) -> str:
-    """The key of that name in another section, or else the nearest one in this."""
+    """What to write instead of an unknown key: the section that has this name, else the nearest name in `section`."""
     sections = {title: getattr(field.annotation, "model_fields", {}) for title, field in RunConfig.model_fields.items()}
     for title, keys in sections.items():
         if title == section and name in keys:  # the key in the file holds the dot

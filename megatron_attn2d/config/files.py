@@ -1,4 +1,4 @@
-"""Whether what a run reads is there and where it writes can be written: the last look before processes start."""
+"""Checks that the files that a run reads exist and that it can write its directories, before processes start."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from megatron_attn2d.run import checkpoints
 
 def check_files(run: RunConfig) -> None:
     """Raise ConfigError, naming each key with its path, the reason and a way out, if files of `run` are missing."""
-    # Directories are made to see whether they can be: only for a run that starts.
+    # Whether a directory can be made is known by making it, which only a run without other errors should do.
     if errors := [*_data(run), *_checkpoint(run), *check_continued(run)] or [*_directories(run)]:
         raise ConfigErrors(errors)
 
@@ -32,7 +32,7 @@ def _data(run: RunConfig) -> Iterator[ConfigError]:
 
 
 def _checkpoint(run: RunConfig) -> Iterator[ConfigError]:
-    """Checkpoints of others that a first start reads."""
+    """Errors in the checkpoints of another run, which only a first start reads."""
     if checkpoints.last_complete(Path(run.directory) / "checkpoints") is not None:
         return
     for key in ("checkpoint.load", "checkpoint.start_from"):

@@ -1,4 +1,4 @@
-"""The configuration of a trained run for evaluation and generation: the same weights, and nothing about training."""
+"""The configuration of a trained run for evaluation and generation: the same weights, without keys about training."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -42,27 +42,27 @@ FORWARD_ONLY = (
     "data.document_bins=null",
     "data.split=1,0,0",
 )
-"""What of a run's configuration is about training, replaced."""
+"""Overrides that replace the keys about training."""
 _STAGES = ("num_layers_per_virtual_pipeline_stage", "microbatch_group_size_per_vp_stage")
 """Arguments of Megatron about the interleaved schedule, which needs more than one batch."""
 _WEIGHTS = ("model.", "megatron_args.", "data.vocab_size", "data.tokenizer_type")
-"""How the keys begin on which the weights depend, or what they mean."""
+"""Beginnings of the keys that decide about the weights and their meaning."""
 _LAYOUT = ("context_parallel.size=", "context_parallel.mode=", "context_parallel.grid=", "parallelism.")
-"""How overrides begin that lay the ranks out anew."""
+"""Beginnings of overrides that change the layout of the ranks."""
 
 
 def on_another_grid(overrides: Sequence[str]) -> list[str]:
-    """What comes before `overrides` so that the saved grid does not hold where they lay the ranks out anew."""
+    """Overrides to put before `overrides`: where these change the layout of the ranks, they undo the saved grid."""
     if not any(override.startswith(_LAYOUT) for override in overrides):
         return []
     return ["context_parallel.grid=auto", "context_parallel.tile=null", "context_parallel.head_groups=auto"]
 
 
 def trained_run(run_dir: Path) -> tuple[Path, RunConfig]:
-    """The file of the run in `run_dir`, and what it says.
+    """The configuration file of the run in `run_dir`, and the run that it describes.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such file.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -79,10 +79,20 @@ def accepted(
     command: str,
     free: tuple[str, ...] = (),
 ) -> list[str]:
-    """The overrides with which `command` loads the run of `path`: `decided`, the user's, and what no longer holds.
+    """The overrides with which `command` loads the run of `path`: its own, the user's, and nulls for what is outdated.
+
+    Args:
+        path: the run's configuration file.
+        trained: the run as it was trained.
+        decided: the overrides that `command` decides about.
+        overrides: the user's.
+        reasons: keys that `command` decides about besides those of `FORWARD_ONLY`, and why.
+        command: its name, for messages.
+        free: keys of `FORWARD_ONLY` that `command` leaves to the user.
 
     Raises:
-        ConfigError: see `_check_overrides` and `_stages_of_training`.
+        ConfigError: an override changes a key that `command` decides about, or on which the weights depend, or asks for
+            pipeline stages that no evaluation can have.
     """
     asked = build_run(read_run(path, [*decided, *overrides]))
     _check_overrides(trained, build_run(read_run(path, decided)), asked, reasons, command, free)
@@ -98,15 +108,9 @@ def _check_overrides(
     command: str,
     free: tuple[str, ...],
 ) -> None:
-    """Raise ConfigError where `asked` differs from what `command` decided, or in what the weights of `trained` rest on.
+    """Raise ConfigError where `asked` differs from what `command` decided, or from what the weights depend on.
 
-    Args:
-        trained: the run as it was trained.
-        decided: the run as `command` leaves it without overrides.
-        asked: the same with the user's overrides.
-        reasons: keys that `command` decides besides those of `FORWARD_ONLY`, and why.
-        command: its name.
-        free: keys of `FORWARD_ONLY` that it leaves to the user.
+    `decided` is the run as `command` leaves it, `asked` the same with the user's overrides; see `accepted`.
     """
     keys = [override.partition("=")[0] for override in FORWARD_ONLY if not override.startswith("environment.")]
     keys = [key for key in keys if key not in free]
@@ -118,7 +122,7 @@ def _check_overrides(
     for key in changed(decided, asked):
         if key.startswith(_WEIGHTS) and key not in reasons:
             before, now = value(trained, key), value(asked, key)
-            if "pattern" in key and str(before).replace("|", "") == str(now).replace("|", ""):  # only other stages
+            if "pattern" in key and str(before).replace("|", "") == str(now).replace("|", ""):  # only the stages differ
                 continue
             errors.append(ConfigError(key, now, f"the run was trained with {show(before)}", "leave it out"))
     if errors:
@@ -126,10 +130,10 @@ def _check_overrides(
 
 
 def _stages_of_training(trained: RunConfig, asked: RunConfig) -> list[str]:
-    """Arguments of Megatron about the stages of `trained` that don't hold for the evaluation `asked`.
+    """Arguments of Megatron about the pipeline stages of `trained` that can't hold for the evaluation `asked`.
 
     Raises:
-        ConfigError: an override says what holds for no evaluation.
+        ConfigError: an override gives an argument that can't hold.
     """
     pipeline, left_out = asked.parallelism.pipeline, []
     for name in (*_STAGES, *UNEVEN_STAGES):

@@ -1,8 +1,8 @@
-"""What a key of a run is about: the weights, the learning rate, the order of the data, or where and how fast it trains.
+"""Classifies a run's keys: they decide about the weights, the learning rate, the order of the data, or only the speed.
 
-A continued run may train on other ranks, in another mode of attention, with other logs. What decides about the weights,
-the loss, the learning rate or the order of the data must stay, unless `checkpoint.may_change` names it. So must every
-key or argument that stands in no list here: what nobody has classified is refused rather than overlooked.
+A continued run may train on other ranks, in another mode of attention, with other logs. A key that decides about the
+weights, the loss, the learning rate or the order of the data must keep its value, unless `checkpoint.may_change` names
+it. So must every key or argument that stands in no list here: an unclassified one is refused rather than overlooked.
 """
 
 import re
@@ -15,23 +15,23 @@ FIRST_START = (
     *("ckpt_step", "no_load_optim", "no_load_rng", "load_main_params_from_ckpt", "override_ckpt_iteration"),
     *("moe_use_upcycling", "moe_upcycling_granularity"),
 )
-"""Arguments of Megatron's about how a run starts from another's checkpoint. Repeated at each continuation, they would
-start it again."""
+"""Arguments of Megatron that say how a run starts from another run's checkpoint. Each continuation that gave them
+would start the run again."""
 SCHEDULE = (
     *(f"optimizer.{key}" for key in ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_iters")),
     *("optimizer.weight_decay", "training.global_batch_size", "training.train_iters"),
 )
-"""What the learning rate's course follows from. Megatron compares it with the checkpoint's, after all has started."""
+"""Keys that the learning rate's course follows from. Megatron compares them with the checkpoint once ranks run."""
 _SCHEDULE_GROUP = "learning rate and weight decay"
 ORDER = (
     *("data.paths", "data.mock", "data.split", "training.seq_length", "training.seed"),
     *("data.format", "data.document_masking", "data.document_multiple"),
-    # The number of samples decides over how many epochs they are dealt, and with it the order of all of them.
+    # Megatron shuffles the samples of all epochs together, so that their number decides about the order of each.
     *("training.global_batch_size", "training.train_iters"),
     *("megatron_args.dataloader_type", "megatron_args.no_data_sharding", "megatron_args.mid_level_dataset_surplus"),
     *("megatron_args.data_args_path", "megatron_args.per_split_data_args_path", "megatron_args.iterations_to_skip"),
 )
-"""What decides which tokens a step trains on."""
+"""Keys that decide which tokens a step trains on."""
 
 _ANYWHERE = {"run", "parallelism", "context_parallel", "checkpoint", "logging", "environment", "cluster", "slurm"}
 """Sections that say where, how fast and how loudly a run trains."""
@@ -43,15 +43,16 @@ _FREE = {
     *("training.keep_attention_outputs", "training.offload_activations", "training.loss_chunk_tokens"),
     *("training.self_check", "training.check_finite", "training.cuda_graphs", "optimizer.grad_reduce_in_bf16"),
 }
-"""Keys of the other sections that say the same."""
+"""Keys of the other sections that also say only where, how fast and how loudly a run trains."""
 _FIXED = {
     *(f"model.{name}" for name in Model.model_fields if name not in {"hidden_dropout", "attention_dropout"}),
     *("data.tokenizer_type", "data.vocab_size", "training.precision"),
     *("optimizer.optimizer", "optimizer.use_distributed_optimizer"),
-    # Megatron takes these over from the checkpoint, whatever is said.
+    # Megatron takes these from the checkpoint, whatever its arguments say.
     *("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps"),
 }
-"""What decides which weights and states there are, and what they mean. Megatron takes most over without a word."""
+"""Keys that decide which weights and optimizer states there are, and what they mean; Megatron does not compare most
+of them with the checkpoint."""
 _FIXED_ARGUMENTS = re.compile(
     r"window_(size|attn_skip_freq)|softmax_type|qk_l2_norm|use_rope_scaling|rope_scaling_factor|rotary_interleaved"
     r"|squared_relu|quick_geglu|add_qkv_bias|attention_output_gate|num_experts|moe_router_topk|moe_layer_freq"
@@ -60,7 +61,7 @@ _FIXED_ARGUMENTS = re.compile(
     r"|mtp_num_layers|mtp_use_repeated_layer|(mtp_)?hybrid_(layer|override)_pattern|experimental_attention_variant"
     r"|(mamba|linear|dsa|heterogeneous)_.*|make_vocab_size_divisible_by|pad_vocab_size"
 )
-"""The same among Megatron's own arguments, by where it stores them."""
+"""Megatron's own arguments that decide about the same, by the attribute in which it stores them."""
 _FREE_GROUPS = {
     *("profiling", "validation", "checkpointing", "distributed init", "logging", "straggler", "workload inspector"),
     *("inference", "one logger", "In-process restart", "ft_package", "rerun engine", "msc", "autoresume"),
@@ -68,7 +69,7 @@ _FREE_GROUPS = {
 }
 """Groups of Megatron's arguments that say where, how fast and how loudly a run trains."""
 _FREE_ARGUMENTS = re.compile(
-    # memory, messages and kernels
+    # about memory, messages and kernels
     r"deterministic_mode|tp_comm_.*|cross_entropy_.*|overlap_.*|delay_.*|ep_overlap_.*|use_ring_exchange_p2p"
     r"|defer_embedding_wgrad_compute|wgrad_deferral_limit|microbatch_group_size_per_vp_stage|mtp_standalone"
     r"|expert_tensor_.*|account_for_.*|cpu_offloading_.*|attention_backend|flash_attention_version|use_fused_.*|fused_.*"
@@ -80,18 +81,18 @@ _FREE_ARGUMENTS = re.compile(
     r"|masked_softmax_fusion|bias_.*_fusion|apply_rope_fusion|no_persist_layer_norm|gradient_accumulation_fusion"
     r"|use_flash_attn|checkpoint_activations|optimizer_(cpu_offload|offload_fraction)|pin_cpu_.*"
     r"|use_torch_optimizer_for_cpu_offload|dump_param_to_param_group_map|empty_unused_memory_level"
-    # the loop, loading and first weights
+    # about the loop, loading and initial weights
     r"|check_.*|gpu_sniff_test_interval|train_sync_interval|exit_.*|manual_gc.*|result_rejected_tracker_filename"
     r"|perform_initialization|use_cpu_initialization|(embedding_)?init_m.*|data_parallel_random_init"
     r"|mmap_bin_files|num_dataset_builder_threads|object_storage_cache_path|create_attention_mask_in_dataloader"
-    # Tokens are ids already.
+    # about text tokenizers: a run reads token ids
     r"|metadata_path|tokenizer_(hf|sentencepiece)_.*|trust_remote_code|chat_template|null_tokenizer_pad_id"
 )
-"""Arguments of the other groups that say the same."""
+"""Arguments of the other groups that also say only where, how fast and how loudly a run trains."""
 
 
 def changed(before: RunConfig, now: RunConfig) -> list[str]:
-    """The keys, "section.key", in which `now` differs from `before` and that are not free to."""
+    """The keys, "section.name", in which `now` differs from `before`, except those that are free to differ."""
     keys = [
         f"{title}.{name}"
         for title, section in RunConfig.model_fields.items()
@@ -99,7 +100,7 @@ def changed(before: RunConfig, now: RunConfig) -> list[str]:
         for name in getattr(section.annotation, "model_fields", {})
     ]
     found = [key for key in keys if key not in _FREE and value(before, key) != value(now, key)]
-    if before.model.kind == "gpt":  # whose weights and optimizer's states Megatron loads into a hybrid model
+    if before.model.kind == "gpt":  # Megatron loads weights and optimizer states of a GPT into a hybrid model
         found = [key for key in found if key != "model.kind"]
     names = sorted(before.megatron_args.keys() | now.megatron_args.keys())
     arguments = [name for name in names if not _is_free(name)]
@@ -111,7 +112,7 @@ def changed(before: RunConfig, now: RunConfig) -> list[str]:
 
 
 def is_fixed(key: str) -> bool:
-    """Whether weights and states depend on `key`, so that no run can be continued with another value."""
+    """Whether weights or optimizer states depend on `key`, so that no run can continue with another value."""
     section, _, name = key.partition(".")
     if section == "megatron_args":
         return _FIXED_ARGUMENTS.fullmatch(_option(name).dest) is not None
@@ -125,7 +126,7 @@ def is_schedule(key: str) -> bool:
 
 
 def is_key(key: str) -> bool:
-    """Whether there is such a key, or such an argument of Megatron's."""
+    """Whether a run has the key `key`, or Megatron the argument that it names."""
     section, _, name = key.partition(".")
     if section == "megatron_args":
         return f"--{name.replace('_', '-')}" in upstream_flags.options()
@@ -134,17 +135,17 @@ def is_key(key: str) -> bool:
 
 
 def given(run: RunConfig, key: str) -> object:
-    """The value of `key` as it was written; None for an argument of Megatron's that was not."""
+    """The value of `key` as it was written; None for an argument of Megatron that was not given."""
     section, _, name = key.partition(".")
     return run.megatron_args.get(name) if section == "megatron_args" else attrgetter(key)(run)
 
 
 def value(run: RunConfig, key: str) -> object:
-    """The value of `key` by which runs are compared: as written, but for what follows from other keys."""
-    if key == "model.max_position_embeddings":  # which has weights where positions are learned
+    """The value of `key` by which runs are compared: as written, except where it follows from other keys."""
+    if key == "model.max_position_embeddings":  # only learned positions have weights
         learned = run.model.position_embedding_type == "learned_absolute"
         return (run.model.max_position_embeddings or run.training.seq_length) if learned else None
-    if key == "data.document_multiple":  # of which samples consist
+    if key == "data.document_multiple":  # None follows from the context ranks
         return run.document_multiple or None
     return given(run, key)
 
@@ -159,7 +160,7 @@ def _is_free(name: str) -> bool:
 
 
 def _word(name: str, value: object) -> str:
-    """What Megatron reads, however it is written: a list, a string or a number."""
+    """The text that Megatron reads for a value, so that a list, a string and a number of one meaning are equal."""
     option = _option(name)
     if option.nargs == 0:
         return str(bool(value))

@@ -1,7 +1,7 @@
 """The layers of a hybrid model (`model.kind: hybrid`) as Megatron's `--hybrid-layer-pattern` spells them.
 
-A layer of ours, attention and MLP, is two of Megatron's, `*-`, and so it is in a pipeline's stages and in whatever
-names each layer:
+A layer of a run, attention and an MLP, is two layers of Megatron's hybrid model, `*-`. Pipeline stages and arguments
+that name each layer count Megatron's layers:
 
     model.num_layers 4, parallelism.pipeline 2         *-*-|*-*-
     megatron_args.num_experts                          *E in place of *-, by megatron_args.moe_layer_freq
@@ -9,7 +9,7 @@ names each layer:
     megatron_args.mtp_num_layers 2                     *-*-/*-/*-
     context_parallel.layer_modes [ring, attention2d]   p2p p2p attention2d attention2d
 
-`megatron_args.hybrid_layer_pattern` says it otherwise, with Mamba (M) for one.
+`megatron_args.hybrid_layer_pattern` gives another pattern, for example with Mamba layers (M).
 """
 
 import re
@@ -35,16 +35,16 @@ SKIPPED: dict[str, Callable[[int, int], bool]] = {
     "window_attn_skip_freq": lambda layer, every: layer % every != 0,
     "no_rope_freq": lambda layer, every: layer % every == 0,
 }
-"""Arguments that name layers, and what a number means for the layer of a number, from 1."""
+"""Arguments of Megatron that name layers: whether `every` selects the layer of number `layer`, counted from 1."""
 
 
 def is_hybrid(run: RunConfig) -> bool:
-    """Whether the model is upstream's HybridModel with a pattern that follows from the keys of `run`."""
+    """Whether the model is upstream's HybridModel (`model.kind`)."""
     return run.model.kind == "hybrid"
 
 
 def layer_pattern(run: RunConfig) -> str:
-    """The pattern of a hybrid model, the one that is given or the one that follows."""
+    """The pattern of a hybrid model: as given, or as it follows from the other keys."""
     given = run.megatron_args
     if pattern := given.get("hybrid_layer_pattern"):
         return str(pattern)
@@ -63,7 +63,12 @@ def main_layers(pattern: str) -> str:
 
 
 def of_each_symbol[Value](values: Sequence[Value], pattern: str) -> list[Value]:
-    """`values`, one for each layer of attention, for each symbol: layers without attention have that before them."""
+    """One value per symbol, from one per attention layer: a layer without attention repeats the value before it.
+
+    Args:
+        values: one per attention layer.
+        pattern: of the hybrid model.
+    """
     found, seen = [], 0
     for symbol in main_layers(pattern):
         seen += ATTENTION.match(symbol) is not None
@@ -72,7 +77,7 @@ def of_each_symbol[Value](values: Sequence[Value], pattern: str) -> list[Value]:
 
 
 def hybrid_arguments(run: RunConfig, passed: dict[str, Any]) -> dict[str, Any]:
-    """`passed`, of megatron_args, for a hybrid model: with the pattern, and what names layers in Megatron's count."""
+    """`passed`, the megatron_args, for a hybrid model: with the pattern, and with one entry per layer of Megatron's."""
     pattern, arguments = layer_pattern(run), {name: value for name, value in passed.items() if value is not None}
     if "hybrid_layer_pattern" not in arguments:
         for name in _IN_THE_PATTERN:
@@ -88,7 +93,7 @@ def hybrid_arguments(run: RunConfig, passed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _experts(run: RunConfig) -> list[bool]:
-    """Of each layer whether it has experts."""
+    """For each layer of the run, whether it has experts."""
     layers, frequency = range(run.model.num_layers), run.megatron_args.get("moe_layer_freq")
     if not run.megatron_args.get("num_experts"):
         return [False for _ in layers]

@@ -1,8 +1,9 @@
-"""From files and `key.sub=value` overrides to one plain mapping.
+"""Merges files and `key.sub=value` overrides into one plain mapping.
 
-One rule says what becomes of a key that stands in several places, the files that are extended in order, then the file
-itself, then the command line: *a section merges, a value replaces*. A section is a heading at the margin (`model:`,
-`data:`, `megatron_args:`); all that stands below one is a value, whole: a number, a list, a blend, a table of options.
+A key may stand in several places: in the extended files, in order, then in the file itself, then on the command line.
+One rule holds: *a section merges, a value replaces*. A section is a heading at the margin (`model:`, `data:`,
+`megatron_args:`). Everything below a section is a value, and is replaced as a whole: a number, a list, a blend, a table
+of options.
 
     data: {paths: {c: 1.0}}         data.paths={c: 1.0}         the blend is c, whatever stood there before
     data: {paths+: {c: 1.0}}        data.paths+={c: 1.0}        c is added to the blend, or has this weight from now on
@@ -20,9 +21,13 @@ from megatron_attn2d.errors import ConfigError, show
 
 
 def read_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping that `path` describes: the files it extends, in order, then itself, then the overrides.
+    """The mapping that `path` describes: the files that it extends, in order, then itself, then the overrides.
 
     Files that come with the package are found from any folder: see `shipped.found`.
+
+    Raises:
+        ConfigError: a file can't be read or is no mapping of sections, files extend each other in a circle, or an
+            override is malformed.
     """
     content = _read_extended(found(path), ())
     for override in overrides:
@@ -52,7 +57,7 @@ def _read_extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], update: dict[str, Any]) -> None:
-    """Lay `update` over `base`: sections key by key, values replaced or, where a key ends with +, added to."""
+    """Merge `update` into `base`, key by key: a value replaces, or adds to the one before if its key ends with +."""
     for title, section in update.items():
         if section is None and isinstance(base.get(title), dict):
             continue  # a heading with nothing below it changes nothing
@@ -72,7 +77,7 @@ def _merge(base: dict[str, Any], update: dict[str, Any]) -> None:
 
 
 def _sum(key: str, held: Any, more: Any) -> Any:
-    """`held` and `more`, both a list or both a table; `more` where there is nothing yet."""
+    """The sum of two lists or of two tables; `more` alone where `held` is None."""
     if not isinstance(more, list | dict):
         raise ConfigError(key, more, "not a list or a table, which alone can be added to", f"write {key[:-1]}")
     if held is None:
@@ -101,7 +106,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
             raise ConfigError(
                 override, reason=f"{there} is a value, not a section", choice=f"write {there}=...", has_value=False
             )
-    if len(path) > 2:  # an entry of a table, a blend's say, whose name may hold dots
+    if len(path) > 2:  # an entry of a table, such as a blend, whose name may hold dots
         path, value = [path[0], f"{path[1]}+"], {".".join(path[2:]): value}
     for name in reversed(path):
         value = {name: value}
@@ -109,7 +114,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _with_underscores(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` with one spelling of each key of megatron_args, as all that look there know only that one."""
+    """`content` with the keys of megatron_args spelled with underscores, as the rest of the package reads them."""
     arguments = content.get("megatron_args")
     if not isinstance(arguments, dict):
         return content

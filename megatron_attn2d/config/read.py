@@ -1,4 +1,4 @@
-"""From a YAML file to a checked RunConfig, and back."""
+"""Loads a YAML file as a checked RunConfig, and writes one back as YAML."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +19,15 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), *, world_size: int
     """The run that the YAML at `path` describes, with `key.sub=value` overrides applied.
 
     Args:
-        path: of the YAML file; `extends:` in it is relative to its folder.
+        path: the YAML file; a file below its `extends:` is relative to its folder.
         overrides: as on the command line; values are YAML.
-        world_size: ranks that a launcher has started; None when nothing runs yet.
+        world_size: ranks that a launcher has started; None where no rank runs yet.
+
+    Returns:
+        The run, with numbers in the place of `auto`.
 
     Raises:
-        ConfigError: a mistake in the file or the overrides, a line for each.
+        ConfigError: mistakes in the file or the overrides, one per line.
     """
     run = _with_replicas(build_run(read_run(Path(path), overrides)), world_size)
     check(run)

@@ -1,7 +1,7 @@
-"""The YAMLs that come with the package: those of the repository's folder configs/.
+"""The YAMLs that come with the package, which are the repository's folder configs/.
 
-In the repository `megatron_attn2d/configs` is a link to that folder, so that people find it at the top, a wheel holds
-the files themselves, and both have one path.
+In the repository people find that folder at the top, and `megatron_attn2d/configs` is a link to it. A wheel holds the
+files themselves, at the same path.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from megatron_attn2d.config.yaml_io import read_mapping
 
 
 def folder() -> Path:
-    """Where they lie."""
+    """The folder that holds them."""
     return Path(str(resources.files("megatron_attn2d"))) / "configs"
 
 
 def names() -> list[str]:
-    """All of them, as `extends` and `train` name them: models/llama_8b.yaml, ..."""
+    """The files' names, as `extends` and `train` take them: models/llama_8b.yaml, ..."""
     return sorted(path.relative_to(folder()).as_posix() for path in folder().glob("*/*.yaml"))
 
 
 def with_parents(chosen: Iterable[str]) -> list[str]:
-    """`chosen` ones of `names()` and those that they extend, so that copies of them are whole."""
+    """The names in `chosen` and those of the files that they extend, so that copies of them all are complete."""
     whole: set[str] = set()
     waiting = list(chosen)
     while waiting:
@@ -44,7 +44,8 @@ def found(path: Path, beside: Path | None = None) -> Path:
         beside: the folder that a relative `path` starts from; None: the current one.
 
     Returns:
-        The user's where there is such a file, so that it always wins, and where there is neither, for the message.
+        The user's file where it exists, so that it always wins, else ours. Where neither exists, the user's, so that a
+        message names it.
     """
     own = path if beside is None else beside / path
     return own if own.exists() or path.as_posix() not in names() else folder() / path

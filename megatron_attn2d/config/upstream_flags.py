@@ -1,8 +1,8 @@
-"""Megatron's own arguments: what there is, without the seconds that importing Megatron takes.
+"""A table of Megatron's own arguments, so that a check need not import Megatron, which takes seconds.
 
-`upstream_flags.json` lists them for the version that requirements.lock pins, and is written anew by
-`python -m megatron_attn2d.config.upstream_flags`. Under any other version, and for values that a function of Megatron's
-converts, Megatron's parser is asked.
+`upstream_flags.json` lists them for the version that requirements.lock pins;
+`python -m megatron_attn2d.config.upstream_flags` rewrites it. Under any other version, and for values that a function
+of Megatron converts, Megatron's parser is asked.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 
 @dataclass(frozen=True)
 class Option:
-    """An argument: where it is stored, how many values it takes, of which type, out of which choices.
+    """An argument of Megatron: the attribute that stores it, how many values it takes, their type and choices.
 
-    `nargs`, `type` and `default` are argparse's; a type that is a function of Megatron's is "megatron", and a default
-    that is no plain value is its text. `group` is the title under which Megatron's help shows the argument.
+    `nargs`, `type` and `default` are argparse's. The type "megatron" stands for a function of Megatron. A default that
+    is no plain value is given as text. `group` is the title under which Megatron's help shows the argument.
     """
 
     dest: str
@@ -54,7 +54,7 @@ def options() -> dict[str, Option]:
 
 
 def given(arguments: Sequence[str]) -> dict[str, tuple[str, list[str]]]:
-    """Each of Megatron's arguments on a command line, by where Megatron stores it: its flag and its values."""
+    """Megatron's arguments on a command line, by the attribute that stores them: each one's flag and values."""
     known: dict[str, Option] = options()
     found: dict[str, tuple[str, list[str]]] = {}
     values: list[str] = []
@@ -89,7 +89,7 @@ def described() -> dict[str, Option]:
 
 
 def refusal(flag: str, tokens: list[str]) -> str | None:
-    """What argparse says against `tokens`, which are `flag` and its values; None where it takes them."""
+    """Why argparse refuses `tokens`, which are `flag` and its values; None where it takes them."""
     option = options()[flag]
     if option.nargs == 0:
         return None
@@ -102,13 +102,13 @@ def refusal(flag: str, tokens: list[str]) -> str | None:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             asked.parse_args(tokens)
-    except (Exception, SystemExit) as error:  # Megatron's types raise what they like
+    except (Exception, SystemExit) as error:  # a type of Megatron may raise anything
         return str(error)
     return None
 
 
 class _Parser(ArgumentParser):
-    """Says what is wrong: argparse itself prints that, and raises the exit code."""
+    """Raises the message of a wrong argument, where argparse prints it and exits."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

@@ -1,4 +1,4 @@
-"""YAML in and out: the core schema of YAML 1.2, one document, no tags, no anchors, no key twice.
+"""Reads and writes YAML: the core schema of YAML 1.2, one document without tags and anchors, and no key twice.
 
 PyYAML follows YAML 1.1, where `1e-4` is a string, `no` is false, `010` is 8 and `1:30` is 90. The loader and the dumper
 here share the rules of YAML 1.2 instead, so that what is written reads back as it was.
@@ -61,7 +61,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 def parse(text: str, source: str) -> Any:
-    """The value that `text` holds; `source` is named in the ConfigError when it isn't valid."""
+    """The value that `text` holds.
+
+    Raises:
+        ConfigError: `text` is no valid YAML; names `source`.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -74,7 +78,11 @@ def parse(text: str, source: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that the file at `path` holds, {} for an empty file."""
+    """The mapping that the file at `path` holds, {} for an empty file.
+
+    Raises:
+        ConfigError: the file can't be read, is no valid YAML, or holds no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The embedded examples of fine-tuning: docstrings of the standard library, and the functions that they describe."""
+"""Builds the embedded fine-tuning examples: docstrings of the standard library, and the functions they describe."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_attn2d.data.tokenizers import TokenizerChoice
 
 NAME = "python-docstrings"
 LONGEST = 512
-"""Tokens of an example at most, which are bytes."""
+"""Most tokens, that is bytes, of an example."""
 
 
 def build_default(directory: Path | str) -> Path:
-    """The embedded examples, in `directory`; built if they aren't there yet.
+    """Build the embedded examples in `directory`, unless they are there.
 
     Returns:
-        The prefix, what Megatron's `--data-path` takes.
+        Their prefix, as Megatron's `--data-path` takes it.
     """
     prefix = Path(directory) / NAME
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -36,11 +36,14 @@ def build_default(directory: Path | str) -> Path:
 
 
 def examples() -> Iterator[dict[str, str]]:
-    """A prompt for each function of the standard library that has a docstring: that. Its completion: the function."""
+    """Yields an example per function of the standard library that has a docstring.
+
+    The docstring is the prompt, and the function without it the completion.
+    """
     for file in standard_library_sources():
         try:
             tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):  # templates and what tests of encodings hold
+        except (SyntaxError, ValueError):  # templates, and files in other encodings
             continue
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef) or not (says := ast.get_docstring(node)):

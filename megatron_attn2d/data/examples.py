@@ -1,9 +1,9 @@
-"""Fine-tuning examples: JSON objects with a prompt and its completion, or with chat messages; as ids, and which count.
+"""Encodes fine-tuning examples, JSON objects with a prompt and its completion, or with chat messages.
 
     {"prompt": "...", "completion": "..."}
     {"messages": [{"role": "system" | "user" | "assistant" | "tool", "content": "..."}, ...]}
 
-PREFIX.loss holds a byte per token of PREFIX.bin: 1 where the token is one that the model is to predict.
+PREFIX.loss holds a byte per token of PREFIX.bin: 1 where the model is to predict the token, else 0.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from megatron_attn2d.data.tokenizers import ANSWERS, END, Message, Part, Tokeniz
 from megatron_attn2d.errors import ConfigError
 
 SUFFIX = ".loss"
-"""Of the file of bytes."""
+"""Suffix of the file that holds a byte per token."""
 ROLES = ("system", "user", ANSWERS, "tool")
 
 
 def encode(record: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of an example and, for each, 1 where it is to be predicted, uint8.
+    """The token ids [n] of an example, and for each of them 1 where it is to be predicted, else 0, uint8 [n].
 
     Raises:
-        BadDocument: it is none.
+        BadDocument: `record` is no example.
     """
     parts = _parts(record, tokenizer)
     ids = [np.array([tokenizer.eod]) if text is END else tokenizer.plain(text) for text, _ in parts]
-    if "messages" not in record:  # else it is the chat template that begins a text
+    if "messages" not in record:  # a chat template begins its text itself
         ids[0] = tokenizer.begun(record["prompt"])
     counts = [np.full(len(some), counts, dtype=np.uint8) for some, (_, counts) in zip(ids, parts, strict=True)]
     return np.concatenate(ids), np.concatenate(counts)
@@ -60,12 +60,18 @@ def _messages(found: Any) -> list[Message]:
 
 
 def path(prefix: Path) -> Path:
-    """The file that says which tokens of a data set count."""
+    """The file that says which tokens of the data set `prefix` count in the loss."""
     return prefix.with_name(prefix.name + SUFFIX)
 
 
 def fault(prefix: Path, seq_length: int, known: dict[str, Any]) -> ConfigError | None:
-    """Why a run of `seq_length` tokens can't take the examples of `prefix`, which PREFIX.json describes as `known`."""
+    """Why a run can't train on the examples of `prefix`; None where it can.
+
+    Args:
+        prefix: of the data set.
+        seq_length: tokens of a sample.
+        known: the content of PREFIX.json.
+    """
     if not path(prefix).is_file():
         reason = f"{path(prefix)} is not there, which says which tokens of {prefix} count"
         return ConfigError("data.format", "sft", reason, "build it: megatron-attn2d data build --format sft")

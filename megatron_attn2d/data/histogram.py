@@ -1,4 +1,4 @@
-"""How long documents are: their number and tokens by length, each bucket twice as long as the one before."""
+"""Counts documents and their tokens by length, in buckets that double, and draws them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from megatron_attn2d.pictures import COLOURS, blank, ruled, save
 
 _BAR = 32
-"""Characters of the longest bar."""
+"""Length of the longest bar, in characters."""
 _CONTEXT_RANKS = (4, 16, 64)
 
 
@@ -26,7 +26,11 @@ class Bucket:
 
 
 def buckets(lengths: np.ndarray) -> list[Bucket]:
-    """Documents of `lengths` tokens, none of them 0, by powers of two, from the shortest to the longest."""
+    """Buckets by powers of two, from the shortest document to the longest.
+
+    Args:
+        lengths: tokens of each document, at least 1.
+    """
     powers = np.frexp(lengths)[1] - 1  # exact, as lengths are integers below 2^53
     low, high = int(powers.min()), int(powers.max())
     documents = np.bincount(powers - low)
@@ -38,7 +42,7 @@ def buckets(lengths: np.ndarray) -> list[Bucket]:
 
 
 def lines(lengths: np.ndarray) -> Iterator[str]:
-    """A bar for each bucket, and what padding takes where context ranks share each document."""
+    """Yields a line with a bar per bucket, and a line on the padding where context ranks share each document."""
     found = buckets(lengths)
     places = [f"{bucket.first:,} to {bucket.last:,}" for bucket in found]
     width, most = max(map(len, places)), max(bucket.documents for bucket in found)
@@ -52,7 +56,7 @@ def lines(lengths: np.ndarray) -> Iterator[str]:
 
 
 def padding(lengths: np.ndarray, multiple: int) -> float:
-    """The share of padding where each document takes a multiple of so many tokens."""
+    """The share of padding, 0 to 1, where each document takes a multiple of `multiple` tokens."""
     taken = int((-(-lengths.astype(np.int64) // multiple) * multiple).sum())
     return 1 - int(lengths.sum(dtype=np.int64)) / taken
 

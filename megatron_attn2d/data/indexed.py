@@ -1,8 +1,8 @@
-"""Data sets of real text, at byte level, as Megatron's .bin/.idx pair.
+"""Writes byte-level data sets as Megatron's .bin/.idx pair, and checksums of data sets and their sample indices.
 
 A document is a text file's bytes (token ids 0 to 255) followed by the end-of-document token 256. Megatron reads such
-a set with `--tokenizer-type NullTokenizer --vocab-size 512 --null-tokenizer-eod-id 256` (`TOKENIZER_ARGUMENTS`): 512
-pads to the same number of rows for every tensor-parallel size up to 4, so checkpoints reshard.
+a set with `--tokenizer-type NullTokenizer --vocab-size 512 --null-tokenizer-eod-id 256` (`TOKENIZER_ARGUMENTS`).
+512 ids pad to the same number of rows for every tensor-parallel size up to 4, so that checkpoints reshard.
 """
 
 from __future__ import annotations
@@ -44,17 +44,21 @@ def is_sealed(prefix: Path) -> bool:
 
 
 def seal_index(index: Path, prefix: Path) -> Path:
-    """Writes, beside the index of what is to become `prefix`, its checksum as `sha256sum -c` reads it; its path."""
+    """Write the checksum of `index`, which is to become the index of `prefix`, beside it, as `sha256sum -c` reads it.
+
+    Returns:
+        The path of the checksum.
+    """
     seal = index.with_name(f"{index.name}.sha256")
     seal.write_text(f"{_digest(index)}  {prefix.name}.idx\n")
     return seal
 
 
 def verify_index(prefix: Path) -> None:
-    """Compares the index of the data set `prefix` with its checksum, if it has one: not those that others built.
+    """Compare the index of the data set `prefix` with its checksum, which data sets built by other programs lack.
 
     Raises:
-        ValueError: they differ; names the file.
+        ValueError: they differ; names the index.
     """
     index, seal = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".idx.sha256"))
     if seal.is_file() and _digest(index) != seal.read_text().split()[0]:
@@ -63,17 +67,17 @@ def verify_index(prefix: Path) -> None:
 
 @contextmanager
 def sealed_caches(directories: Iterable[Path], *, verifies: bool, seals: bool) -> Iterator[None]:
-    """Around Megatron's building of data sets: the sample indices that it caches get checksums, and are compared.
+    """While Megatron builds data sets, verify the sample indices that it has cached, and give new ones a checksum.
 
-    Indices without a checksum, which other programs built, are taken as they are.
+    Indices without a checksum, which other programs built, are used unverified.
 
     Args:
-        directories: where the indices are cached.
-        verifies: whether this process compares them first; one per host should.
-        seals: whether this process writes the checksums of those that come in; one of all should.
+        directories: the folders of cached indices.
+        verifies: whether this process verifies them first; one process per host should.
+        seals: whether this process writes the checksums of new ones; one process of all should.
 
     Raises:
-        ValueError: an index is another than was built; names the file.
+        ValueError: an index differs from its checksum; names the file.
     """
     there = {path for directory in directories for path in directory.glob("*.npy")}
     for path in sorted(there) if verifies else ():
@@ -96,16 +100,16 @@ def _digest(path: Path) -> str:
 
 
 def build(files: Iterable[Path], prefix: Path) -> Path:
-    """Writes the bytes of `files` as the data set `prefix`.bin and `prefix`.idx, a document per file.
+    """Write the bytes of `files` as the data set `prefix`.bin and `prefix`.idx, a document per file.
 
     The pair appears whole or not at all, also where several processes build it at once: it is written under
     temporary names and renamed, the index last.
 
     Returns:
-        `prefix`, what Megatron's `--data-path` takes.
+        `prefix`, as Megatron's `--data-path` takes it.
 
     Raises:
-        ValueError: no file, or none with any text.
+        ValueError: there is no file, or all files are empty.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=f".{prefix.name}-") as scratch:
@@ -129,10 +133,10 @@ def build(files: Iterable[Path], prefix: Path) -> Path:
 
 
 def build_default(directory: Path | str) -> Path:
-    """The embedded data set, the sources of the standard library, in `directory`; built if it isn't there yet.
+    """Build the embedded data set, the sources of the standard library, in `directory`, unless it is there.
 
     Returns:
-        Its prefix, what Megatron's `--data-path` takes.
+        Its prefix, as Megatron's `--data-path` takes it.
     """
     prefix = Path(directory) / "python-standard-library"
     return prefix if is_complete(prefix) else build(standard_library_sources(), prefix)

@@ -1,4 +1,4 @@
-"""What a data set holds: its numbers, and the beginning of a document, decoded."""
+"""Reports on a data set: its numbers, and the beginning of a document, decoded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_attn2d.megatron.upstream.quiet_imports import hushed, indexed_data
 
 
 def description(prefix: Path) -> dict[str, Any]:
-    """What PREFIX.json says; {} where there is none, as beside data sets built by others.
+    """The content of PREFIX.json; {} where there is none, as beside data sets built by other programs.
 
     Raises:
-        UsageError: it isn't what `build` writes.
+        UsageError: the file is not as `build` writes it.
     """
     path = prefix.with_name(prefix.name + ".json")
     if not path.exists():
@@ -35,10 +35,10 @@ def description(prefix: Path) -> dict[str, Any]:
 
 
 def open_indexed(prefix: Path) -> Any:
-    """Megatron's IndexedDataset of `prefix`.
+    """Open `prefix` as Megatron's IndexedDataset.
 
     Raises:
-        UsageError: one of its files is missing, or is no such file.
+        UsageError: one of its files is missing, or the index can't be read.
     """
     if not is_complete(prefix):
         raise UsageError(f"{prefix}: no data set: {prefix}.bin and {prefix}.idx make one")
@@ -57,9 +57,17 @@ def report(
     tokens: int = 64,
     plot: Path | None = None,
 ) -> Iterator[str]:
-    """Lines on the data set `prefix`, ending with the first `tokens` tokens of `document`, decoded.
+    """Yields lines on the data set `prefix`; the last are the begin of a document, as ids and decoded.
 
-    `choice` is the tokenizer where PREFIX.json doesn't name one; `plot` gets the histogram of lengths, as a PNG.
+    Args:
+        prefix: of the data set.
+        choice: the tokenizer; None: the one that PREFIX.json names.
+        document: number of the document that is shown, from 0.
+        tokens: how many of its tokens are shown.
+        plot: the PNG that gets the histogram of lengths; None: no picture.
+
+    Raises:
+        UsageError: it is no data set, or has no such document; `tokens` is less than 1.
     """
     if tokens < 1:
         raise UsageError(f"{tokens} tokens to show: choose 1 or more")

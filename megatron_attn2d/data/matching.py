@@ -1,8 +1,8 @@
-"""Whether data sets were written with the tokenizer of the run that reads them: a model trains on any ids.
+"""Checks that data sets were written with the tokenizer of the run that reads them: a model would train on any ids.
 
-`PREFIX.json`, which `build` writes, names a set's tokenizer; that is compared before ranks start. Of sets that others
-built nothing is known but their ids: rank 0 looks for one outside the vocabulary before the first step, and each batch
-is looked through (`micro_batch.next_batch`).
+`PREFIX.json`, which `build` writes, names a set's tokenizer, and is compared with the run before ranks start. Of a set
+that another program built only the ids are known: rank 0 looks for one outside the vocabulary before the first step,
+and each batch is checked (`micro_batch.next_batch`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,20 @@ from megatron_attn2d.data.tokenizers import TIKTOKEN_SIZE, TokenizerChoice
 from megatron_attn2d.errors import ConfigError, ConfigErrors
 
 _BLOCK, _BLOCKS = 1 << 16, 1 << 12
-"""Tokens that are read at a time, and how many times: a set of 268 million tokens whole, of a larger one that many."""
+"""Tokens per block, and the most blocks that are read: a set of up to 268 million tokens is read whole."""
 _READ_EOD = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
-"""Arguments of Megatron under which the token that ends a document counts."""
+"""Arguments of Megatron that make a run depend on the token that ends a document."""
 
 
 def check_data(run: RunConfig, *, trains: bool = True) -> None:
-    """Raise ConfigError if a data set of `run` was written with another tokenizer than the run's, or in another format.
+    """Check that the data sets of `run` were written with its tokenizer and in its format.
 
-    Where it does not train on them (`trains`), sets of examples may be read as text.
+    Args:
+        run: names the data sets.
+        trains: whether the run trains on them; where it does not, it may read sets of examples as text.
+
+    Raises:
+        ConfigError: with a line per data set and key that do not match.
     """
     reads_eod = any(map(run.megatron_args.get, _READ_EOD))
     errors = [error for prefix in run.data.paths for error in mismatches(Path(prefix), run.data, reads_eod)]
@@ -48,17 +53,20 @@ def check_data(run: RunConfig, *, trains: bool = True) -> None:
 
 
 def mismatches(prefix: Path, data: Data, reads_eod: bool = False) -> Iterator[ConfigError]:
-    """What of PREFIX.json contradicts a run's `data:` section; nothing where there is none.
+    """Yields an error per key of a run's `data:` section that contradicts PREFIX.json; none where that is missing.
 
-    With `reads_eod` the token that ends a document matters although the run doesn't name it.
+    Args:
+        prefix: of the data set.
+        data: the section.
+        reads_eod: whether the run depends on the token that ends a document, even where it doesn't name it.
     """
-    if not is_sealed(prefix):  # built by others, whose PREFIX.json may be anything, of any size
+    if not is_sealed(prefix):  # another program built it, and PREFIX.json may be any file
         return
     known = description(prefix)
     if not known:
         return
     theirs, described = TokenizerChoice(**known["tokenizer"]), f"{prefix}.json says that {prefix} holds"
-    # Older descriptions lack both: of bytes they are known, of other ids the ranks look at the set itself.
+    # Older descriptions lack both numbers. For bytes they are known; for other tokenizers ranks check the ids.
     of_bytes = theirs.kind == "bytes"
     largest = known.get("largest_id", END_OF_DOCUMENT if of_bytes else None)
     end = known.get("end_of_document", END_OF_DOCUMENT if of_bytes else None)
@@ -84,10 +92,10 @@ def mismatches(prefix: Path, data: Data, reads_eod: bool = False) -> Iterator[Co
 
 
 def _differ(ours: TokenizerChoice, theirs: TokenizerChoice, known: dict[str, Any]) -> bool:
-    """Whether the files of two tokenizers of a kind differ, as far as they can be told apart."""
+    """Whether the files of two tokenizers of one kind are known to differ."""
     assert ours.model is not None
     assert theirs.model is not None
-    if not Path(ours.model).exists():  # which is told elsewhere
+    if not Path(ours.model).exists():  # check_files refuses it
         return False
     kept = known.get("tokenizer_sha256")
     if kept is None and Path(theirs.model).exists():
@@ -105,7 +113,7 @@ def _choose(choice: TokenizerChoice) -> str:
 
 
 def largest_id(prefix: Path) -> int:
-    """The largest token id of the data set `prefix`; of a large one, that of parts spread evenly over it.
+    """The largest token id of the data set `prefix`; of a large set only blocks spread evenly over it are read.
 
     Raises:
         UsageError: it is no data set.

@@ -1,7 +1,8 @@
-"""How many of the coming tokens a continued run has trained on already, where the order of its data has changed.
+"""Counts how many tokens to come a continued run has trained on already, where the order of its data has changed.
 
-Megatron deals samples by a seed, the number of epochs and the length of a sequence, and a run goes on by the number of
-samples that it has consumed. In another order that number points at other samples, some of which it has seen.
+Megatron orders samples by a seed, the number of epochs and the length of a sequence, and a run continues after the
+number of samples that it has consumed. In another order that number points at other samples, some of which the run has
+seen.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from megatron_attn2d.data.inspect import open_indexed
 from megatron_attn2d.megatron.upstream.quiet_imports import hushed
 
 _MOST = 50_000_000
-"""Documents of all epochs that are gone through: a minute and some GB. Beyond that an expectation is given."""
+"""Most documents, over all epochs, that are counted, in a minute and some GB; beyond that the share is estimated."""
 _UNCOUNTED = ("dataloader_type", "data_args_path", "per_split_data_args_path", "iterations_to_skip")
-"""Arguments of Megatron's under which samples are not those of the indices in their order."""
+"""Arguments of Megatron under which a run does not take the samples in the order of their index."""
 _STRIDE = 1 << 48
-"""Tokens of a data set at most."""
+"""More tokens than a data set can have, so that places of different sets do not meet."""
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Tokens to come and how many of them have been trained on: as the run goes on, and if nothing had changed."""
+    """Tokens to come, and how many of them the run has trained on: in the changed order, and in the unchanged one."""
 
     following: int
     seen: int
@@ -43,8 +44,8 @@ def consumed_samples(before: RunConfig, step: int) -> int:
     return step * before.training.global_batch_size
 
 
-def told(before: RunConfig, now: RunConfig, step: int) -> str:
-    """A sentence on what repeats when a run that made `step` steps of `before` goes on as `now`."""
+def describe(before: RunConfig, now: RunConfig, step: int) -> str:
+    """A sentence on the tokens that repeat when a run that made `step` steps of `before` continues as `now`."""
     if before.data.mock or now.data.mock:
         return "made-up data: what repeats is not counted"
     if "sft" in (before.data.format, now.data.format):
@@ -72,7 +73,7 @@ def told(before: RunConfig, now: RunConfig, step: int) -> str:
 
 
 def repeats(before: RunConfig, now: RunConfig, step: int) -> Repeats:
-    """What repeats when a run that made `step` steps of `before` goes on as `now`, to the last step of each."""
+    """What repeats when a run that made `step` steps of `before` continues as `now`, to the last step of either."""
     consumed = consumed_samples(before, step)
     bases: dict[str, int] = {}
     old, new = (_training_set(run, _samples(run, step, consumed)) for run in (before, now))
@@ -92,7 +93,7 @@ def _prefixes(run: RunConfig) -> list[Path]:
 
 def _lengths(prefix: Path) -> np.ndarray:
     """Tokens of each document."""
-    indexed = open_indexed(prefix)  # named: its arrays are views of a mapping that ends with it
+    indexed = open_indexed(prefix)  # kept alive here: its arrays are views of its mapping
     return np.array(indexed.sequence_lengths)
 
 
@@ -114,7 +115,7 @@ def _samples(run: RunConfig, step: int, consumed: int) -> int:
 
 
 def _training_set(run: RunConfig, samples: int) -> Any:
-    """Megatron's data set for training, without a file written; its tokens are not read."""
+    """Megatron's training set of `run`, built without writing a file or reading a token."""
     with hushed():
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -144,9 +145,15 @@ def _training_set(run: RunConfig, samples: int) -> Any:
 
 
 def _intervals(dataset: Any, first: int, last: int, bases: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the tokens of the samples from `first` to before `last` lie: starts and ends, int64, ascending in neither.
+    """The intervals of tokens that the samples from `first` to before `last` take: starts and ends, int64, unsorted.
 
-    A place counts through all data sets, one after the other; `bases` holds where each begins, and grows.
+    Positions count through all data sets, one after the other.
+
+    Args:
+        dataset: Megatron's, or a blend of several.
+        first: number of the first sample.
+        last: number after the last sample.
+        bases: the first position of each data set, by a checksum of its lengths; new data sets are added.
     """
     samples = np.arange(first, min(last, len(dataset)))
     if not hasattr(dataset, "datasets"):
@@ -161,16 +168,16 @@ def _single_intervals(dataset: Any, samples: np.ndarray, bases: dict[str, int]) 
     # Padded documents take more of the stream than they have tokens.
     taken = dataset.dataset.sequence_lengths
     lengths = getattr(dataset.dataset, "indexed", dataset.dataset).sequence_lengths
-    identity = hashlib.sha256(lengths.tobytes()).hexdigest()  # a data set that was moved is the same
+    identity = hashlib.sha256(lengths.tobytes()).hexdigest()  # by content: a data set may have been moved
     base = bases.setdefault(identity, max(bases.values(), default=-_STRIDE) + _STRIDE)
     places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    # Documents in the order in which they are dealt make a stream, of which a sample is a piece.
+    # The documents in training order are one stream of tokens, and a sample is an interval of it.
     documents = np.asarray(dataset.document_index)
     stream = np.concatenate([[0], np.cumsum(taken[documents], dtype=np.int64)])
     index, order = np.asarray(dataset.sample_index), np.asarray(dataset.shuffle_index)[samples].astype(np.int64)
     begin = stream[index[order, 0]] + index[order, 1]
     end = stream[index[order + 1, 0]] + index[order + 1, 1]
-    # A sample goes through one document or several: a piece for each.
+    # A sample covers one document or several, and has an interval in each.
     head = np.searchsorted(stream, begin, "right") - 1
     tail = np.searchsorted(stream, end, "left") - 1
     counts = np.maximum(tail - head + 1, 0)
@@ -183,7 +190,7 @@ def _single_intervals(dataset: Any, samples: np.ndarray, bases: dict[str, int]) 
 
 
 class _Coverage:
-    """The union of intervals."""
+    """The union of intervals of token positions."""
 
     def __init__(self, starts: np.ndarray, ends: np.ndarray) -> None:
         order = np.argsort(starts, kind="stable")
@@ -195,7 +202,7 @@ class _Coverage:
         self._before = np.concatenate([[0], np.cumsum(self._ends - self._starts)])
 
     def of(self, starts: np.ndarray, ends: np.ndarray) -> int:
-        """How many tokens of these intervals lie in the union."""
+        """How many tokens of the intervals from `starts` to before `ends` lie in the union."""
         return int((self._below(ends) - self._below(starts)).sum())
 
     def _below(self, places: np.ndarray) -> np.ndarray:

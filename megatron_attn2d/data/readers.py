@@ -1,6 +1,6 @@
-"""Raw documents out of text, JSONL and Parquet files, each with its place, so that a bad one can be named.
+"""Reads raw documents from text, JSONL and Parquet files, each with its file and line, so that errors can name them.
 
-Reading is cheap and stays in one process; what costs (JSON, UTF-8, tokenizing) happens where `Raw.text` is called.
+Reading is cheap and stays in one process. The costly parts, JSON, UTF-8 and tokenizing, run where `Raw.text` is called.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from megatron_attn2d.errors import UsageError
 
 Kind = Literal["text", "jsonl", "parquet"]
 KINDS: dict[str, Kind] = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-"""What a file's suffix says; `.gz` and `.zst` may follow that of text and JSONL."""
+"""The kind of a file by its suffix; `.gz` and `.zst` may follow the suffixes of text and JSONL."""
 COMPRESSIONS = (".gz", ".zst")
 _BOM = b"\xef\xbb\xbf"
 _PARQUET_ROWS = 256
 
 
 class BadDocument(ValueError):
-    """A document, or the rest of a file, that can't be used; the message says why."""
+    """A document, or the rest of a file, can't be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A document as it stands in its file, or what stopped its file from being read further."""
+    """A document as it stands in its file, or the error that stopped reading its file."""
 
     path: Path
     place: str
@@ -41,18 +41,18 @@ class Raw:
     content: Any
     """Bytes of a text file or of a line; a Parquet cell; a BadDocument."""
     position: int
-    """Bytes of the file, as it lies on disk, that were read so far: how far reading is."""
+    """Bytes of the file on disk, compressed or not, that have been read so far."""
 
     @property
     def where(self) -> str:
-        """File and line, as a user reads it."""
+        """File and line, for messages."""
         return f"{self.path}, {self.place}" if self.place else str(self.path)
 
     def text(self, key: str) -> str:
         """The document's text; of a JSON object the value of `key`.
 
         Raises:
-            BadDocument: there is none.
+            BadDocument: the document has no such text.
         """
         value = self._decoded()
         if self.kind == "jsonl":
@@ -63,7 +63,7 @@ class Raw:
         """The JSON object of a line.
 
         Raises:
-            BadDocument: it is none.
+            BadDocument: the line holds no JSON object.
         """
         if self.kind != "jsonl":
             raise BadDocument("no line of JSON (examples are .jsonl)")
@@ -82,10 +82,10 @@ class Raw:
 
 
 def checked_text(value: Any, key: str) -> str:
-    """`value`, which stands under `key`.
+    """`value`, the value of `key`, as text.
 
     Raises:
-        BadDocument: it is no text, or empty.
+        BadDocument: it is no text, it is empty, or it holds half of a surrogate pair.
     """
     if not isinstance(value, str):
         what = "null" if value is None else type(value).__name__
@@ -112,7 +112,11 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def member(document: dict[str, Any], key: str) -> Any:
-    """What stands in a JSON object under `key`; raises BadDocument where it has none."""
+    """The value of `key` in a JSON object.
+
+    Raises:
+        BadDocument: the object has no such key.
+    """
     if key not in document:
         raise BadDocument(f"no key {key!r}; it has {', '.join(map(repr, sorted(document)[:8])) or 'none'}")
     return document[key]
@@ -122,7 +126,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     """The files of `paths`, in that order; a folder stands for the files of a known kind below it, sorted.
 
     Raises:
-        UsageError: a path isn't there, its kind isn't known, or a folder holds nothing.
+        UsageError: a path does not exist, its kind is unknown, a folder holds no file, or a library is missing.
     """
     files: list[Path] = []
     for path in paths:
@@ -139,7 +143,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
             files.append(path)
     if not files:
         raise UsageError("no file to build a data set from")
-    for file in files:  # a missing library is known before hours of work
+    for file in files:  # a missing library is reported before hours of work
         if file.suffix == ".zst":
             library("zstandard", str(file))
         if file.suffix == ".parquet":
@@ -158,7 +162,11 @@ def _kind(path: Path) -> Kind | None:
 
 
 def library(name: str, needed_for: str) -> Any:
-    """The module `name`, which only some data needs.
+    """Import the module `name`, which only some data needs.
+
+    Args:
+        name: of the module.
+        needed_for: the file or tokenizer that needs it, for the message.
 
     Raises:
         UsageError: it isn't installed.
@@ -173,7 +181,7 @@ def library(name: str, needed_for: str) -> Any:
 
 
 def read(path: Path, key: str) -> Iterator[Raw]:
-    """The documents of one file; a file that breaks off yields what came before and then the reason."""
+    """Yields the documents of one file; after a read error, a last one whose content is the BadDocument."""
     kind = _kind(path)
     assert kind is not None
     place, position = "", 0
@@ -182,7 +190,7 @@ def read(path: Path, key: str) -> Iterator[Raw]:
         with path.open("rb") as file:
             documents = _parquet(file, path, key) if kind == "parquet" else _text(_decompressed(file, path), kind)
             for place, content in documents:
-                position = position if kind == "parquet" else file.tell()  # a Parquet file is read here and there
+                position = position if kind == "parquet" else file.tell()  # a Parquet file is not read in order
                 yield Raw(path, place, kind, content, position)
     except breaks as error:
         after = f"after {place}" if place else ""
@@ -206,7 +214,7 @@ def _decompressed(file: IO[bytes], path: Path) -> IO[bytes]:
 
 
 def _text(file: IO[bytes], kind: Kind) -> Iterator[tuple[str, bytes]]:
-    """The whole of a text file, each line of a JSONL file."""
+    """Yields the whole text file, or each line of a JSONL file, after its name in messages."""
     if kind == "text":
         yield "", file.read().removeprefix(_BOM)
     else:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or Megatron's own tokenizers, so that a data set fits the run that reads it."""
+"""Tokenizes text, by bytes or by Megatron's own tokenizers, so that a data set fits the run that reads it."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ _TYPE = {
 ANSWERS = "assistant"
 """The role whose messages a model is to learn."""
 END = None
-"""A part of an example that is the token that ends a document."""
+"""Stands for the token that ends a document, in a part of an example."""
 type Message = dict[str, str]
 type Part = tuple[str | None, bool]
-"""Text, or END, and whether it counts in a loss."""
+"""A text or END, and whether it counts in the loss."""
 TIKTOKEN_SIZE = 1 << 17
-"""Megatron's default."""
+"""Ids that Megatron uses of a tiktoken vocabulary by default."""
 
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Which tokenizer; kept beside a data set, so that it can be decoded."""
+    """Names a tokenizer; it is kept beside a data set, so that the set can be decoded."""
 
     kind: Kind = "bytes"
     model: str | None = None
     """File or folder of the tokenizer, on local disk; None for bytes."""
     vocab_size: int | None = None
-    """For tiktoken: how many ids to use, its 1000 special ones included. None: TIKTOKEN_SIZE."""
+    """For tiktoken, the number of ids to use, its 1000 special ones included. None: TIKTOKEN_SIZE."""
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back."""
+    """Turns text into token ids and back; ids are one-dimensional integer arrays."""
 
     eod: int
     """The token that ends a document."""
     vocab_size: int
-    """Ids are smaller than this."""
+    """Number of ids; each is smaller."""
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text` and the one that ends the document."""
+        """The ids of `text`, and the id that ends a document."""
 
     def begun(self, text: str) -> np.ndarray:
         """The ids of `text`, after the token with which the tokenizer begins a text, if it has one."""
@@ -65,14 +65,14 @@ class Tokenizer(Protocol):
         """The ids of `text` alone, as in the middle of a document."""
 
     def chat(self, messages: Sequence[Message]) -> list[Part]:
-        """A conversation up to its last answer, in parts that count in a loss and parts that don't.
+        """A conversation up to its last answer, in parts that count in the loss and parts that don't.
 
         Raises:
-            BadDocument: it can't be written so.
+            BadDocument: the tokenizer can't write this conversation.
         """
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of `ids`; bytes that are no UTF-8 show as U+FFFD."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
 
 
 class _Bytes:
@@ -89,7 +89,7 @@ class _Bytes:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
 
     def chat(self, messages: Sequence[Message]) -> list[Part]:
-        """`ROLE: CONTENT` and the token that ends a document, for each message."""
+        """For each message `ROLE: CONTENT` and the token that ends a document."""
         last = max(i for i, message in enumerate(messages) if message["role"] == ANSWERS)
         found: list[Part] = []
         for message in messages[: last + 1]:
@@ -103,7 +103,7 @@ class _Bytes:
 
 
 class _Megatron:
-    """One of Megatron's tokenizers; it ends a document once, also where the tokenizer itself adds that token."""
+    """One of Megatron's tokenizers. It ends a document by one token, also where the tokenizer itself adds that."""
 
     def __init__(self, tokenizer: Any, where: str) -> None:
         self._tokenizer = tokenizer
@@ -124,14 +124,14 @@ class _Megatron:
 
     def plain(self, text: str) -> np.ndarray:
         wrapper: Any = self._tokenizer._tokenizer
-        if getattr(wrapper, "include_special_tokens", False):  # Hugging Face's alone; they would stand in each part
+        if getattr(wrapper, "include_special_tokens", False):  # of Hugging Face; it would begin each part anew
             ids = wrapper.tokenizer(text, add_special_tokens=False).input_ids
         else:
             ids = self._tokenizer.tokenize(text)
         return np.array(ids, dtype=np.int32)
 
     def chat(self, messages: Sequence[Message]) -> list[Part]:
-        """By the template of the tokenizer: what it writes from where an answer is asked for to its end counts."""
+        """By the tokenizer's chat template: an answer counts, with all that the template writes until it ends."""
         found: list[Part] = []
         written = ""
         for i in (i for i, message in enumerate(messages) if message["role"] == ANSWERS):
@@ -148,7 +148,7 @@ class _Megatron:
             raise BadDocument("the tokenizer has no chat template (give a prompt and a completion)")
         try:
             return str(library.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks))
-        except Exception as error:  # templates raise what they like about roles and their order
+        except Exception as error:  # a template may raise anything about roles and their order
             raise BadDocument(f"the chat template refuses it ({' '.join(str(error).split())})") from error
 
     def decode(self, ids: np.ndarray) -> str:
@@ -186,7 +186,7 @@ def load(choice: TokenizerChoice) -> Tokenizer:
 
 
 def vocabulary(data: Data) -> int | None:
-    """Ids of a run's tokenizer, by its `data:` section; None where its files aren't on this machine.
+    """The number of ids of a run's tokenizer, by its `data:` section; None where its files are not on this host.
 
     Raises:
         UsageError: its files can't be read, or its library isn't installed.
@@ -199,7 +199,7 @@ def vocabulary(data: Data) -> int | None:
 
 
 def digest(choice: TokenizerChoice) -> str | None:
-    """A checksum of the files that decide about ids, the same wherever they lie; None for bytes, or without them."""
+    """A checksum of the tokenizer files that decide about ids, wherever they lie; None without such files."""
     if choice.model is None:
         return None
     path = Path(choice.model)
@@ -216,7 +216,7 @@ def _of_megatron(choice: TokenizerChoice) -> Any:
     """Megatron's own tokenizer; its library takes seconds to import."""
     assert choice.model is not None
     library(_LIBRARY[choice.kind], f"tokenizer {choice.kind}")
-    # Files come from local disk alone, and several processes tokenize: threads below them would only be in the way.
+    # Files are read from local disk only. Several processes tokenize, so that threads in each would compete.
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     with hushed():
         upstream = quiet_import("megatron.core.tokenizers")
@@ -225,13 +225,13 @@ def _of_megatron(choice: TokenizerChoice) -> Any:
             return upstream.MegatronTokenizer.from_pretrained(
                 tokenizer_path=choice.model, metadata_path={"library": choice.kind}, **options
             )
-        except Exception as error:  # each library raises its own kinds
+        except Exception as error:  # each library raises errors of its own
             reason = str(error) or "its contents are not as Megatron wants them"
             raise UsageError(f"tokenizer model {choice.model}: can't be read as {choice.kind} ({reason})") from error
 
 
 def yaml_section(choice: TokenizerChoice) -> dict[str, Any]:
-    """The keys of a run's `data:` section that make it read what `choice` wrote."""
+    """The keys of a run's `data:` section with which it reads a data set of the tokenizer `choice`."""
     if choice.kind == "bytes":
         return {"tokenizer_type": "NullTokenizer", "vocab_size": 512, "null_tokenizer_eod_id": END_OF_DOCUMENT}
     section: dict[str, Any] = {"tokenizer_type": _TYPE[choice.kind], "tokenizer_model": choice.model}
@@ -242,11 +242,11 @@ def from_yaml_section(data: Data) -> TokenizerChoice:
     """The tokenizer of a run, by its `data:` section.
 
     Raises:
-        UsageError: it only knows ids: a NullTokenizer that isn't over bytes.
+        UsageError: it can't tokenize text, being a NullTokenizer of other ids than bytes.
     """
     if data.tokenizer_type != "NullTokenizer":
         kind = next(kind for kind, type_ in _TYPE.items() if type_ == data.tokenizer_type)
-        # Whose vocabulary has a size of its own may still extend a model that gives one for other data.
+        # An extended file may give a vocab_size for other data; only tiktoken reads it.
         return TokenizerChoice(cast(Kind, kind), data.tokenizer_model, data.vocab_size if kind == "tiktoken" else None)
     if (data.vocab_size, data.null_tokenizer_eod_id) != (512, END_OF_DOCUMENT):
         raise UsageError(

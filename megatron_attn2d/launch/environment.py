@@ -1,4 +1,4 @@
-"""What a launcher told this process, and what the run wants of its environment."""
+"""Reads the environment variables of a launcher, and sets those of a run."""
 
 import os
 import subprocess
@@ -11,14 +11,14 @@ _ALONE = "or unset RANK and WORLD_SIZE"
 
 
 def launched_world_size(environ: Mapping[str, str] = os.environ) -> int | None:
-    """Ranks that torchrun or srun has started, this process among them; None where nobody has.
+    """Number of ranks that torchrun or srun has started, this process among them; None without a launcher.
 
     Raises:
-        UsageError: what the launcher says is no number.
+        UsageError: the launcher's variable is no number; names it.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return number("WORLD_SIZE", environ["WORLD_SIZE"], f"the number of ranks, {_ALONE}", least=1)
-    # One task is an interactive shell of Slurm's, or the batch script itself: ranks are still to be started there.
+    # One task is an interactive shell of Slurm, or the batch script itself: there this process starts the ranks.
     if not ("SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ):
         return None
     tasks = _slurm_tasks(environ)
@@ -26,10 +26,10 @@ def launched_world_size(environ: Mapping[str, str] = os.environ) -> int | None:
 
 
 def adopt_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
-    """See that torch.distributed finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; srun doesn't set them.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for torch.distributed, which srun does not set.
 
     Raises:
-        UsageError: one of them is missing or no number, and doesn't follow from Slurm's variables.
+        UsageError: one of them is missing or no number, and does not follow from Slurm's variables.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         number("RANK", environ["RANK"], f"this rank's number, from 0, {_ALONE}")
@@ -47,7 +47,7 @@ def adopt_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
         environ["MASTER_ADDR"] = _first_host(environ)
     if not environ.get("MASTER_PORT"):
         job = number("SLURM_JOB_ID", environ.get("SLURM_JOB_ID"), "the job's number, as srun does, or set MASTER_PORT")
-        # The same on every node, and another for each job that shares one.
+        # The same port on every node, and different ports for jobs that share a node.
         environ["MASTER_PORT"] = str(20000 + job % 20000)
 
 
@@ -69,15 +69,15 @@ def _first_host(environ: Mapping[str, str]) -> str:
 
 
 def local_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """This rank's number on its node; 0 where the launcher doesn't tell."""
+    """This rank's number on its node; 0 where the launcher does not set it."""
     return number("LOCAL_RANK", environ.get("LOCAL_RANK", "0"), "this rank's number on its node, from 0")
 
 
 def number(name: str, value: str | None, choice: str, least: int = 0) -> int:
-    """`value` of the environment variable `name`, an integer of `least` or more.
+    """`value`, of the environment variable `name`, as an integer of `least` or more.
 
     Raises:
-        UsageError: it is none; names variable, value and `choice`.
+        UsageError: it is missing or no such integer; names variable, value and `choice`.
     """
     if value is None:
         raise UsageError(f"{name}: not set; choose {choice}")
@@ -89,9 +89,9 @@ def number(name: str, value: str | None, choice: str, least: int = 0) -> int:
 def apply_variables(
     device: str, variables: Mapping[str, str | int], environ: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Set the run's environment variables; to be called before torch is imported, which reads some of them.
+    """Set the run's environment variables; call it before torch is imported, which reads some of them.
 
-    What the YAML says wins, so that a run is the same from every shell; the first rank says what it replaces.
+    The YAML's value wins, so that a run is the same from every shell; rank 0 reports the values that it replaces.
     """
     first = environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0"
     for name, value in variables.items():

@@ -1,6 +1,6 @@
-"""Starts the ranks of a run on this host: CPU ranks forked from one import, or a process per GPU.
+"""Starts the ranks of a run on this host: CPU ranks are forked after one import, GPU ranks are spawned.
 
-On a cluster torchrun or Slurm start the ranks instead, and nothing here is needed.
+On a cluster torchrun or Slurm starts the ranks instead.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ PRELOAD: tuple[str, ...] = (
     "megatron_attn2d.megatron.layer_spec",
     "megatron_attn2d.training.pretrain_gpt",
 )
-"""What CPU ranks would each spend seconds on importing; the launcher imports it once, before it forks them."""
+"""Modules that take seconds to import; the launcher imports them once, before it forks CPU ranks."""
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT)
-"""Signals of this process that its ranks get."""
+"""Signals that this process passes on to its ranks."""
 _BLAME_S = 0.3
-"""How long after a rank's failure to wait for others': the first to fail is to blame, not the first to have exited."""
+"""Seconds to wait for further reports after a rank's exit: the first to fail is to blame, not the first to exit."""
 _TIMEOUTS_S = 10.0
-"""How long after a rank's waiting in vain to wait for others': the one that is waited for has nothing to wait for."""
+"""Seconds to wait for further reports after a timeout, to learn which rank the others have waited for."""
 _TIMED_OUT = re.compile(r"tim(ed|e) ?out", re.IGNORECASE)
 
 _REPORT_CHARACTERS = 12_000
-"""Of a traceback: nobody reads the pipe before the rank has ended, so all of it must fit."""
+"""Most characters of a traceback: the pipe is read only after the rank has ended, so a report must fit into it."""
 
 Target = Callable[[Sequence[str]], None]
 
 
 class _Failure(NamedTuple):
-    """What a rank reports when it fails."""
+    """The report of a rank that fails; reports sort by time."""
 
     time: float
     rank: int
@@ -61,27 +61,33 @@ class _Failure(NamedTuple):
 
 
 def run_local(nprocs: int, target: Target, args: Sequence[str], device: Literal["cpu", "cuda"] = "cpu") -> int:
-    """Runs `target(args)` in `nprocs` ranks of this host, with torchrun's variables in their environment.
+    """Run `target(args)` in `nprocs` ranks of this host, with torchrun's variables in their environment.
 
-    When a rank fails the others are killed, and its traceback is printed. SIGTERM and SIGINT reach every rank as
-    SIGTERM (Megatron then saves and exits, with `--exit-signal-handler`); a second one kills them. CPU ranks are
-    forked: call this from the main thread, before anything starts threads.
+    When a rank fails, the others are killed and its traceback is printed. SIGTERM and SIGINT reach every rank as
+    SIGTERM, upon which Megatron saves and exits, with `--exit-signal-handler`; a second signal kills the ranks. CPU
+    ranks are forked: call this from the main thread, before anything starts threads.
+
+    Args:
+        nprocs: number of ranks.
+        target: what each rank runs.
+        args: passed to `target`.
+        device: cpu forks the ranks, cuda spawns them.
 
     Returns:
-        The exit code: 0, or that of the first rank that failed (128 + signal, where one ended it).
+        The exit code: 0, or that of the first rank that failed, which is 128 + signal if a signal ended it.
 
     Raises:
-        UsageError: OMP_NUM_THREADS is set, and not to a number.
+        UsageError: OMP_NUM_THREADS is set, but not to a number.
     """
     limit = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nprocs)))
-    outermost = limit.partition(",")[0]  # OpenMP takes a list, a number for each level of nesting
+    outermost = limit.partition(",")[0]  # OpenMP takes a list with a number per level of nesting
     threads = environment.number("OMP_NUM_THREADS", outermost, "a rank's threads, or unset it", least=1)
     if device == "cpu":
         _preload()
     context: Any = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     port = _free_port()
     ranks, reports = [], []
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # one that comes now waits until all ranks can get it
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)  # a signal that comes now waits until all ranks run
     try:
         for rank in range(nprocs):
             report, theirs = context.Pipe(duplex=False)
@@ -100,12 +106,12 @@ def run_local(nprocs: int, target: Target, args: Sequence[str], device: Literal[
 
 
 def alone() -> None:
-    """Makes this process the only rank of a world: torchrun's variables in its environment."""
+    """Make this process the only rank of a world, by torchrun's variables in its environment."""
     name_rank(0, 1, _free_port())
 
 
 def name_rank(rank: int, nprocs: int, port: int) -> None:
-    """Sets torchrun's variables: this process is a rank of so many on this host."""
+    """Set torchrun's variables: this process is rank `rank` of `nprocs` ranks on this host."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -117,7 +123,7 @@ def name_rank(rank: int, nprocs: int, port: int) -> None:
 
 
 def _preload() -> None:
-    """Imports `PRELOAD`; what follows from libraries that Megatron misses is in the log."""
+    """Import `PRELOAD`; ranks' logs tell what follows from libraries that Megatron misses."""
     for module in PRELOAD:
         quiet_import(module)
     gc.freeze()  # what was imported is no garbage: a rank that looked through it would copy its memory
@@ -126,22 +132,22 @@ def _preload() -> None:
 def _run_rank(
     rank: int, nprocs: int, port: int, threads: int, report: Connection, target: Target, args: Sequence[str]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the launcher decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the launcher passes it on
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
     threading.Thread(target=_die_with_launcher, daemon=True).start()
     name_rank(rank, nprocs, port)
     try:
-        # What a spawned process starts is spawned too, unless told otherwise. Data loaders hand their workers a
-        # function that only a fork can take; under torchrun and srun they fork as well.
+        # A spawned process spawns its own children by default. Data loaders hand their workers a function that only a
+        # fork can take; under torchrun and srun they fork as well.
         multiprocessing.set_start_method("fork", force=True)
-        if "torch" in sys.modules:  # forked after the import, which is when torch reads OMP_NUM_THREADS
+        if "torch" in sys.modules:  # torch has read OMP_NUM_THREADS already, at its import
             sys.modules["torch"].set_num_threads(threads)
         target(args)
     except Exception as error:
         timed_out = isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)) is not None
         brief = "".join(traceback.format_exception_only(error)).strip()
-        # A user's mistake is told by its message.
+        # A user's mistake needs no traceback.
         text = f"{error}\n" if isinstance(error, UsageError) else traceback.format_exc()[-_REPORT_CHARACTERS:]
         report.send(_Failure(time.monotonic(), rank, timed_out, brief[:1000], text))
         sys.exit(1)
@@ -158,7 +164,7 @@ def _wait(ranks: list[Any], reports: list[Connection]) -> int:
     running = list(ranks)
     while running:
         wait([process.sentinel for process in running])
-        # Read once: a rank that has closed its sentinel may end, with its code, between two looks, and be missed.
+        # Read each code once: a rank that exits between two reads would be in neither list.
         codes = [(process, process.exitcode) for process in running]
         failed = [process for process, code in codes if code]
         running = [process for process, code in codes if code is None]
@@ -168,7 +174,7 @@ def _wait(ranks: list[Any], reports: list[Connection]) -> int:
 
 
 def _stop_after_failure(ranks: list[Any], reports: list[Connection], failed: Any) -> int:
-    """Kills the ranks that still run, prints what the first failure was and returns its exit code."""
+    """Kill the ranks that still run, print the first failure and return its exit code."""
     failures = _collected(reports, _BLAME_S)
     if failures and min(failures).timed_out:
         failures += _collected(reports, _TIMEOUTS_S, enough=len(ranks) - 1 - len(failures))
@@ -177,7 +183,7 @@ def _stop_after_failure(ranks: list[Any], reports: list[Connection], failed: Any
     for process in ranks:
         process.join()
     failures += _collected(reports, 0.0)
-    if failed.exitcode < 0 or not failures:  # a rank that was killed can't tell; the others only saw it vanish
+    if failed.exitcode < 0 or not failures:  # a killed rank sends no report, and the others' errors only follow
         code = failed.exitcode if failed.exitcode > 0 else 128 - failed.exitcode
         how = f"was ended by {signal.Signals(-failed.exitcode).name}" if failed.exitcode < 0 else f"exited with {code}"
         print(f"{failed.name} of {len(ranks)} {how}; the other ranks were stopped", file=sys.stderr)
@@ -199,7 +205,7 @@ def _stop_after_failure(ranks: list[Any], reports: list[Connection], failed: Any
 
 
 def _collected(reports: list[Connection], seconds: float, enough: int | None = None) -> list[_Failure]:
-    """What ranks report within some seconds, or until there are enough."""
+    """The reports that arrive within `seconds`, or until there are `enough`."""
     found: list[_Failure] = []
     deadline, waiting = time.monotonic() + seconds, list(reports)
     while waiting and (enough is None or len(found) < enough):

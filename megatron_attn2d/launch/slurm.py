@@ -1,13 +1,13 @@
-"""Jobs of Slurm: a batch file for a run, in the run's directory, with a snapshot of code and configuration.
+"""Writes a run's batch file for Slurm into the run's directory, with a snapshot of code and configuration.
 
-Names and paths come from users: whatever they hold, the shell sees them quoted, and sbatch's own parser escaped.
+Users choose names and paths. Whatever these hold, they are quoted for the shell, and escaped for sbatch's own parser.
 """
 
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -17,21 +17,21 @@ _OURS = (
     *("job-name", "nodes", "ntasks-per-node", "signal", "requeue", "no-requeue", "open-mode", "output", "error"),
     *("chdir", "ntasks", "array", "wrap", "parsable", "test-only"),
 )
-"""Options of sbatch on which the batch file rests."""
+"""Options of sbatch that the batch file itself sets or depends on."""
 _OURS_OF_SRUN = (
     *("nodes", "ntasks", "ntasks-per-node", "export", "kill-on-bad-exit", "multi-prog", "pty"),
-    *("container-image", "container-mounts", "container-workdir"),  # slurm.container_... say these
+    *("container-image", "container-mounts", "container-workdir"),  # keys slurm.container_* set these
 )
-"""Options of srun on which the batch file rests."""
+"""Options of srun that the batch file itself sets or depends on."""
 _EARLY_S = 60
-"""By so much Slurm may send `--signal` too early, as sbatch's manual says."""
+"""Seconds by which Slurm may send `--signal` too early, by sbatch's manual."""
 
 
 def check(run: RunConfig) -> None:
-    """Refuses what a job that is queued again can't do, and options that contradict the batch file.
+    """Refuse keys with which a job can't be queued again, and options that contradict the batch file.
 
     Raises:
-        ConfigError: names the key.
+        ConfigError: there is such a key or option; names it.
     """
     if not run.checkpoint.save or not run.checkpoint.exit_signal_handler:
         key = "checkpoint.exit_signal_handler" if run.checkpoint.save else "checkpoint.save"
@@ -41,23 +41,8 @@ def check(run: RunConfig) -> None:
         raise ConfigError("training.exit_interval", run.training.exit_interval, reason, "choose null")
     for key, options, ours in (("sbatch", run.slurm.sbatch, _OURS), ("srun", run.slurm.srun, _OURS_OF_SRUN)):
         for option, value in options.items():
-            if option in ours:
-                reason = "the batch file rests on this option"
-                raise ConfigError(f"slurm.{key}.{option}", value, reason, "leave it out")
-            if len(option) == 1:
-                raise ConfigError(f"slurm.{key}.{option}", value, "not the long name of an option", "write that")
-            if isinstance(value, str) and not value.isprintable():
-                raise ConfigError(f"slurm.{key}.{option}", value, "holds a line break", "write it on one line")
-    for option in ("time", "time-min"):
-        limit = _seconds(run.slurm.sbatch.get(option))
-        if limit is not None and limit <= run.slurm.grace_s + _EARLY_S:
-            raise ConfigError(
-                f"slurm.sbatch.{option}",
-                run.slurm.sbatch[option],
-                f"{limit} s, and slurm.grace_s = {run.slurm.grace_s} s before the end, or up to {_EARLY_S} s earlier, "
-                "ranks are told to save and exit: nothing would be trained",
-                "choose more time, or a smaller slurm.grace_s",
-            )
+            _check_option(f"slurm.{key}.{option}", option, value, ours)
+    _check_limits(run)
     dependency = run.slurm.sbatch.get("dependency")
     if isinstance(dependency, str) and "?" in dependency:
         reason = "with ? one of them is enough, but this run's other jobs must always have ended"
@@ -70,8 +55,32 @@ def check(run: RunConfig) -> None:
                 )
 
 
+def _check_option(key: str, option: str, value: str | int | bool | None, ours: Collection[str]) -> None:
+    """Raise ConfigError if `ours` holds an option, or if its name or value can't stand in the batch file."""
+    if option in ours:
+        raise ConfigError(key, value, "the batch file rests on this option", "leave it out")
+    if len(option) == 1:
+        raise ConfigError(key, value, "not the long name of an option", "write its long name")
+    if isinstance(value, str) and not value.isprintable():
+        raise ConfigError(key, value, "holds a line break", "write it on one line")
+
+
+def _check_limits(run: RunConfig) -> None:
+    """Raise ConfigError if a time limit leaves no time to train before the ranks are told to save."""
+    for option in ("time", "time-min"):
+        limit = _seconds(run.slurm.sbatch.get(option))
+        if limit is not None and limit <= run.slurm.grace_s + _EARLY_S:
+            raise ConfigError(
+                f"slurm.sbatch.{option}",
+                run.slurm.sbatch[option],
+                f"{limit} s, and slurm.grace_s = {run.slurm.grace_s} s before the end, or up to {_EARLY_S} s earlier, "
+                "ranks are told to save and exit: nothing would be trained",
+                "choose more time, or a smaller slurm.grace_s",
+            )
+
+
 def check_setup(run: RunConfig) -> None:
-    """Raise ConfigError if bash can't read `slurm.setup`, or can't parse it: the job would find out after its wait."""
+    """Raise ConfigError if bash can't read or parse `slurm.setup`; the job would fail only after its wait."""
     setup = run.slurm.setup
     if setup is None:
         return
@@ -83,16 +92,19 @@ def check_setup(run: RunConfig) -> None:
 
 
 def nodes_for(run: RunConfig) -> int:
-    """The fewest nodes of `environment.gpus_per_node` GPUs that hold the ranks which `run` asks for.
+    """The fewest nodes of `environment.gpus_per_node` GPUs that hold the ranks of `run`.
 
-    Those are tensor * pipeline * context ranks for each of `parallelism.data` replicas, or for one.
+    The ranks are tensor * pipeline * context for each of `parallelism.data` replicas, or for one replica.
     """
     assert run.environment.gpus_per_node
     return -(-run.model_ranks * (run.parallelism.data or 1) // run.environment.gpus_per_node)
 
 
 def _seconds(limit: object) -> int | None:
-    """A time limit as sbatch reads it: minutes[:seconds], hours:minutes:seconds or days-hours...; None: no limit."""
+    """Seconds of a time limit, as sbatch reads it; None: no limit.
+
+    Forms are minutes[:seconds], hours:minutes:seconds and days-hours[:minutes[:seconds]].
+    """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(limit))
     if found is None:
         return None
@@ -105,7 +117,13 @@ def _seconds(limit: object) -> int | None:
 
 
 def render(run: RunConfig, nodes: int, directory: Path, workdir: Path) -> str:
-    """The batch file for `run` on `nodes` nodes, started in `workdir`, whose snapshot lies in `directory`.
+    """The text of the batch file.
+
+    Args:
+        run: the run, with an absolute directory.
+        nodes: number of nodes.
+        directory: holds the snapshot of code and configuration.
+        workdir: the folder in which the job runs.
 
     Raises:
         ConfigError: a path can't be mounted into a container.
@@ -123,7 +141,7 @@ def _sbatch_options(run: RunConfig, nodes: int, workdir: Path) -> Iterator[tuple
         "nodes": nodes,
         "ntasks-per-node": 1,
         "exclusive": True,
-        "mem": 0,  # all of a node's
+        "mem": 0,  # all memory of a node
         "gpus-per-node": run.environment.gpus_per_node,
         "signal": f"B:TERM@{run.slurm.grace_s}",
         "requeue": True,
@@ -140,19 +158,19 @@ def _sbatch_options(run: RunConfig, nodes: int, workdir: Path) -> Iterator[tuple
 
 
 def _given(options: Mapping[str, str | int | bool | None]) -> Iterator[tuple[str, str]]:
-    """Name and =VALUE of each option that is not left out; only its name where it takes no value."""
+    """Yields name and =VALUE of each option that is given; '' in the place of =VALUE for one without a value."""
     for name, value in options.items():
         if value is not None and value is not False:
             yield name, "" if value is True else f"={value}"
 
 
 def _escaped(text: str) -> str:
-    """`text` for a line of #SBATCH: its parser takes a backslash before any character for that character."""
+    """`text`, escaped for a line of #SBATCH, whose parser takes a backslash and a character for that character."""
     return re.sub(r"([^A-Za-z0-9/._=,:;@%+*\[\]-])", r"\\\1", text)
 
 
 def _quoted(text: str) -> str:
-    """`text` for the shell; unlike shlex.quote no comma stays bare, which shellcheck takes for a mistake."""
+    """`text`, quoted for the shell; unlike shlex.quote also a comma, which shellcheck takes for a mistake if bare."""
     return text if re.fullmatch(r"[\w./:=@-]+", text, re.ASCII) else "'" + text.replace("'", "'\"'\"'") + "'"
 
 
@@ -173,8 +191,8 @@ def _settings(run: RunConfig, nodes: int, directory: Path, workdir: Path) -> Ite
     yield f"max_failures={slurm.max_failures}"
     train = ["-m", "megatron_attn2d.cli", "train", str(directory / "config.yaml")]
     yield f"train=({_joined(train)})"
-    # One task per node takes all its cores; when one node fails the others end too. Whatever the job itself was given
-    # of the environment, its tasks need PYTHONPATH.
+    # One task per node takes all its cores, and when one node fails the others end too. Tasks get the environment, as
+    # they need PYTHONPATH, even where the job itself was given none.
     ours: dict[str, str | int | bool | None] = {"export": "ALL", "kill-on-bad-exit": 1}
     ours |= {"cpu-bind": "none", "unbuffered": True}
     srun = [f"--{name}{value}" for name, value in _given(ours | slurm.srun)]
@@ -182,7 +200,7 @@ def _settings(run: RunConfig, nodes: int, directory: Path, workdir: Path) -> Ite
 
 
 def _container(run: RunConfig, workdir: Path) -> tuple[list[str], list[str]]:
-    """Pyxis's options for srun, and the command that runs the interpreter in a container of another runtime."""
+    """Options of Pyxis for srun, and the command that runs the interpreter in a container of another runtime."""
     image = run.slurm.container_image
     if not image:
         return [], []

@@ -1,8 +1,8 @@
-"""Which grid to lay context-parallel ranks on."""
+"""Chooses the grid of context-parallel ranks by the bytes that attention sends."""
 
 
 def communication_cost(rows: int, columns: int, queries_per_kv_head: int = 1) -> float:
-    """What a rank receives in a layer's forward and backward pass, in units of its own shard of Q.
+    """The amount that a rank receives in a layer's forward and backward pass, in units of its own shard of Q.
 
     Queries and partial outputs cross a row, 2(C-1) forward and 3(C-1) backward; keys and values cross a column,
     2(R-1)/g forward and 4(R-1)/g backward, g being `queries_per_kv_head`.
@@ -16,10 +16,10 @@ def factorisations(size: int) -> list[tuple[int, int]]:
 
 
 def best_grid(size: int, queries_per_kv_head: int = 1, tile: tuple[int, int] = (1, 1)) -> tuple[int, int]:
-    """The (rows, columns) of `size` ranks with the least communication, of those that `tile` fills if it fills any.
+    """The (rows, columns) of `size` ranks with the least communication, of those that `tile` fills if there are any.
 
-    Of equal ones that with fewer columns: the gathered queries and their partial outputs, N/R tokens each, then take
-    less memory.
+    Of two equal grids the one with fewer columns is chosen: the gathered queries and their partial outputs, N/R tokens
+    each, then take less memory.
 
     Raises:
         ValueError: `size` or `queries_per_kv_head` is less than 1.

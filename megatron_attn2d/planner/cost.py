@@ -1,18 +1,19 @@
-"""How long a layer's attention takes on a cluster, and how much memory, for every mode, grid and placement.
+"""Predicts the time and memory of a layer's attention on a cluster, for every mode, grid and placement.
 
-A phase of messages takes as long as its busiest link: the cards of a node together, those that one rank can use, or a
-rank's links within the node, in the busier direction, a latency, and a little for each message that a rank receives.
-Kernels run at the given rates. Then, with m the time of the messages around a tile and c that of its kernels,
+A phase of messages takes as long as its busiest link, in the busier direction: the network cards of a node together,
+the cards that one rank can use, or a rank's links within the node. To that come a latency, and a little time for each
+message that a rank receives. Kernels run at the given rates. Then, with m the time of the messages around a tile and c
+that of its kernels,
 
     attention2d in G groups of heads     (m + c) / G + (G - 1) / G max(m, c) - h  first gather and last return show
     ring of P ranks                      c / P + (P - 1) max(m / (P - 1), c / P)  each step hides the next messages
 
-and the exchange over heads, before and after, hides behind nothing. h: under a causal mask a rank attends its own two
-chunks, 1/(2 R C) of its kernels (1/(R C) where R or C is 1), while the first gather flies, and hides as much of it. In
-one group half of that may be kept for the returns.
+and no kernel hides the exchange over heads, before and after. h is what a rank's own two chunks hide: under a causal
+mask it attends them, 1/(2 R C) of its kernels (1/(R C) where R or C is 1), while the first gather is under way. With
+one group half of these kernels may wait, to hide the returns.
 
-No pass is shorter than the CPU takes to start what it consists of, each kernel call and each exchange of each group,
-which a GPU with few tokens waits for.
+No pass is shorter than the time that the CPU takes to start its kernel calls and exchanges, group by group; a GPU with
+few tokens waits for that.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from megatron_attn2d.planner.traffic import (
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a context-parallel rank has; rates in one direction.
+    """The rates of a context-parallel rank; those of links are in one direction.
 
     Attributes:
         ranks_per_node: context-parallel ranks on a node: its GPUs over the tensor-parallel size.
-        intra_bytes_per_s: of one rank's links within its node.
-        nic_bytes_per_s: of the cards of a node, over its ranks.
-        rank_nic_bytes_per_s: what one rank alone gets of the cards: its own, or all of those that the node shares.
-        intra_latency_s, nic_latency_s: from one rank to another, for messages that fly at once.
-        message_s: what each message costs its rank besides.
-        forward_flops, backward_flops: of the attention kernel, FLOP/s.
-        launch_s: what starting a kernel call or an exchange costs the CPU, while the GPU works; 0 leaves it out.
+        intra_bytes_per_s: bandwidth of one rank's links within its node.
+        nic_bytes_per_s: bandwidth of a node's network cards, over its ranks.
+        rank_nic_bytes_per_s: bandwidth of the cards that one rank can use alone: its own, or all that the node shares.
+        intra_latency_s, nic_latency_s: seconds from one rank to another, for messages that are sent at once.
+        message_s: seconds that each message costs its rank besides.
+        forward_flops, backward_flops: rates of the attention kernel, in FLOP/s.
+        launch_s: CPU seconds to start a kernel call or an exchange; 0 leaves them out.
     """
 
     ranks_per_node: int
@@ -60,7 +61,13 @@ class Cluster:
 
 
 class Candidate(NamedTuple):
-    """A way to run context parallelism. `axes` are U, R, C; None for the ring."""
+    """A way to run context parallelism.
+
+    Attributes:
+        mode: attention2d, ring, all_gather or ulysses.
+        axes: U, R and C; None for the ring.
+        tile: rows and columns of the block of the grid that consecutive ranks fill; None: whole columns.
+    """
 
     mode: str
     axes: tuple[int, int, int] | None
@@ -68,7 +75,7 @@ class Candidate(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As people write it: 'attention2d 2x4x4, tile 4x2'."""
+        """The candidate as text: 'attention2d 2x4x4, tile 4x2'."""
         if self.axes is None:
             return self.mode
         u, r, c = self.axes
@@ -79,16 +86,17 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a layer's attention costs on the slowest rank.
+    """The time and memory of a layer's attention on the slowest rank.
 
     Attributes:
         head_groups: the number of head groups that the time assumes.
-        forward_s, backward_s: seconds.
-        device_s: seconds of both, if starting kernels cost nothing.
-        messages_s: seconds of its messages alone, both passes.
-        kernels_s: seconds of its kernels alone, both passes.
-        intra_bytes, nic_bytes: received per rank within a node and from other nodes, mean over the ranks, both passes.
-        transient_bytes: of the backward pass at its peak, besides its inputs.
+        forward_s, backward_s: seconds of each pass.
+        device_s: seconds of both passes, if starting kernels cost nothing.
+        messages_s: seconds of the messages alone, in both passes.
+        kernels_s: seconds of the kernels alone, in both passes.
+        intra_bytes, nic_bytes: bytes that a rank receives within its node and from other nodes, in both passes; the
+            mean over the ranks.
+        transient_bytes: bytes that the backward pass takes at its peak, besides its inputs.
     """
 
     candidate: Candidate
@@ -104,18 +112,26 @@ class Prediction:
 
     @property
     def total_s(self) -> float:
-        """Forward and backward."""
+        """Seconds of both passes."""
         return self.forward_s + self.backward_s
 
 
 CLOSE = 1.03
-"""Predictions are not good to 3%: such a gain decides nothing."""
+"""Factor below which two times count as equal: predictions are not accurate to 3%."""
 
 
 def predict(
     candidate: Candidate, ranks: int, work: Workload, cluster: Cluster, head_groups: Sequence[int] = (1, 2, 4, 8)
 ) -> Prediction:
-    """Predict one candidate with the fewest of `head_groups`, ascending, that are as good as the best of them."""
+    """Predict one candidate, with the fewest head groups whose time is close to that of the best number.
+
+    Args:
+        candidate: the mode and grid.
+        ranks: of the context.
+        work: the layer.
+        cluster: its rates.
+        head_groups: numbers of groups to choose from, ascending.
+    """
     node = cluster.ranks_per_node
     traffic = (
         ring_traffic(ranks, work, ranks_per_node=node)
@@ -155,7 +171,7 @@ def predict(
 
 
 def candidates(ranks: int, heads: int, kv_heads: int, ranks_per_node: int) -> Iterator[Candidate]:
-    """The ring, the gather of all keys, Ulysses, and attention2d on every U x R x C with every tile of a node."""
+    """Yields the ring, all_gather, Ulysses, and attention2d on every U x R x C with every tile that a node holds."""
     yield Candidate("ring", None, None)
     yield Candidate("all_gather", (1, ranks, 1), None)
     for u in _divisors(ranks):
@@ -167,12 +183,12 @@ def candidates(ranks: int, heads: int, kv_heads: int, ranks_per_node: int) -> It
         for rows in _divisors(ranks // u):
             cols = ranks // u // rows
             for tile in _tiles(rows, cols, max(1, ranks_per_node // u)):
-                if rows < ranks or tile is not None:  # without tiles that is all_gather
+                if rows < ranks or tile is not None:  # a single column without a tile is all_gather
                     yield Candidate("attention2d", (u, rows, cols), tile)
 
 
 def plan(ranks: int, work: Workload, cluster: Cluster) -> list[Prediction]:
-    """Predictions of all candidates, the fastest first; where starts decide, the GPU's time; then memory."""
+    """Predictions of all candidates, by total time, then by the GPU's time, then by memory, the least first."""
     found = [
         predict(candidate, ranks, work, cluster)
         for candidate in candidates(ranks, work.heads, work.kv_heads, cluster.ranks_per_node)
@@ -181,7 +197,7 @@ def plan(ranks: int, work: Workload, cluster: Cluster) -> list[Prediction]:
 
 
 def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float:
-    """Seconds of messages that fly at once; head groups share their bytes, but each sends all the messages."""
+    """Seconds of messages that are sent at once; head groups share the bytes, but each sends as many messages."""
     seconds = max(
         phase.busiest_node / (cluster.nic_bytes_per_s * cluster.ranks_per_node),
         phase.busiest_rank / cluster.rank_nic_bytes_per_s,
@@ -192,27 +208,28 @@ def phase_seconds(phase: Phase, cluster: Cluster, head_groups: int = 1) -> float
 
 
 class Starts(NamedTuple):
-    """What a pass of a mode makes the CPU start, in launches of `Cluster.launch_s`: `fixed`, and more for each rank."""
+    """CPU time to start a pass of a mode, in launches of `Cluster.launch_s`: a fixed part, and a part per rank."""
 
     fixed: float
     per_rank: float
 
 
-# Fitted to what calls cost the host with 4 to 256 ranks (docs/planner.md, "Host time"); a launch took 0.38 ms.
+# Fitted to the host time of calls with 4 to 256 ranks (docs/planner.md, "Host time"), where a launch took 0.38 ms.
 RING_STARTS = Starts(4.0, 0.575)
-"""Transformer Engine's p2p: a step's kernel and messages follow each other quickly once the first has started."""
+"""Transformer Engine's p2p: each step starts a kernel and messages, which cost less than a launch each."""
 ALL_GATHER_STARTS = Starts(4.5, 0.065)
-"""Transformer Engine's all_gather: chunks are put in order before and after the kernels."""
+"""Transformer Engine's all_gather: it also reorders chunks before and after the kernels."""
 PEER_STARTS = 0.025
-"""Of a launch, for each rank that a stage of an exchange has messages with: the stage itself is one launch."""
+"""Launches per peer of a stage of an exchange, besides one launch for the stage."""
 
 
 def launches(candidate: Candidate, ranks: int, groups: int) -> tuple[float, float]:
-    """Kernel calls and exchanges that the CPU starts, forward and backward; a ring's and all_gather's as measured.
+    """Launches of the CPU in the forward and in the backward pass; those of a ring and of all_gather are measured.
 
-    On a grid: the own chunks, the tile in two, the merge; in the backward pass also delta, and sums for a merge. Keys
-    are gathered, and return in the backward pass; queries do both in both. The exchange over heads brings q, k, v and
-    their copies, then the output, and the gradients alike.
+    On a grid the kernel calls are one for the rank's own chunks, two for the tile, and a merge; the backward pass
+    computes delta too, and adds sums instead of a merge. Keys are gathered in both passes and return in the backward
+    pass, queries are gathered and return in both. The exchange over heads brings q, k and v, which are copied, and
+    then the output; the backward pass does the same with gradients.
     """
     if candidate.axes is None or candidate.mode == "all_gather":
         starts = RING_STARTS if candidate.axes is None else ALL_GATHER_STARTS
@@ -230,15 +247,18 @@ def launches(candidate: Candidate, ranks: int, groups: int) -> tuple[float, floa
 
 
 def _exchange_starts(members: int, node: int) -> float:
-    """Of one exchange along an axis: a stage between nodes, and one within them where `node` members share one."""
+    """Launches of one exchange along an axis of `members` ranks, of which `node` share a node.
+
+    There is a stage between nodes and a stage within them, each if it has peers.
+    """
     others = members // node - 1, node - 1
     return sum(1 + PEER_STARTS * count for count in others if count)
 
 
 def diagonal_share(candidate: Candidate, work: Workload) -> float:
-    """Of a rank's kernels on a grid, what needs no other rank's chunks.
+    """The share of a rank's kernels on a grid that need no other rank's chunks.
 
-    Of the 2 R C squares of its tile that is 1, and 2 where only keys or only queries travel (see `layout`).
+    That is 1 of the 2 R C squares of its tile, and 2 where only keys or only queries travel (see `layout`).
     """
     if candidate.axes is None or not work.causal:
         return 0.0
@@ -247,9 +267,9 @@ def diagonal_share(candidate: Candidate, work: Workload) -> float:
 
 
 def transient_bytes(candidate: Candidate, ranks: int, work: Workload, groups: int) -> float:
-    """What the backward pass takes at its peak besides its inputs, in bytes (`peak`).
+    """Bytes that the backward pass takes at its peak besides its inputs (`peak`).
 
-    Where heads are spread Q, O, dO, dQ and K, V, dK, dV are there once more, with other heads.
+    With an exchange over heads, Q, O, dO, dQ and K, V, dK, dV exist twice, before and after it.
     """
     shard = work.shard_bytes(ranks)
     if candidate.axes is None:
@@ -260,21 +280,30 @@ def transient_bytes(candidate: Candidate, ranks: int, work: Workload, groups: in
 
 
 _GROUP_COST = 0.02
-"""What a head group adds to the time of kernels, which are smaller.
+"""Share of the kernels' time that each further head group adds, as its kernels are smaller.
 
-On two H100 at 64K tokens, 2x1, two groups cost 2% and four 5%, though they hide 0.7% and 1.0%: so much of the kernels'
-time their returns take.
+On two H100 at 64K tokens, 2x1, two groups cost 2% and four groups 5%, although they hide returns of 0.7% and 1.0% of
+the kernels' time.
 """
 
 
 _CUT_S = 1e-4
-"""What two kernel calls of half the heads take longer than one of all; two H200, 32K tokens, backward pass."""
+"""Seconds by which two kernel calls of half the heads exceed one of all; two H200, 32K tokens, backward pass."""
 
 
 def _grouped_seconds(
     traffic: Traffic, kernels: tuple[float, float], groups: int, cluster: Cluster, own: float, cut: bool
 ) -> tuple[float, float]:
-    """Seconds forward and backward; `own` of the kernels hides messages, and `cut` if half of it may hide returns."""
+    """Seconds of the forward and of the backward pass on a grid.
+
+    Args:
+        traffic: the messages.
+        kernels: seconds of the kernels in each pass.
+        groups: head groups.
+        cluster: its rates.
+        own: the share of the kernels that runs while messages are under way (`diagonal_share`).
+        cut: whether half of that share may wait to hide the returns.
+    """
     seconds = []
     for side, alone in zip((traffic.forward, traffic.backward), kernels, strict=True):
         compute = alone * (1 + _GROUP_COST * (groups - 1))
@@ -301,9 +330,9 @@ def _ring_seconds(traffic: Traffic, kernels: tuple[float, float], ranks: int, cl
 
 
 def _tiles(rows: int, cols: int, places: int) -> list[tuple[int, int] | None]:
-    """No tile, and those of at most `places` places that are contained in no other.
+    """No tile, and the tiles of at most `places` ranks that no other such tile contains.
 
-    A whole column in a node has no chunk to pass on: it is the order of the ranks without tiles.
+    A tile of one whole column is left out: it is the order of ranks without tiles.
     """
     fitting = [(r, c) for r in _divisors(rows) for c in _divisors(cols) if r * c <= places]
     largest = [t for t in fitting if not any(t != o and t[0] <= o[0] and t[1] <= o[1] for o in fitting)]

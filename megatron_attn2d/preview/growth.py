@@ -1,4 +1,4 @@
-"""How a layer's attention grows with the ranks, from 16 to 4,096: where each mode ends, as a table and a picture."""
+"""Predicts a layer's attention on 16 to 4,096 ranks, and where each mode stops scaling: a table and a picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_attn2d.config.auto import cluster, described, predictions, workload
+from megatron_attn2d.config.auto import cluster, predictions, require_cluster, workload
 from megatron_attn2d.pictures import blank, ruled, save
 from megatron_attn2d.planner.cost import Candidate, Prediction
 
@@ -21,24 +21,24 @@ MODES: dict[str, Callable[[Candidate], bool]] = {
     "R x C": lambda c: c.mode == "attention2d" and c.axes is not None and c.axes[0] == 1,
     "U x R x C": lambda c: c.mode == "attention2d" and c.axes is not None and c.axes[0] > 1,
 }
-"""What is compared; of the last two the fastest grid at each number of ranks."""
+"""The modes that are compared; each of the last two by its fastest grid at each number of ranks."""
 
 WORTH = 1.25
-"""A mode ends where twice the ranks are not so many times as fast."""
+"""A mode ends at the number of ranks of which twice as many are less than this many times as fast."""
 
 _COLOURS = dict(zip(MODES, ("#6B6B6B", "#B08BC9", "#2464B4", "#E39A3B"), strict=True))
 
 type Growth = dict[str, list[Prediction]]
-"""By mode a prediction for each of some numbers of ranks."""
+"""For each mode its predictions, one per number of ranks."""
 
 
 def growth(run: RunConfig, ranks: Sequence[int] = RANKS) -> Growth:
-    """The best of each mode at these numbers of context ranks, the run's sequence and cluster given.
+    """The fastest prediction of each mode at each number of context ranks, for the run's sequence and cluster.
 
     Raises:
         ConfigError: the YAML does not describe the cluster.
     """
-    described(run)
+    require_cluster(run)
     found: Growth = {}
     for count in ranks:
         of_count = predictions(count, workload(run), cluster(run))
@@ -50,19 +50,19 @@ def growth(run: RunConfig, ranks: Sequence[int] = RANKS) -> Growth:
 
 
 def bound(prediction: Prediction) -> str:
-    """What most of the time goes into: host, messages or kernels."""
+    """What takes most of the time: host, messages or kernels."""
     if prediction.total_s > prediction.device_s:
         return "host"
     return "messages" if prediction.device_s > 2 * prediction.kernels_s else "kernels"
 
 
 def end(line: Sequence[Prediction]) -> int | None:
-    """The place in the line after which twice the ranks are not WORTH it; None if they always are."""
+    """The index in `line` after which twice the ranks are not WORTH it; None if they always are."""
     return next((i for i, (p, q) in enumerate(pairwise(line)) if p.total_s < WORTH * q.total_s), None)
 
 
 def table(found: Growth, run: RunConfig, ranks: Sequence[int] = RANKS) -> str:
-    """Milliseconds and bytes by mode and ranks, and where each mode ends."""
+    """A table of milliseconds and MiB by mode and ranks, and a line per mode on where it ends."""
     work = workload(run)
     lines = [
         f"A layer's attention on one tensor rank, {work.seq} tokens, {work.heads}/{work.kv_heads} heads of "
@@ -93,7 +93,7 @@ def table(found: Growth, run: RunConfig, ranks: Sequence[int] = RANKS) -> str:
 
 
 def draw(found: Growth, run: RunConfig, path: Path, ranks: Sequence[int] = RANKS) -> None:
-    """Time, and bytes that a rank receives, against the number of ranks, as a PNG."""
+    """Draw time, and bytes that a rank receives, against the number of ranks, into the PNG `path`."""
 
     figure = blank(11, 4.6, dpi=150)
     times, volumes = figure.subplots(1, 2)

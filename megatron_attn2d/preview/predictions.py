@@ -1,4 +1,4 @@
-"""What the planner predicts for a run, for people: a table, a verdict in words, and speed-ups as a picture."""
+"""Shows the planner's predictions for a run: a table, a verdict in words, and a picture of speed-ups."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_attn2d.config.auto import cluster, described, missing_rates, predictions, workload
+from megatron_attn2d.config.auto import cluster, missing_rates, predictions, require_cluster, workload
 from megatron_attn2d.pictures import blank, ruled, save
 from megatron_attn2d.planner.cost import CLOSE, Candidate, Cluster, Prediction, predict
 from megatron_attn2d.planner.traffic import Workload
@@ -22,11 +22,11 @@ def report(run: RunConfig) -> str:
     """The table and the verdict.
 
     Raises:
-        ConfigError: the YAML does not describe the cluster, or there is nothing to plan.
+        ConfigError: the YAML does not describe the cluster, or has one context rank.
     """
     from megatron_attn2d.errors import ConfigError
 
-    described(run)
+    require_cluster(run)
     if run.context_parallel.size == 1:
         raise ConfigError("context_parallel.size", 1, "one rank needs no plan", "choose 2 or more")
     work, machines = workload(run), cluster(run)
@@ -51,7 +51,7 @@ def report(run: RunConfig) -> str:
 
 
 def verdict(found: Sequence[Prediction]) -> str:
-    """Which mode to take, and why, in words; `found` is sorted, the fastest first."""
+    """The recommended mode and the reason, in a sentence; `found` is sorted, the fastest first."""
     by_mode = {mode: next(p for p in found if p.candidate.mode == mode) for mode in ("ring", "all_gather")}
     best = found[0]
     ring = by_mode["ring"]
@@ -66,10 +66,10 @@ def verdict(found: Sequence[Prediction]) -> str:
 
 
 def waiting_for_the_cpu(run: RunConfig) -> list[str]:
-    """A sentence where the CPU takes longer to start the attention of a layer than the GPU to run it.
+    """One sentence if the CPU takes longer to start a layer's attention than the GPU to run it, else none.
 
-    It is on the run's own mode and grid. Nothing is said where the YAML does not describe the cluster, or where CUDA
-    graphs start everything at once.
+    The prediction is for the run's own mode and grid. Where the YAML does not describe the cluster, or CUDA graphs
+    start all kernels at once, there is none.
     """
     size, mode = run.context_parallel.size, run.context_parallel.mode
     if size == 1 or missing_rates(run):
@@ -88,7 +88,7 @@ def waiting_for_the_cpu(run: RunConfig) -> list[str]:
 
 
 def draw(run: RunConfig, path: Path) -> None:
-    """Predicted speed-up over the ring against the sequence length, a line per number of ranks, as a PNG."""
+    """Draw the speed-up over the ring against the sequence length, a line per number of ranks, into the PNG `path`."""
 
     work, machines, size = workload(run), cluster(run), run.context_parallel.size
     lengths = [work.seq // 4 * 2**k for k in range(6)]
@@ -113,5 +113,5 @@ def _speed(ranks: int, work: Workload, machines: Cluster, seq: int) -> float:
 
 
 def _selection(found: Sequence[Prediction]) -> list[Prediction]:
-    """The fastest, and of the rest the named modes."""
+    """The fastest predictions, and those of the other modes among the rest."""
     return [p for i, p in enumerate(found) if i < _SHOWN or p.candidate.mode != "attention2d"]

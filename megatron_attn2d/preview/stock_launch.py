@@ -1,4 +1,4 @@
-"""A run of ours as a launch of Megatron-LM's own script: one command, to be copied whole."""
+"""Writes a run as one command for Megatron-LM's own script."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _HYBRID = "pretrain_hybrid.py", ("megatron_attn2d.megatron.hybrid_spec", "attent
 _CLUSTER = Installed(
     cuda=True, transformer_engine=True, apex=True, gradient_accumulation_kernel=True, softmax_kernels=True
 )
-"""What an image for Megatron-LM holds."""
+"""The packages of an image for Megatron-LM."""
 
 
 def stock_launch(run: RunConfig, arguments: Sequence[str]) -> str:
-    """The command, for one node or for each of several, or the reason why there is none.
+    """The command, which each node runs, or the reason why there is none.
 
     Args:
-        run: what trains.
-        arguments: Megatron's and ours, as `megatron_arguments` makes them.
+        run: the run.
+        arguments: Megatron's and this package's, of `megatron_arguments`.
     """
     if run.environment.device == "cpu":
         return "none: Megatron-LM needs GPUs (environment.device=cuda)"
@@ -41,7 +41,7 @@ def stock_launch(run: RunConfig, arguments: Sequence[str]) -> str:
 
 
 def _with_grid(words: list[str], run: RunConfig) -> list[str]:
-    """A flag and its values; the mode says the grid, for which Megatron then needs no groups of its own."""
+    """A flag and its values, with the grid in the values of --cp-comm-type, so that Megatron needs no hcp groups."""
     if words[0] != "--cp-comm-type" or run.context_parallel.mode != "attention2d" or run.context_parallel.size == 1:
         return words
     (heads, rows, columns), tile = run.grid, run.tile
@@ -63,7 +63,7 @@ def _launcher(run: RunConfig) -> list[list[str]]:
 
 
 def _by_flag(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """Each flag with its values."""
+    """Yields each flag with its values."""
     words: list[str] = []
     for word in arguments:
         if word.startswith("--") and words:

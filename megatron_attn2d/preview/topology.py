@@ -1,4 +1,4 @@
-"""Which global rank does what: Megatron's order of ranks, as a picture."""
+"""Draws the process grids of a run as text, by Megatron's order of global ranks."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ _SHOWN = 4
 
 
 def context_group(run: RunConfig, stage: int, replica: int) -> list[int]:
-    """First tensor rank of each context rank in one pipeline stage of one replica, as global ranks in context order."""
+    """The global rank of the first tensor rank of each context rank, in one pipeline stage of one replica."""
     tensor, context, pipeline = run.parallelism.tensor, run.context_parallel.size, run.parallelism.pipeline
     if run.megatron_args.get("use_tp_pp_dp_mapping"):
         outer = stage + pipeline * replica
@@ -19,7 +19,7 @@ def context_group(run: RunConfig, stage: int, replica: int) -> list[int]:
 
 
 def picture(run: RunConfig) -> str:
-    """The process grids of `run`, for people: a cell holds the global ranks that share its heads."""
+    """The process grids of `run`, as text; a cell holds the global ranks of one place of the grid."""
     parallel, context = run.parallelism, run.context_parallel
     replicas, stages = run.data_parallel_size, parallel.pipeline
     sizes = f"pipeline {stages} x data {replicas} x context {context.size} x tensor {parallel.tensor}"

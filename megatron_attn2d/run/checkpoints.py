@@ -1,7 +1,7 @@
-"""Which checkpoints in a run's directory are complete, which one a run continues from, and which are kept.
+"""Tells which checkpoints in a run's directory are complete and which one a run continues from, and deletes old ones.
 
 Megatron writes CHECKPOINTS/iter_0000100/ and then that number into a tracker file. A process that is killed may leave
-a folder half-written or the tracker empty: what counts here is `metadata.json`, the last file of a whole checkpoint.
+a folder half-written or the tracker empty. A checkpoint is complete if it has `metadata.json`, which is written last.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_attn2d.errors import UsageError
 TRACKER = "latest_checkpointed_iteration.txt"
 _LAST_WRITTEN = "metadata.json"
 CHECKSUMS = "integrity.json"
-"""Of every file of a checkpoint, by upstream's `--verify-integrity`, which writes it last of all."""
+"""Checksums of a checkpoint's files; upstream's `--verify-integrity` writes this file after all others."""
 CONFIGURATION = "config.yaml"
-"""How the run was configured that wrote a checkpoint, beside its files, and last in the run's directory."""
+"""The resolved YAML of a run: beside each checkpoint as it was then, and in the run's directory as it is now."""
 _DELETED = ".deleted-"
 
 
 def folder(directory: Path, step: int) -> Path:
-    """Where Megatron keeps the checkpoint of `step`."""
+    """The folder in which Megatron keeps the checkpoint of `step`."""
     return directory / f"iter_{step:07d}"
 
 
@@ -40,22 +40,22 @@ def _step(path: Path) -> int | None:
 
 
 def _is_complete(path: Path) -> bool:
-    legacy = any(path.glob("mp_rank_*"))  # --ckpt-format torch: nothing tells whether it is whole
+    legacy = any(path.glob("mp_rank_*"))  # --ckpt-format torch: nothing marks a complete one
     return legacy or ((path / _LAST_WRITTEN).is_file() and (path / ".metadata").is_file())
 
 
 def last_complete(directory: Path) -> int | None:
-    """The step to continue from: the tracker's, or where that isn't complete the newest that is; None: from scratch."""
+    """The step to continue from: the tracker's if complete, else the newest complete one; None: from scratch."""
     steps = complete(directory)
     named = tracked(directory)
     return named if named in steps else max(steps, default=None)
 
 
 def chosen(directory: Path, step: int | None) -> int:
-    """`step`, or that of the last complete checkpoint.
+    """`step`, or for None the step of the last complete checkpoint.
 
     Raises:
-        UsageError: there is no complete checkpoint of it.
+        UsageError: there is no such complete checkpoint; names those that there are.
     """
     there = complete(directory)
     found = last_complete(directory) if step is None else step
@@ -66,7 +66,7 @@ def chosen(directory: Path, step: int | None) -> int:
 
 
 def tracked(directory: Path) -> int | None:
-    """The step that the tracker names; None where it names none."""
+    """The step that the tracker names; None where it is missing or holds no number."""
     try:
         return int((directory / TRACKER).read_text())
     except (OSError, ValueError):
@@ -74,7 +74,7 @@ def tracked(directory: Path) -> int | None:
 
 
 def repair_tracker(directory: Path) -> None:
-    """Makes the tracker name `last_complete`, or removes it where there is none; Megatron reads nothing else."""
+    """Make the tracker name `last_complete`, or remove it where there is none: Megatron reads the tracker alone."""
     step = last_complete(directory)
     if step == tracked(directory):
         return
@@ -87,25 +87,26 @@ def repair_tracker(directory: Path) -> None:
 
 
 def begin_save(directory: Path, step: int) -> None:
-    """To be called before `step` is saved: one that is overwritten is no longer complete."""
+    """Mark the checkpoint of `step` as incomplete; call it before it is saved or overwritten."""
     for name in (_LAST_WRITTEN, CHECKSUMS, CONFIGURATION):
         (folder(directory, step) / name).unlink(missing_ok=True)
 
 
 def keep_configuration(directory: Path, step: int, run_dir: Path) -> None:
-    """To be called once `step` is saved: keeps beside it the configuration in `run_dir`, where there is one."""
+    """Copy the configuration in `run_dir`, if there is one, beside the checkpoint of `step`; call it after the save."""
     if (run_dir / CONFIGURATION).is_file() and folder(directory, step).is_dir():
         shutil.copyfile(run_dir / CONFIGURATION, folder(directory, step) / CONFIGURATION)
 
 
 def prune(directory: Path, keep: int) -> threading.Thread:
-    """Deletes all but the last `keep` complete checkpoints, and what is half-written and older.
+    """Delete all but the last `keep` complete checkpoints, and older half-written ones.
 
-    The tracker's checkpoint stays, and all that are newer: one of them may be being written. Nothing is deleted while
-    the tracker names no complete checkpoint.
+    The tracker's checkpoint stays, and all newer ones, as one of them may be under way. Nothing is deleted while the
+    tracker names no complete checkpoint.
 
     Returns:
-        The thread that deletes: what it deletes has no longer the name of a checkpoint when this function returns.
+        The thread that deletes. Folders that it deletes are renamed before this function returns, so that they no
+        longer count as checkpoints.
     """
     assert keep >= 1
     named, steps = tracked(directory), complete(directory)

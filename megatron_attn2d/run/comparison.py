@@ -1,4 +1,4 @@
-"""Runs compared: loss and throughput as one PNG, and a table with a row per run."""
+"""Compares runs: loss and throughput in one PNG, and a table with a row per run."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from megatron_attn2d.pictures import COLOURS, STYLES, blank, ruled, save
 from megatron_attn2d.run.metrics import Steps, read_steps, read_validation
 
 _SETTLED = 5
-"""Steps of a start that are slower than the rest: compilation, first allocations; left out of medians."""
+"""First steps of a run that medians leave out, as compilation and first allocations make them slower."""
 _WINDOW = 15
-"""Steps of the running median that the throughput is drawn as."""
+"""Steps of the running median by which the throughput is drawn."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's name, what was recorded of its steps, and its loss on the validation set by step."""
+    """A run: its name, the records of its steps, and its validation losses by step, in nats per token."""
 
     name: str
     steps: Steps
     validation: dict[int, float] = field(default_factory=dict)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """The steps that have `key`, and its values."""
+        """The numbers of the steps that have `key`, and its values."""
         present = {number: step[key] for number, step in self.steps.items() if key in step}
         return list(present), list(present.values())
 
     def typical(self, key: str) -> float | None:
-        """The median of `key` once the run has settled; None where it was never recorded."""
+        """The median of `key` without the first steps; None where it was never recorded."""
         values = self.series(key)[1]
         return median(values[_SETTLED:] or values) if values else None
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs in `directories`, each by the shortest end of its path that tells it from the others.
+    """The runs in `directories`, each named by the shortest end of its path that differs from those of the others.
 
     Raises:
         UsageError: one of them holds no run.
@@ -52,7 +52,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A row per run: its last loss, and medians of what says how fast it was. A dash: not recorded."""
+    """A table with a row per run: its last losses, and medians of its throughput. A dash stands for no record."""
     rows = [
         (
             "run",
@@ -96,7 +96,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def draw(runs: Sequence[Run], output: Path) -> None:
-    """Draws loss and throughput of the runs into the PNG `output`."""
+    """Draw loss and throughput of the runs into the PNG `output`."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     figure = blank(11, 4.4)

@@ -1,4 +1,4 @@
-"""Loss curves of runs: a PNG, and a table to read side by side."""
+"""Draws the loss curves of runs into a PNG, and makes a table of them."""
 
 from dataclasses import dataclass
 from itertools import cycle
@@ -17,17 +17,20 @@ class Curve:
 
 
 def read_curve(run_dir: Path) -> Curve:
-    """The curve in RUN_DIR/metrics.jsonl; a step recorded twice counts as it was last.
+    """The curve in RUN_DIR/metrics.jsonl; of a step that was recorded twice the last record counts.
 
     Raises:
-        UsageError: there is none, or none that can be read.
+        UsageError: there is no such file, or it can't be read.
     """
     steps = read_steps(run_dir)
     return Curve(run_dir.resolve().name, {number: step["loss"] for number, step in steps.items()})
 
 
 def table(curves: list[Curve], first: int = 10) -> str:
-    """The losses of the first steps and the last, a column a run; for two runs also their difference."""
+    """A table of the losses of the first `first` steps and of the last, one column per run.
+
+    For two runs a third column has their difference.
+    """
     steps = sorted(set.union(*(set(curve.losses) for curve in curves)))
     shown = steps[:first] + steps[first:][-1:]
     names = [curve.name for curve in curves] + (["difference"] if len(curves) == 2 else [])

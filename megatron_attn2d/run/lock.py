@@ -1,4 +1,4 @@
-"""One training per run directory: a second one would write the same checkpoints and metrics at the same time."""
+"""Locks a run's directory: a second training would write the same checkpoints and metrics at the same time."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from megatron_attn2d.errors import UsageError
 
 NAME = ".training"
 PATIENCE_S = 60.0
+"""Seconds to wait for the lock: processes of a training that has ended may hold it a while."""
 
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Hold the directory's lock, for which what is left of a training that has ended is waited for.
+    """Hold the directory's lock while entered; wait up to PATIENCE_S for another process that holds it.
 
-    Processes that are forked meanwhile, CPU ranks and those that load data, hold it too: the kernel lets go of it when
-    the last of them ends, however it ends; a loader of a killed rank takes 5 s to notice, a file server whose client
-    has died longer. GPU ranks, which are spawned, don't hold it, but end with their launcher. A file system without
-    locks is left unlocked.
+    Processes that are forked meanwhile, CPU ranks and data loaders, hold the lock too. The kernel releases it when the
+    last of them has ended, in whatever way. A loader notices after 5 s that its rank was killed, and a file server even
+    later that its client has died, hence the patience. GPU ranks are spawned and don't hold the lock, but end with
+    their launcher. On a file system without locks nothing is locked.
 
     Raises:
-        UsageError: another process holds it for longer than PATIENCE_S; says which.
+        UsageError: another process holds the lock for longer than PATIENCE_S; names it.
     """
     file = os.open(run_dir / NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -1,4 +1,4 @@
-"""Reading RUN_DIR/metrics.jsonl and validation.jsonl, which `training.progress` writes: a JSON object per step."""
+"""Reads RUN_DIR/metrics.jsonl and validation.jsonl, which `training.progress` writes: a JSON object per step."""
 
 import json
 import math
@@ -9,16 +9,16 @@ from typing import Any
 from megatron_attn2d.errors import UsageError
 
 Steps = dict[int, dict[str, float]]
-"""What is recorded of each step, by its number; see `training.step_record.Step` for names and units."""
+"""The record of each step, by its number; see `training.step_record.Step` for names and units."""
 
 
 def read_steps(run_dir: Path) -> Steps:
-    """The steps of a run, ascending; a step recorded twice counts as it was last.
+    """The steps of a run, ascending; of a step that was recorded twice the last record counts.
 
-    A loss that is null is NaN here; anything else that is null is left out.
+    A loss of null is read as NaN; other values of null are left out.
 
     Raises:
-        UsageError: there is no such file, or none that can be read.
+        UsageError: there is no such file, it holds no step, or it can't be read.
     """
     path = run_dir / "metrics.jsonl"
 
@@ -33,7 +33,7 @@ def read_steps(run_dir: Path) -> Steps:
 
 
 def read_validation(run_dir: Path) -> dict[int, float]:
-    """The loss on the validation set after each step that was followed by a validation; empty where none was.
+    """The validation losses, in nats per token, by the step that they followed; empty where none was measured.
 
     Raises:
         UsageError: the file can't be read.
@@ -49,7 +49,7 @@ def read_validation(run_dir: Path) -> dict[int, float]:
 
 
 def _records[T](path: Path, parse: Callable[[Any], T], what: str) -> Iterator[T]:
-    """What `parse` makes of each line, but of one that a run was killed while writing."""
+    """What `parse` makes of each line, except of a last one that a killed run left unfinished."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""How long a rank waits for attention's messages, measured where it waits for them: `Pending.wait`.
+"""Measures how long a rank waits for attention's messages, in `Pending.wait`.
 
-What overlaps with kernels costs nothing there, so this is the communication that shows, not all that there is.
+Messages that overlap with kernels cost no time there: this is the exposed communication, not all of it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from megatron_attn2d.megatron.upstream.patching import Patch
 
 
 class AttentionWait:
-    """Adds up the waiting of this rank; on GPUs that of its compute stream, by events."""
+    """Adds up the time that this rank waits for messages: on GPUs the time of its compute stream, by events."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def patch(self) -> Patch:
-        """What makes it follow the messages while applied."""
+        """The patch that measures waiting while it is applied."""
         return Patch("megatron_attn2d.attention.messages:Pending.wait", self._timed, "waiting for messages is measured")
 
     def take(self) -> float:
-        """Seconds waited since the last call; on GPUs waits for the last of the messages."""
+        """Seconds waited since the last call; on GPUs the host waits until the last message has arrived."""
         seconds = self._seconds
         for begin, end in self._spans:
             end.synchronize()

@@ -1,10 +1,11 @@
 """The output layer and the cross entropy in chunks of tokens: the logits of all tokens never exist at once.
 
-At a million tokens on 8 ranks the logits of a rank would be 131,072 x 151,936 numbers, 40 GB in bf16, and as much again
-for their gradient. Here a chunk of them is made, reduced to one loss per token and dropped; the backward pass makes it
-anew from the hidden states and the log-sum-exp of each token. That is a fourth matrix product beside three: at these
-lengths less than 0.1 percent of a step, so that plain torch serves as well as a fused kernel would, on CPU ranks too.
-The vocabulary may be spread over tensor-parallel ranks: two collectives in all, however many chunks there are.
+At a million tokens on 8 ranks the logits of a rank would be 131,072 x 151,936 numbers, 40 GB in bf16, and their
+gradient as much again. Here the forward pass computes a chunk of logits, reduces it to one loss per token and drops it.
+The backward pass recomputes the chunk from the hidden states and each token's log-sum-exp. That adds a fourth matrix
+product to three. At these lengths it takes less than 0.1 percent of a step, so that plain torch serves as well as a
+fused kernel would, and it runs on CPU ranks too. Where tensor-parallel ranks share the vocabulary, there are two
+collectives in all, however many chunks there are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_attn2d.attention.merge import accumulation_dtype
 
 
 def of_model(args: Namespace) -> dict[str, Any]:
-    """What a call of Megatron's model with labels takes besides, where `--loss-chunk-tokens` asks for chunks."""
+    """Keyword arguments that make Megatron's model compute the loss in chunks; {} without `--loss-chunk-tokens`."""
     if args.loss_chunk_tokens is None:
         return {}
     return {"output_processor": _losses_of_hidden_states, "output_processor_context": args.loss_chunk_tokens}
@@ -33,8 +34,8 @@ def linear_cross_entropy(
     """The cross entropy of `hidden @ weight.T`, token by token.
 
     Args:
-        hidden: [n, d], the same on all ranks of `group`. Its gradient is this rank's part of the sum over the ranks.
-        weight: [v, d], this rank's rows of the vocabulary, in the order of the ranks.
+        hidden: [n, d], the same on all ranks of `group`; its gradient is the sum of those that the ranks return.
+        weight: [v, d], this rank's rows of the vocabulary, which the ranks share in their order.
         labels: [n], ids in the whole vocabulary; int64.
         chunk: tokens whose logits exist at a time.
         group: the ranks that share the vocabulary; None for one rank.
@@ -86,18 +87,18 @@ def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """A tensor of the caller's own, whatever the dtype."""
+    """The logits [chunk, v] in the dtype of sums, as a new tensor that the caller may overwrite."""
     return (hidden @ weight.t()).to(accumulation_dtype(hidden.dtype))
 
 
 def _columns(own: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The column of each label among this rank's, [n, 1], and whether it is here, [n]; elsewhere the column is 0."""
+    """The column of each label among this rank's, [n, 1], or 0, and whether this rank has the label, [n]."""
     held = (own >= 0) & (own < width)
     return own.where(held, 0).unsqueeze(1), held
 
 
 def _over_vocabulary(lse: Tensor, target: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp of the parts of all ranks, and the target's score from the one rank that has it."""
+    """The log-sum-exp [n] over the whole vocabulary, and the target's logit [n] from the rank that has it."""
     top = lse.clone()
     all_reduce(top, ReduceOp.MAX, group)
     both = torch.stack([(lse - top).exp_(), target])
@@ -115,9 +116,12 @@ def _losses_of_hidden_states(
     config: Any,
     **_: Any,
 ) -> Tensor:
-    """The losses [b, s] of a GPTModel's last hidden states [s, b, d], or [s/tp, b, d] under sequence parallelism.
+    """The losses of a GPTModel's last hidden states [s, b, d], or [s/tp, b, d] under sequence parallelism.
 
-    The arguments are those of Megatron's `output_processor`, which stands in for output layer and loss.
+    Megatron calls it as `output_processor`, in the place of the output layer and the loss; `context` is the chunk.
+
+    Returns:
+        [b, s] in fp32, or in fp64 for fp64.
 
     Raises:
         ValueError: the model has an output layer or a loss of another kind.
@@ -130,7 +134,7 @@ def _losses_of_hidden_states(
     _refuse_other_outputs(output_layer, config)
     group = output_layer.tp_group
     if output_layer._forward_pre_hooks:
-        # Where parameters are gathered while others compute, a module's hook waits for its own before the module runs.
+        # With overlap_param_gather a hook of each module waits for its parameters before the module runs.
         with torch.no_grad():
             output_layer(hidden_states[:1], weight=output_weight)
     weight = output_layer.weight if output_weight is None else output_weight

@@ -1,4 +1,4 @@
-"""Megatron arguments that follow from what is installed and from the device, so that nobody has to know them."""
+"""Derives the Megatron arguments that follow from installed packages and the device, so that nobody must know them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from megatron_attn2d.megatron.upstream.graph_environment import graph_fault
 logger = logging.getLogger(__name__)
 
 _OLD_NAMES = {"--enable-cuda-graph": "local", "--external-cuda-graph": "transformer_engine"}
-"""Flags that Megatron still takes for a --cuda-graph-impl."""
-_NOT_IN_GRAPHS = {
+"""Old flags that Megatron still takes, and the --cuda-graph-impl that each stands for."""
+_NOT_IN_GRAPHS = {  # flag: why no CUDA graph can hold it
     "--log-attention-communication": "measures by the CPU's calls, of which a replayed graph makes none,",
     "--check-finite-attention": "waits for the GPU in each layer, which a graph cannot,",
 }
 _KEYS = {"--fp8-format": " (training.fp8: none)", "--cuda-graph-impl": " (training.cuda_graphs: none)"}
-"""How to leave out a flag that a run's YAML has given."""
+"""The key of a run's YAML that leaves out the flag."""
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What the derived arguments depend on."""
+    """The device and the packages on which the derived arguments depend."""
 
     cuda: bool
     transformer_engine: bool
@@ -38,7 +38,7 @@ class Installed:
 
     @classmethod
     def here(cls) -> Installed:
-        """As found on this host."""
+        """The device and the packages of this host."""
         import torch  # takes seconds, and a dry run describes another host
 
         return cls(
@@ -52,17 +52,17 @@ class Installed:
 
 @dataclass(frozen=True)
 class Derived:
-    """One derived argument: a flag, its value if it takes one, and why."""
+    """One derived argument: a flag, its value if it takes one, and the reason."""
 
     flag: str
     reason: str
     value: str | None = None
     required: bool = True
-    """Whether another value, given explicitly, can't work and is refused."""
+    """Whether another value can't work, so that it is refused if it is given."""
 
 
 def with_derived_arguments(arguments: Sequence[str], installed: Installed | None = None) -> list[str]:
-    """`arguments` and the derived ones, which rank 0 logs with their reasons.
+    """`arguments`, and after them the derived ones, which rank 0 logs with their reasons.
 
     Raises:
         ValueError: `arguments` contradicts what is installed or what this project supports.
@@ -75,7 +75,7 @@ def with_derived_arguments(arguments: Sequence[str], installed: Installed | None
 
 
 def derived_arguments(arguments: Sequence[str], installed: Installed) -> list[Derived]:
-    """The arguments to add to `arguments`; what was given explicitly stays as it is.
+    """The arguments to add to `arguments`; a flag that is given keeps its value.
 
     Raises:
         ValueError: `arguments` contradicts what is installed or what this project supports.
@@ -120,13 +120,13 @@ def _refuse_impossible_graphs(given: dict[str, str], installed: Installed) -> No
 
 
 def _graphs(given: dict[str, str]) -> str:
-    """Megatron's implementation of CUDA graphs that is asked for."""
+    """The implementation of CUDA graphs that the arguments ask for, `none` without graphs."""
     old = next((implementation for flag, implementation in _OLD_NAMES.items() if flag in given), "none")
     return given.get("--cuda-graph-impl", old)
 
 
 def _consequences(given: dict[str, str], installed: Installed) -> Iterator[Derived]:
-    """The arguments that follow, whether or not they were given."""
+    """The derived arguments, also those whose flag is given already."""
     yield Derived(
         "--no-create-attention-mask-in-dataloader",
         "attention masks by position; the loader would build a dense mask of sequence x sequence for every sample",
@@ -172,10 +172,12 @@ def _consequences(given: dict[str, str], installed: Installed) -> Iterator[Deriv
 
 
 def set_environment(arguments: Sequence[str], installed: Installed | None = None) -> None:
-    """Sets what Megatron, or NCCL in CUDA graphs, asks for and the shell leaves open; call it before CUDA starts.
+    """Set environment variables that Megatron needs, and NCCL in CUDA graphs, if the shell has not set them.
+
+    Call it before CUDA starts.
 
     Raises:
-        UsageError: the shell's variables contradict the arguments; names the variable.
+        UsageError: a variable of the shell contradicts the arguments; names the variable.
     """
     installed = installed or Installed.here()
     if not installed.cuda:
@@ -191,7 +193,7 @@ def set_environment(arguments: Sequence[str], installed: Installed | None = None
 
 
 def _with_values(arguments: Sequence[str]) -> dict[str, str]:
-    """Each argument, and what follows it: the value, where it is a flag that takes one."""
+    """Each word, mapped to the next one, which is the value if the word is a flag that takes one."""
     return dict(itertools.zip_longest(arguments, arguments[1:], fillvalue=""))
 
 

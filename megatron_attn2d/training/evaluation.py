@@ -1,4 +1,4 @@
-"""The loss of a checkpoint by position, forward only: Megatron's model and schedule over windows of a data set."""
+"""Measures a checkpoint's loss by position: forward passes of Megatron's schedule over windows of a data set."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from megatron_attn2d.training.session import run_in_megatron, set_up_model
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate on; the model, its checkpoint and the context stand in Megatron's arguments."""
+    """What to evaluate on; Megatron's arguments say which model, which checkpoint and how long a context."""
 
     data: str
-    """What is evaluated on, as the user named it."""
+    """The data set or file, as the user named it."""
     prefix: str
-    """Of the data set."""
+    """Prefix of the data set."""
     samples: int
-    """Windows of the context's length, one after the other from the first token."""
+    """How many windows of one context each, which follow each other from the first token on."""
     edges: tuple[int, ...]
-    """Ascending positions, from 0 to the context: a bucket between each two."""
+    """Positions that bound the buckets, ascending from 0 to the context."""
     output: str
     """JSON file for the result."""
     step: int
-    """Of the checkpoint."""
+    """Step of the checkpoint."""
 
 
 def main(request: Request, megatron_args: Sequence[str]) -> None:
-    """Evaluates, as this rank; the last rank prints a table and writes `request.output`."""
+    """Evaluate, as this rank; the last rank prints a table and writes `request.output`."""
     run_in_megatron(partial(_evaluate, request), megatron_args)
 
 
@@ -55,14 +55,14 @@ def _evaluate(request: Request, console: TextIO) -> None:
 
 
 def _deliver(result: dict[str, Any], output: str, console: TextIO) -> None:
-    print(table(result), file=console, flush=True)  # first: a full disk must not take the result with it
+    print(table(result), file=console, flush=True)  # before it is written: a full disk must not lose the result
     scratch = Path(f"{output}.new")
     scratch.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(scratch, output)
 
 
 def _bucket_sums(request: Request, args: Any, model: list[torch.nn.Module]) -> torch.Tensor:
-    """Of this rank's tokens: the losses' sum [0] and the number [1] in each bucket, [2, buckets], float64."""
+    """For this rank's tokens in each bucket, [2, buckets] in float64: the sum of their losses, and their number."""
     from megatron.core import parallel_state as mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -111,7 +111,10 @@ def _forward_step(collect: Any, iterator: Any, model: torch.nn.Module) -> tuple[
 
 
 def windows(prefix: Path, context: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Windows of the data set's tokens, in order and without overlap, as batches [1, context] of Megatron's keys."""
+    """Yields windows of the data set, in order and without overlap, as batches [1, context] with Megatron's keys.
+
+    Token ids and positions are int64, the loss mask is fp32.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     stream = np.memmap(f"{prefix}.bin", dtype=IndexedDataset(str(prefix)).index.dtype, mode="r")
@@ -126,7 +129,13 @@ def windows(prefix: Path, context: int) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def summary(request: Request, context: int, sums: torch.Tensor) -> dict[str, Any]:
-    """What is written and printed; `sums` as of `_bucket_sums`, over all ranks."""
+    """The result that is written and printed: losses in nats per token.
+
+    Args:
+        request: what was evaluated.
+        context: tokens of a window.
+        sums: of `_bucket_sums`, over all ranks.
+    """
     losses, counts = sums.tolist()
 
     def of(loss: float, tokens: float) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def summary(request: Request, context: int, sums: torch.Tensor) -> dict[str, Any
 
 
 def table(result: dict[str, Any]) -> str:
-    """`result` as a user reads it."""
+    """`result`, of `summary`, as a table for people."""
     rows = [("positions", "tokens", "loss", "perplexity")]
     for bucket in [*result["buckets"], {"from": 0, "to": result["context"], **result}]:
         place = f"{bucket['from']:,} to {bucket['to'] - 1:,}"

@@ -1,7 +1,7 @@
-"""What a run of long steps says before its first step has ended: how long a micro-batch takes, and so a step, and all.
+"""Tells before the first long step has ended how long a micro-batch takes, and so a step and the whole run.
 
-A step of a million tokens takes minutes per micro-batch. Whoever starts one wants to know before the first step ends
-whether it is as fast as planned, and how much of it was compilation.
+A step of a million tokens takes minutes per micro-batch. A user wants to know before it ends whether the run is as fast
+as planned, and how much of the time was compilation.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from typing import Any
 import torch
 
 LONG_S = 20.0
-"""Seconds of a micro-batch from which on its time is told; shorter steps are told soon enough."""
+"""Shortest micro-batch, in seconds, that is told of; shorter steps end soon."""
 
 
 class FirstStep:
-    """Follows the first micro-batches after a start, on a rank of the last pipeline stage."""
+    """Measures the first micro-batches after a start, on a rank of the last pipeline stage.
+
+    Args:
+        args: Megatron's arguments, as it has read them.
+        tell: prints a line.
+    """
 
     def __init__(self, args: Namespace, tell: Callable[[str], None]) -> None:
         self._args, self._tell = args, tell
@@ -29,12 +34,17 @@ class FirstStep:
         self._seconds: list[float] = []
 
     def watched(self, forward_step: Any, micro_batches: int, steps: int) -> Any:
-        """`forward_step` of a step of so many micro-batches, the first of `steps`.
+        """`forward_step`, wrapped so that each call marks the begin of a micro-batch.
 
-        The backward pass of a micro-batch has ended when the next one begins.
+        By then the backward pass of the micro-batch before has ended.
+
+        Args:
+            forward_step: of Megatron's schedule.
+            micro_batches: per step.
+            steps: that the run still has to make, this one included.
         """
         self._began = None
-        # Neither in the interleaved schedule nor in a graph's replay does a call begin when the one before has ended.
+        # In the interleaved schedule calls overlap, and a replayed CUDA graph makes none.
         apart = self._args.virtual_pipeline_model_parallel_size is None and self._args.cuda_graph_impl == "none"
         self._watching = apart and len(self._seconds) < _ENOUGH
         if not self._watching:
@@ -48,7 +58,7 @@ class FirstStep:
         return watch
 
     def mark(self, micro_batches: int, steps: int) -> None:
-        """A micro-batch begins, or the step has ended: tells of the one before, the first two of them."""
+        """Note that a micro-batch begins, or that the step has ended, and tell of the micro-batch before."""
         if not self._watching or len(self._seconds) >= _ENOUGH:
             return
         if torch.cuda.is_available():
@@ -76,7 +86,7 @@ class FirstStep:
 
 
 _ENOUGH = 2
-"""Micro-batches that are told of: one with what is done once, and one without."""
+"""Micro-batches that are told of: the first, which compiles and allocates, and the second, which does not."""
 
 
 def _span(seconds: float) -> str:

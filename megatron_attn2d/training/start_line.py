@@ -1,4 +1,4 @@
-"""The line with which a training begins: model, sizes, ranks, attention and its kernel, data, what was derived."""
+"""The line that begins a training: model, sizes, ranks, attention and its kernel, data, and derived arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_attn2d.training.guards.self_check import describe, distinct_attent
 
 
 def announced(args: Namespace, derived: Sequence[str], console: TextIO) -> AbstractContextManager[None]:
-    """While entered, the last rank, which reports the steps too, says what it trains before upstream's loop begins."""
+    """While entered, the last rank, which also reports the steps, prints the line before upstream's loop begins."""
 
     def announce_first(train: Any) -> Any:
         @functools.wraps(train)
@@ -27,16 +27,16 @@ def announced(args: Namespace, derived: Sequence[str], console: TextIO) -> Abstr
 
         return announce
 
-    return applied([Patch("megatron.training.training:train", announce_first, "what trains is said before it does")])
+    return applied([Patch("megatron.training.training:train", announce_first, "the line comes before the steps")])
 
 
 def line(args: Namespace, attentions: Iterable[ContextParallelAttention], derived: Sequence[str]) -> str:
-    """One line, its parts separated by semicolons.
+    """The line, whose parts are separated by semicolons.
 
     Args:
         args: Megatron's arguments, as it has read them.
         attentions: the layers' attention, one of each kind.
-        derived: flags and their values that nobody gave.
+        derived: the derived flags, with their values.
     """
     return "; ".join(
         [
@@ -71,7 +71,10 @@ def _attention(attention: ContextParallelAttention) -> str:
 
 
 def _no_attention_of_ours(modes: Sequence[str]) -> str:
-    """Where the last pipeline stage has none: in a hybrid model it may have no attention at all."""
+    """What the line says of attention where the last pipeline stage has none of this package.
+
+    In a hybrid model that stage may have no attention at all.
+    """
     if all(split_mode(mode)[0] == ATTENTION2D for mode in modes):
         return "no attention in the last pipeline stage"
     return f"attention of Transformer Engine ({' '.join(modes)})"
@@ -88,7 +91,7 @@ def _data(args: Namespace) -> str:
 
 
 def _derived(arguments: Sequence[str]) -> str:
-    """Those with a value by name, and the number of the others: with their reasons they stand in the log of rank 0."""
+    """Derived flags with a value by name, and the number of the others; the log of rank 0 has all, with reasons."""
     flags = [word for word in arguments if word.startswith("--")]
     named = " ".join(arguments).removeprefix("--").split(" --") if flags else []
     named = [one for one in named if " " in one]

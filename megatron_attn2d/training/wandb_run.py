@@ -1,4 +1,4 @@
-"""One run in Weights & Biases per run directory; each continuation of the run goes on with it."""
+"""Keeps one run in Weights & Biases per run directory, which each continuation resumes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NAME = "wandb-run-id"
 
 @contextmanager
 def continued(megatron_args: Sequence[str]) -> Iterator[None]:
-    """While entered, `wandb.init` goes on with the run of the directory `--run-dir`, or begins it.
+    """While entered, `wandb.init` resumes the run of the directory `--run-dir`, or begins one.
 
-    A training that has no checkpoint begins at its first step, and with it a run; so does its record in metrics.jsonl.
-    A WANDB_RUN_ID in the environment is left as it is.
+    A training without a checkpoint begins at its first step, and so does a new run, as the record in metrics.jsonl
+    does. A WANDB_RUN_ID in the environment is left as it is.
     """
     parser = ArgumentParser(allow_abbrev=False, add_help=False)
     for flag in ("--run-dir", "--wandb-project"):

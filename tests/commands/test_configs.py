@@ -45,7 +45,7 @@ def test_a_copied_run_is_a_run(folder: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main(["configs", "runs", "--copy", "mine"]) == 0, "what is there already is the same"
     Path("mine/models/llama.yaml").write_text("model: {num_layers: 2}\n")
     assert cli.main(["configs", "runs", "--copy", "mine"]) == 2
-    told = "mine/models/llama.yaml: exists already, and is another; copy into another folder\n"
+    told = "mine/models/llama.yaml: exists already, with other content; copy into another folder\n"
     assert capsys.readouterr().err.endswith(told)
     assert cli.main(["configs", "modelz"]) == 2
     assert "modelz: no such configuration; megatron-attn2d configs lists them" in capsys.readouterr().err

@@ -86,16 +86,16 @@ def test_repeats_are_those_of_the_tokens(overrides: tuple[str, ...], repeats: bo
 
 def test_what_repeats_is_told(prefixes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = run_of(prefixes)
-    told = order.told(before, run_of(prefixes, "training.seed=5"), 8)
+    told = order.describe(before, run_of(prefixes, "training.seed=5"), 8)
     assert told.startswith("4")
     assert told.endswith(
         "% of the 512 tokens to come have been trained on before; it would be 0.0% if nothing had changed"
     )
     cyclic = run_of(prefixes, "megatron_args.dataloader_type=cyclic")
-    assert order.told(before, cyclic, 8) == "what repeats is not counted under megatron_args.dataloader_type"
+    assert order.describe(before, cyclic, 8) == "what repeats is not counted under megatron_args.dataloader_type"
     gone = run_of(prefixes, "data.paths=[{d}/gone]")
-    assert order.told(gone, before, 8) == f"what repeats can't be counted: {prefixes}/gone is gone"
+    assert order.describe(gone, before, 8) == f"what repeats can't be counted: {prefixes}/gone is gone"
     monkeypatch.setattr(order, "_MOST", 10)
-    told = order.told(before, run_of(prefixes, "training.seed=5"), 8)
+    told = order.describe(before, run_of(prefixes, "training.seed=5"), 8)
     assert told.startswith("about 4")
     assert told.endswith("as is to be expected where data is dealt anew (not counted: too many documents)")

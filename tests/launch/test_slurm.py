@@ -510,7 +510,7 @@ REFUSED = {
     "--nodes 1 slurm.srun={export: NONE}": (
         "slurm.srun.export = 'NONE': the batch file rests on this option; leave it out"
     ),
-    "--nodes 1 slurm.srun={n: 4}": "slurm.srun.n = 4: not the long name of an option; write that",
+    "--nodes 1 slurm.srun={n: 4}": "slurm.srun.n = 4: not the long name of an option; write its long name",
     "--nodes 1 slurm.srun={--mpi: pmix}": "slurm.srun = {'--mpi': 'pmix'}: not options of srun; ...",
     "--nodes 1 slurm.container_mounts=[/a:/b]": (
         "slurm.container_mounts = ['/a:/b']: there is no container; choose [], or name slurm.container_image"

@@ -176,7 +176,7 @@ def test_buckets_double(context: int, buckets: int, edges: tuple[int, ...]) -> N
         (["--context", "65", "context_parallel.size=2"], "--context 65: not a"),
         (
             ["--context", "64", "32"],
-            "--context 64 32: one where loss by position is measured; give --tasks, or",
+            "--context 64 32: loss by position takes one; choose one, or give --tasks",
         ),
         (["--context", "64", "--depths", "3"], "--depths: is about tasks; give --tasks too, or leave it out"),
         (["--context", "64", "--tasks", "neddle"], "--tasks neddle: no such task; did you mean needle?"),

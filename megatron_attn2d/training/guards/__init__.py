@@ -1,1 +1,1 @@
-"""What stops a training that would go wrong without a word: different ranks, wrong attention, NaN, damaged files."""
+"""Stops a training that would silently go wrong: different ranks, wrong attention, NaN, damaged files."""

@@ -1,8 +1,8 @@
-"""NaN and Inf in the inputs of attention, reported where they arise: in which tensor, layer, rank and step.
+"""Reports NaN and Inf in the inputs of attention where they arise: in which tensor, layer, rank and step.
 
-Attention spreads one such number over a whole sequence, so that afterwards nobody can tell where it came from. Looked
-at are Q, K, V and dO of each rank before they are sent, which also tells a masked row, whose log-sum-exp is rightly
--inf, from a broken one. It reads them once more and, on GPUs, waits for the answer: hence only when asked for.
+Attention spreads one such number over a whole sequence, so that afterwards nobody can tell where it came from. The
+check reads Q, K, V and dO of each rank before they are sent, where a masked row, whose log-sum-exp is rightly -inf,
+raises no false alarm. On GPUs the host waits for the answer, so that the check is off by default.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ class NonFiniteError(RuntimeError):
 
 
 def checked_for_finiteness(args: Namespace) -> AbstractContextManager[None]:
-    """While entered, every attention that is trained looks at its inputs, if `args.check_finite_attention`."""
+    """While entered, every attention of the trained model checks its inputs, if `args.check_finite_attention`.
+
+    A check raises NonFiniteError.
+    """
     if not args.check_finite_attention:
         return nullcontext()
 
@@ -47,9 +50,14 @@ def checked_for_finiteness(args: Namespace) -> AbstractContextManager[None]:
 
 
 def watch(attention: ContextParallelAttention, args: Namespace | None = None) -> tuple[Any, Any]:
-    """Makes an attention raise NonFiniteError for its inputs and its output's gradient; the handles undo it.
+    """Make an attention raise NonFiniteError for NaN or Inf in its inputs or in the gradient of its output.
 
-    `args` are Megatron's, of which the step is read.
+    Args:
+        attention: the module.
+        args: Megatron's arguments, which hold the current step; None: messages name no step.
+
+    Returns:
+        The hooks' handles, whose `remove()` ends the check.
     """
 
     def where() -> str:

@@ -1,7 +1,7 @@
-"""A checkpoint of another model, or of another course of the learning rate, is refused in words.
+"""Refuses a checkpoint of another model, or of another learning-rate schedule, in words.
 
-Upstream finds out while it reads tensors, and says so in the shapes of its own names; what adds no tensor, RMSNorm in
-place of LayerNorm for one, it does not find.
+Upstream notices a wrong shape while it reads tensors, and reports it under its own names. It does not notice a
+difference that adds no tensor, such as RMSNorm in the place of LayerNorm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHAPES = (
 _SECTIONS: dict[str, type[Section]] = {"model": Model, "data": Data}
 _SCHEDULE = re.compile(r"OptimizerParamScheduler: class input value (.+) and checkpoint ?value (.+) for (.+) do not")
 _LIMITS = re.compile(r"--override-ckpt-iteration|DistributedOptimizer|[Ff]ully parallel load|model-space")
-"""Of upstream's RuntimeErrors those that are about a checkpoint."""
+"""Words of those RuntimeErrors of upstream that concern a checkpoint."""
 
 
 def fitting() -> AbstractContextManager[None]:
@@ -60,12 +60,12 @@ def fitting() -> AbstractContextManager[None]:
 
         return load
 
-    reason = "what upstream says of a checkpoint that does not fit is a traceback, or nothing"
+    reason = "upstream answers a checkpoint that does not fit by a traceback, or not at all"
     return applied([Patch("megatron.training.training:load_checkpoint", compare_first, reason)])
 
 
 def _check(checkpoint: Path, args: Namespace) -> None:
-    """Raises UsageError, a line for each key, if the arguments in a checkpoint describe other weights."""
+    """Raise UsageError, with a line per key, if the arguments in a checkpoint describe other weights than `args`."""
     from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
     theirs = load_common_state_dict(checkpoint).get("args")
@@ -85,7 +85,7 @@ def differences(theirs: Namespace, ours: Namespace) -> Iterator[str]:
     """A sentence for each of Megatron's arguments in which the weights of a checkpoint and of a run differ."""
     names = [*_SHAPES]
     names += ["max_position_embeddings"] * (ours.position_embedding_type == "learned_absolute")
-    # Other tokenizers say theirs, and padding to tensor ranks is upstream's to undo.
+    # Other tokenizers define the size themselves, and upstream undoes its own padding to tensor ranks.
     names += ["vocab_size"] * (getattr(theirs, "tokenizer_type", None) == ours.tokenizer_type == "NullTokenizer")
     for name in names:
         if hasattr(theirs, name) and _shape(theirs, name) != _shape(ours, name):
@@ -96,21 +96,21 @@ def differences(theirs: Namespace, ours: Namespace) -> Iterator[str]:
 
 
 def _shape(args: Namespace, name: str) -> Any:
-    """An argument; of key/value heads what it means, as upstream writes it down when it first counts operations."""
+    """The value of an argument, and for key/value heads their number: upstream fills it in after a start."""
     if name == "num_query_groups" and not args.group_query_attention:
         return args.num_attention_heads
     return getattr(args, name)
 
 
 def _in_words(error: BaseException) -> str:
-    """What `error` says of a checkpoint; empty for errors of other things, of messages between ranks for one."""
+    """What `error` says about a checkpoint; empty for other errors, such as those of messages between ranks."""
     if isinstance(error, SystemExit):
         return "Megatron gave it up, and its log, logs/rank-0.log, says why"
     if isinstance(error, KeyError):
         return f"it holds no {error.args[0]!r}, as with no_save_optim; take the weights alone by checkpoint.start_from"
     if isinstance(error, RuntimeError) and not _LIMITS.search(str(error)):
         return ""
-    if not (lines := str(error).strip().splitlines()):  # an assertion that says nothing: the traceback says more
+    if not (lines := str(error).strip().splitlines()):  # an assertion without a message: its traceback says more
         return ""
     said = lines[-1]
     if found := _SCHEDULE.search(said):

@@ -1,7 +1,7 @@
-"""Checkpoints are compared with their checksums before anything of them is read.
+"""Compares a checkpoint with its checksums before anything of it is read.
 
 Upstream writes the checksums (`--verify-integrity`), but compares them after it has read the checkpoint's metadata and
-arguments, where a flipped byte shows as an error of some parser, and it refuses checkpoints that have none.
+arguments. There a flipped byte shows as an error of some parser. Upstream also refuses a checkpoint without checksums.
 """
 
 from __future__ import annotations
@@ -47,7 +47,12 @@ def verified() -> AbstractContextManager[None]:
 
 
 def checkpoint_to_load(args: Namespace, load_arg: str = "load") -> Path | None:
-    """The folder that upstream's load_checkpoint reads by its arguments; None: there is nothing to load."""
+    """The folder that upstream's load_checkpoint reads; None where it loads nothing.
+
+    Args:
+        args: Megatron's arguments.
+        load_arg: the argument that names the directory of the checkpoints.
+    """
     for directory in (getattr(args, load_arg), args.pretrained_checkpoint):
         if directory and (tracker := Path(directory, checkpoints.TRACKER)).is_file():
             if args.ckpt_step is None and tracker.read_text().strip() == "release":
@@ -58,16 +63,16 @@ def checkpoint_to_load(args: Namespace, load_arg: str = "load") -> Path | None:
 
 
 def verify(checkpoint: Path) -> None:
-    """Compares the files of a checkpoint with its checksums; all ranks must call it, rank 0 reads.
+    """Compare the files of a checkpoint with its checksums. All ranks must call it; rank 0 reads the files.
 
     Raises:
-        CorruptCheckpointError: naming the files.
+        CorruptCheckpointError: a file differs, or the checksums can't be read; names the files.
     """
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
     if not checkpoint.is_dir():
-        return  # upstream's to report
+        return  # upstream reports it
     checksums = checkpoint / checkpoints.CHECKSUMS
     if not checksums.is_file():
         logger.warning("%s was saved without checksums: it is loaded unverified", checkpoint)

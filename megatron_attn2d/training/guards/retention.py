@@ -17,7 +17,7 @@ from megatron_attn2d.run import checkpoints
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written, for want of space say; those before it are untouched."""
+    """A checkpoint could not be written, for example for want of space; the checkpoints before it are untouched."""
 
 
 def _failure(directory: Path, step: int, error: BaseException) -> str:
@@ -30,8 +30,11 @@ def _failure(directory: Path, step: int, error: BaseException) -> str:
 
 @contextmanager
 def retained(args: Namespace) -> Iterator[None]:
-    """While entered, an overwritten checkpoint counts as incomplete until it is saved, `--keep-last` is kept, and each
-    checkpoint has the configuration beside it that it was trained with."""
+    """While entered, the run's checkpoints are kept in order.
+
+    An overwritten checkpoint counts as incomplete until it is saved, each has the configuration beside it that it was
+    trained with, and those beyond `--keep-last` are deleted. A failed save raises SaveError.
+    """
 
     def around(save_checkpoint: Any) -> Any:
         @functools.wraps(save_checkpoint)

@@ -1,6 +1,6 @@
-"""Ranks that were started with different arguments or libraries are told so at once, instead of waiting for each other.
+"""Refuses ranks that were started with different arguments or libraries, which would wait for each other for ever.
 
-The comparison comes before the first group of the model's is made: that is where ranks that disagree about sizes hang.
+The comparison precedes the model's first process group, since ranks that disagree about its size hang there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_attn2d.megatron.upstream.patching import Patch, applied
 
 _LIBRARIES = ("torch", "megatron-core", "megatron-attn2d", "transformer-engine")
 _MAY_DIFFER = {"--data-path", "--data-cache-path", "--tokenizer-model", "--run-dir", "--tensorboard-dir"}
-"""Paths on a host's own disk: whether they are given must agree, where they lead need not."""
+"""Paths on a host's own disk: all ranks must be given them, or none, but the paths may differ."""
 
 
 class DisagreementError(UsageError):
@@ -27,7 +27,7 @@ class DisagreementError(UsageError):
 
 
 def description(arguments: Sequence[str]) -> dict[str, str]:
-    """What ranks must agree about: each of Megatron's arguments with its values, and the libraries' versions."""
+    """What ranks must agree about, by name: Megatron's arguments with their values, and the versions of libraries."""
     found: dict[str, str] = {}
     flag = ""
     for token in arguments:
@@ -47,10 +47,10 @@ def _version(library: str) -> str:
 
 
 def check_agreement(mine: Mapping[str, str]) -> None:
-    """Compares the descriptions of all ranks of the default group; every rank must call it.
+    """Compare the descriptions of all ranks of the default group; every rank must call it.
 
     Raises:
-        DisagreementError: on every rank, naming what differs, the values and the ranks that hold them.
+        DisagreementError: descriptions differ; raised on every rank, names keys, values and the ranks that hold them.
         RuntimeError: a rank did not answer.
     """
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -91,5 +91,5 @@ def agreed(arguments: Sequence[str]) -> AbstractContextManager[None]:
 
         return initialize
 
-    reason = "ranks that disagree about sizes would wait for each other for ever where groups are made"
+    reason = "ranks that disagree about sizes would wait for each other for ever when groups are made"
     return applied([Patch("megatron.core.parallel_state:initialize_model_parallel", compare_first, reason)])

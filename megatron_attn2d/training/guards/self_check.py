@@ -1,9 +1,9 @@
-"""Before the first step: one tiny attention over the run's own groups, against the dense answer computed locally.
+"""Compares one tiny attention over the run's own groups with dense attention on each rank, before the first step.
 
-A wrong layout or a wrong group trains fast, moves the loss by a thousandth and teaches nothing of the context. Here
-every rank makes the same short sequence from a fixed seed, attends its shard of it through each distinct
-attention of its layers, with the run's heads, dtype and mask, and compares output and gradients. It costs well under
-a second and draws nothing from the generators that training uses.
+With a wrong layout or a wrong group a model trains fast, its loss differs by a thousandth, and it learns nothing of the
+context. Here every rank makes the same short sequence from a fixed seed. It attends its shard of that through each
+distinct attention of its layers, with the run's heads, dtype and mask, and compares output and gradients. The check
+takes well under a second and draws nothing from the generators that training uses.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megatron_attn2d.attention.layout import LOWER, UPPER
 from megatron_attn2d.megatron.core_attention import ContextParallelAttention
 from megatron_attn2d.megatron.upstream.patching import Patch, applied
 
-# Relative to the largest value; fp32 may be TF32, and a wrong shard is off by about 1.
+# Errors relative to the largest value. In fp32 products may be TF32; a wrong shard has an error of about 1.
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 5e-3}
-_MANY_RANKS = 128  # from here on chunks of one token keep the dense scores small
+_MANY_RANKS = 128  # with so many ranks a chunk has one token, which keeps the dense scores small
 
 
 class SelfCheckError(RuntimeError):
@@ -34,7 +34,7 @@ class SelfCheckError(RuntimeError):
 
 
 def checked_before_training() -> AbstractContextManager[None]:
-    """While entered, upstream's training loop is preceded by the check of the model's attentions."""
+    """While entered, upstream's training loop begins with `check_attention` of the model's attentions."""
 
     def check_first(train: Any) -> Any:
         @functools.wraps(train)
@@ -50,7 +50,7 @@ def checked_before_training() -> AbstractContextManager[None]:
 
 
 def attentions(model: Iterable[torch.nn.Module]) -> Iterator[ContextParallelAttention]:
-    """All our attentions in the chunks of a model. Those of Transformer Engine are not ours to check."""
+    """All attentions of this package in the chunks of a model; those of Transformer Engine are not checked."""
     for chunk in model:
         yield from (module for module in chunk.modules() if isinstance(module, ContextParallelAttention))
 
@@ -66,10 +66,10 @@ def distinct_attentions(model: Iterable[torch.nn.Module]) -> list[ContextParalle
 
 
 def check_attention(attention: ContextParallelAttention) -> None:
-    """Compares one attention with the dense answer; all ranks of its context-parallel group must call it.
+    """Compare one attention with dense attention; all ranks of its context-parallel group must call it.
 
     Raises:
-        SelfCheckError: naming mode, grid and rank.
+        SelfCheckError: they differ; names mode, grid and rank.
     """
     config = attention.config
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
@@ -104,7 +104,7 @@ def check_attention(attention: ContextParallelAttention) -> None:
 
 
 def softmax_scale(config: TransformerConfig) -> float:
-    """The factor of the scores that the model's configuration asks for, whatever its attentions were told."""
+    """The factor of the scores by the model's configuration, independent of what its attentions were given."""
     if isinstance(config, MLATransformerConfig):
         factor, weight = config.rotary_scaling_factor, config.mscale_all_dim
         yarn = 1.0 if factor <= 1 else 0.1 * weight * log(factor) + 1.0
@@ -113,14 +113,14 @@ def softmax_scale(config: TransformerConfig) -> float:
 
 
 def describe(attention: ContextParallelAttention) -> str:
-    """Mode and grid, in words."""
+    """Mode and grid of an attention, in words."""
     grid = attention.grid
     shape = f"a ring of {attention.ring.size()}" if attention.ring is not None else f"a grid of {grid.rows}x{grid.cols}"
     return f"mode {attention.mode} on {shape}{f' x {grid.ulysses_size} for heads' if grid.ulysses_size > 1 else ''}"
 
 
 def _inputs(total: int, heads: int, kv_heads: int, dims: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and the output's gradient of the whole sequence, [s, 1, heads, d], the same on every rank."""
+    """q, k, v and the output's gradient of the whole sequence, [s, 1, heads, d] in `dtype`, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     shapes = (heads, dims[0]), (kv_heads, dims[0]), (kv_heads, dims[1]), (heads, dims[1])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,14 +128,14 @@ def _inputs(total: int, heads: int, kv_heads: int, dims: tuple[int, int], dtype:
 
 
 def _shard(size: int, rank: int, chunk: int, device: torch.device) -> Tensor:
-    """Tokens of a context-parallel rank, in the zigzag in which Megatron's loader deals them."""
+    """Indices of a context-parallel rank's tokens, in the zigzag order of Megatron's loader."""
     first = torch.arange(chunk, device=device)
     starts = {LOWER: rank * chunk, UPPER: (2 * size - 1 - rank) * chunk}
     return torch.cat([starts[LOWER] + first, starts[UPPER] + first])
 
 
 def hidden(tokens: int, causal: bool, window: tuple[int, int] | None, device: torch.device) -> Tensor:
-    """Which keys a query does not see, [s, s]."""
+    """Whether a query does not see a key, [queries, keys] = [s, s], bool."""
     left, right = window or (-1, -1)
     ahead = torch.arange(tokens, device=device)[None, :] - torch.arange(tokens, device=device)[:, None]
     unseen = (ahead > 0) & causal
@@ -147,7 +147,20 @@ def hidden(tokens: int, causal: bool, window: tuple[int, int] | None, device: to
 def dense(
     q: Tensor, k: Tensor, v: Tensor, dout: Tensor, unseen: Tensor, scale: float, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention of the whole sequence in float64, and the gradients of q, k and v; a key head at a time."""
+    """Attention of the whole sequence in float64, a key head at a time.
+
+    Args:
+        q: [s, b, heads, d].
+        k: [s, b, kv_heads, d].
+        v: [s, b, kv_heads, dv].
+        dout: [s, b, heads, dv], the gradient of the output.
+        unseen: [s, s], bool; see `hidden`.
+        scale: the factor of the scores.
+        sink: [heads], the score of one more key whose value is 0; None without it.
+
+    Returns:
+        The output and the gradients of q, k and v, in the shapes of dout, q, k and v.
+    """
     shared = q.size(2) // k.size(2)
     parts = []
     for head in range(k.size(2)):
