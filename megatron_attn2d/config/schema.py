@@ -1,8 +1,8 @@
-"""The keys of a run's YAML: one class per section, a docstring under each field.
+"""The keys of a run's YAML: one class per section, in the order of the YAML, with a docstring under each field.
 
-A field becomes the Megatron argument of its own name (`num_layers` -> `--num-layers`) unless its annotation holds a
-`Flag`: another spelling, or `NO_FLAG` where `arguments.py` or the launcher deals with it. None means not given, so that
-Megatron's default holds. Types are strict: true is no integer, "8" is no number.
+A field becomes the Megatron argument of its own name (`num_layers` -> `--num-layers`), unless its annotation holds a
+`Flag`, which is another name, or `NO_FLAG` for fields that `arguments.py` or the launcher handles. None means that the
+key is not given, so that Megatron's default holds. Types are strict: true is no integer, and "8" is no number.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -13,7 +13,7 @@ Mode = Literal["attention2d", "ring", "all_gather", "ulysses"]
 
 
 class Flag(NamedTuple):
-    """How a field is spelled among Megatron's arguments; `when` is the value at which a boolean's flag is given."""
+    """The name of a field's Megatron argument; the flag of a boolean is given when the value is `when`."""
 
     name: str
     when: bool = True
@@ -21,7 +21,7 @@ class Flag(NamedTuple):
 
 NO_FLAG = Flag("")
 GRAPH_IMPLEMENTATIONS = {"attention": "transformer_engine", "layer": "local", "iteration": "full_iteration"}
-"""Megatron's cuda_graph_impl for each of our training.cuda_graphs."""
+"""Megatron's cuda_graph_impl for each value of training.cuda_graphs."""
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[int, Field(gt=0, lt=2**53)]
@@ -30,20 +30,20 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Option = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*$", max_length=100)]
-# Names and paths end up in file names, command lines and job scripts.
+# Names and paths become parts of file names, command lines and job scripts.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)]
 Path = Annotated[str, StringConstraints(pattern=r"^[^-\x00-\x1f][^\x00-\x1f]*$", max_length=4000)]
 Variable = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 
 
 class Section(BaseModel):
-    """Strict about types and unknown keys; unchanged once built."""
+    """A section of the YAML: it refuses unknown keys and wrong types, and never changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
-    """What the run is called and where it writes."""
+    """The name and the directory of the run."""
 
     name: Annotated[Name, NO_FLAG] = "run"
     """Names the run in logs, plots and trackers."""
@@ -55,10 +55,10 @@ class Model(Section):
     """The GPT."""
 
     kind: Annotated[Literal["gpt", "hybrid"], NO_FLAG] = "gpt"
-    """Upstream's class of models: GPTModel, or HybridModel, into which checkpoints of the former load. Its pattern of
-    layers follows from the other keys, or is megatron_args.hybrid_layer_pattern."""
+    """Upstream's class: GPTModel, or HybridModel, which also loads checkpoints of a GPTModel. The layer pattern of a
+    hybrid model is megatron_args.hybrid_layer_pattern, or follows from the other keys."""
     num_layers: Annotated[Positive, NO_FLAG]
-    """Each of attention and an MLP."""
+    """Number of layers, each of which is attention and an MLP."""
     hidden_size: Positive
     num_attention_heads: Positive
     num_query_groups: Annotated[Positive | None, NO_FLAG] = None
@@ -99,7 +99,7 @@ class Model(Section):
 
 
 class Parallelism(Section):
-    """How the model is spread over ranks; the context's part stands in context_parallel."""
+    """How the model is spread over ranks, apart from the section context_parallel."""
 
     tensor: Annotated[Ranks, Flag("tensor-model-parallel-size")] = 1
     pipeline: Annotated[Ranks, Flag("pipeline-model-parallel-size")] = 1
@@ -114,7 +114,7 @@ class Parallelism(Section):
 
 
 class ContextParallel(Section):
-    """How one sequence is spread over ranks. Switching the attention is switching `mode`."""
+    """How one sequence is spread over ranks, and by which attention, `mode`."""
 
     size: Annotated[Ranks, Flag("context-parallel-size")] = 1
     mode: Annotated[Mode, NO_FLAG] = "attention2d"
@@ -127,28 +127,29 @@ class ContextParallel(Section):
     """Rows and columns of the block of the grid that consecutive ranks fill, such as those of a node. None: whole
     columns, [R, 1], or with `grid: auto` the planner's choice."""
     head_groups: Annotated[Literal["auto"] | Ranks, NO_FLAG] = "auto"
-    """In how many groups of heads attention2d overlaps messages and kernels. auto: the planner's choice where the YAML
-    describes the cluster, else 1."""
+    """Number of groups of heads, so that attention2d overlaps the messages of one with the kernels of another. auto:
+    the planner's choice where the YAML describes the cluster, else 1."""
 
 
 class Data(Section):
-    """What is trained on."""
+    """The data sets and their tokenizer."""
 
     paths: Annotated[list[Path] | dict[Path, float], NO_FLAG] = []
     """Prefixes of Megatron .bin/.idx files, or a blend as {prefix: weight}. Empty: the embedded byte-level data set."""
     dir: Annotated[Path, NO_FLAG] = "data"
-    """Where the embedded data set is built."""
+    """Folder in which the embedded data set is built."""
     format: Annotated[Literal["text", "sft"], NO_FLAG] = "text"
     """sft: the files hold examples of fine-tuning, by `data build --format sft`. Each is a sequence of its own that is
     not cut, and the loss is that of completions alone. Without paths: the embedded docstrings and their functions."""
     document_masking: Annotated[bool, NO_FLAG] = False
     """Each document is a sequence of its own: its tokens see no other's, and its positions begin at 0."""
     document_multiple: Annotated[Positive | None, NO_FLAG] = None
-    """Tokens of which the place of each document is a multiple, with padding after its end. None: 2 *
-    context_parallel.size, the chunks of a document. A larger one lets a run go on on other context ranks."""
+    """Each document is padded to a multiple of this many tokens. None: 2 * context_parallel.size, the chunks of a
+    document. A larger multiple lets a run continue on other context ranks."""
     document_bins: Annotated[Positive | None, NO_FLAG] = None
-    """Documents of a sample that attention is told of: where a sample has fewer the rest are empty, and none may have
-    more. None: under training.cuda_graphs as many as the fullest sample of the run has, else no fixed number."""
+    """Number of documents per sample that attention is told of: in a sample with fewer documents the rest are empty,
+    and no sample may have more. None: under training.cuda_graphs as many as the fullest sample of the run has, else
+    no fixed number."""
     mock: Annotated[bool, Flag("mock-data")] = False
     """Made-up tokens, for measuring speed."""
     split: Annotated[str, StringConstraints(pattern=r"^[0-9.]+,[0-9.]+,[0-9.]+$")] = "1,0,0"
@@ -160,20 +161,22 @@ class Data(Section):
     tokenizer_model: Path | None = None
     """File or folder of the tokenizer, on local disk."""
     vocab_size: Positive | None = None
-    """For NullTokenizer and TikTokenizer; the others know theirs. Bytes: 512 pads alike for every tensor size."""
+    """Number of ids, for NullTokenizer and TikTokenizer; the others have their own. Bytes: 512, which needs no other
+    padding for any tensor size."""
     null_tokenizer_eod_id: Count | None = None
     """End-of-document token for NullTokenizer. Bytes: 256."""
     num_workers: Count | None = None
     """Loader processes per rank. None: Megatron's 2 on GPUs, none on CPU ranks."""
     data_cache_path: Path | None = None
-    """Where sample indices are kept. None: beside the data."""
+    """Folder of the sample indices. None: beside the data."""
 
 
 class Optimizer(Section):
-    """How weights are updated."""
+    """The optimizer and its schedule."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: Annotated[float, Field(gt=0)]
+    """Learning rate after the warm-up."""
     min_lr: NonNegative = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     lr_decay_iters: Positive | None = None
@@ -189,9 +192,11 @@ class Optimizer(Section):
     """Shard the optimizer's state over the data- and context-parallel ranks."""
     grad_reduce_in_bf16: bool = False
     """Accumulate and reduce gradients in bf16, 2 bytes per weight instead of 4. Micro-batches are then added in bf16
-    too: for few of them per step."""
+    too, so that a step should have few of them."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass computes."""
     overlap_param_gather: bool = False
+    """Gather weights of the distributed optimizer while the forward pass computes."""
 
 
 class Training(Section):
@@ -212,10 +217,10 @@ class Training(Section):
     from past steps; tensorwise: one for each tensor; blockwise: one for each block of 128. The format is hybrid, for
     blockwise e4m3, or megatron_args.fp8_format."""
     cuda_graphs: Annotated[Literal["none", "attention", "layer", "iteration"], NO_FLAG] = "none"
-    """What runs as one CUDA graph, which the CPU starts at once: worth it where a GPU has few tokens, and waits for the
-    CPU. layer: one pass of each layer (Megatron's cuda_graph_impl local). attention: one pass of each layer's attention
-    (transformer_engine, cuda_graph_modules attn), for layers with experts. iteration: all passes of a step
-    (full_iteration). megatron_args.cuda_graph_impl and cuda_graph_modules choose otherwise."""
+    """The part of a step that is one CUDA graph, which the CPU starts at once: worth it where a GPU has few tokens and
+    waits for the CPU. layer: one pass of each layer (Megatron's cuda_graph_impl local). attention: one pass of each
+    layer's attention (transformer_engine, cuda_graph_modules attn), for layers with experts. iteration: all passes of a
+    step (full_iteration). megatron_args.cuda_graph_impl and cuda_graph_modules choose otherwise."""
     eval_iters: Count = 0
     """Batches per evaluation; 0 for none."""
     eval_interval: Annotated[Positive | None, NO_FLAG] = None
@@ -225,12 +230,11 @@ class Training(Section):
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Positive | None = None
     keep_attention_outputs: Annotated[bool, NO_FLAG] = False
-    """With full recomputation keep attention's output and log-sum-exp besides each layer's input, as many bytes again:
-    attention's forward pass then runs once instead of twice. In layers with attention2d: the results of other modes,
-    which may be Transformer Engine's, can't be kept, so that they are computed twice."""
+    """With full recomputation, keep attention's output and log-sum-exp besides each layer's input, as many bytes again,
+    so that attention's forward pass runs once instead of twice. This holds in layers with attention2d: the results of
+    other modes, which may be Transformer Engine's, can't be kept."""
     offload_activations: bool = False
-    """What full recomputation keeps waits in pinned memory of the host, and comes back while the layer above computes.
-    """
+    """Move what full recomputation keeps to pinned memory of the host, and back while the layer above computes."""
     loss_chunk_tokens: Positive | None = None
     """Tokens per rank whose logits exist at a time: the output layer and the loss are computed in chunks, forward and
     backward. None: all at once, which for 128K tokens and a vocabulary of 128K takes 137 GB."""
@@ -241,22 +245,22 @@ class Training(Section):
 
 
 class Checkpoint(Section):
-    """What is kept. A run continues from the last checkpoint in its own directory."""
+    """When checkpoints are saved and how a run starts. A run continues from the last one in its own directory."""
 
     save: Annotated[bool, NO_FLAG] = True
     """false: keep nothing."""
     save_interval: Annotated[Positive | None, NO_FLAG] = None
     """Steps between checkpoints. None: only at the end, and on SIGTERM."""
     load: Annotated[Path | None, NO_FLAG] = None
-    """Checkpoints of another run to go on from, at its step, with its optimizer and its place in the data, when this
-    one has none yet."""
+    """Folder of another run's checkpoints, from which this run continues while it has none of its own: at the same
+    step, with the same optimizer state and place in the data."""
     start_from: Annotated[Path | None, NO_FLAG] = None
-    """Checkpoints to take the weights from, when this run has none yet: step 1, a new optimizer, data from the first
-    token. megatron_args.ckpt_step: which of them."""
+    """Folder of checkpoints whose weights this run takes while it has none of its own; it starts at step 1, with a new
+    optimizer state and the first token. megatron_args.ckpt_step chooses one of them."""
     may_change: Annotated[list[Name], NO_FLAG] = []
-    """Keys, such as data.paths or optimizer.lr, in which this run may go on otherwise than it was begun."""
+    """Keys, such as data.paths or optimizer.lr, that may differ from the configuration with which this run began."""
     keep_last: Positive | None = None
-    """Checkpoints to keep, the newest complete ones. None: all."""
+    """Number of checkpoints to keep, the newest complete ones. None: all."""
     verify_integrity: bool = True
     """Write a checksum of every file, and refuse a checkpoint with a changed one. Rank 0 reads every file once more,
     at 1 to 2 GB/s; false where that takes too long."""
@@ -267,15 +271,15 @@ class Checkpoint(Section):
 
 
 class Logging(Section):
-    """What is reported."""
+    """What a run reports, and where."""
 
     log_interval: Positive = 1
     """Steps between lines of Megatron's own log, RUN_DIR/logs/rank-N.log; the console shows every step."""
     tensorboard: Annotated[bool, NO_FLAG] = False
     """Write TensorBoard logs into the run's directory."""
     wandb_project: Name | None = None
-    """Report to Weights & Biases under this project, as one run per run.dir, which goes on where the training does;
-    implies tensorboard, as Megatron reports to both or neither."""
+    """Report to this project of Weights & Biases, as one run per run.dir, which each continuation resumes. It implies
+    tensorboard, as Megatron reports to Weights & Biases only beside that."""
     wandb_entity: Name | None = None
     attention_communication: Annotated[bool, Flag("log-attention-communication")] = False
     """Report the share of a step in which a rank waits for attention's messages."""
@@ -284,7 +288,7 @@ class Logging(Section):
 
 
 class Environment(Section):
-    """Where it runs."""
+    """The machines of a run, and the environment of its ranks."""
 
     device: Annotated[Literal["cpu", "cuda"], NO_FLAG] = "cuda"
     """cpu: ranks are processes on this machine's cores, over Gloo."""
@@ -297,11 +301,10 @@ class Environment(Section):
 
 
 class Cluster(Section):
-    """What the machines can do, for estimates and the reported MFU; nothing trains differently by it.
+    """Sizes and rates of the machines, by which the planner chooses for `auto`, and for estimates and the reported MFU.
 
-    A node's GPUs: environment.gpus_per_node.
-
-    Rates are what one GPU gets in one direction; 1 GB is 10^9 bytes, 1 GiB 2^30. None: not known.
+    environment.gpus_per_node says how many GPUs a node has. Rates are those of one GPU, and of links in one direction;
+    1 GB is 10^9 bytes, 1 GiB is 2^30 bytes. None: not known.
     """
 
     memory_gib: Annotated[Rate | None, NO_FLAG] = None
@@ -309,20 +312,20 @@ class Cluster(Section):
     host_memory_gib: Annotated[Rate | None, NO_FLAG] = None
     """Memory of a node that processes can allocate, in GiB."""
     peak_tflops: Annotated[Rate | None, NO_FLAG] = None
-    """Dense matrix products in training.precision, by the data sheet, in 10^12 FLOP/s: the base of the MFU."""
+    """Peak rate of dense matrix products in training.precision, by the data sheet, in 10^12 FLOP/s; the MFU's base."""
     attention_forward_tflops: Annotated[Rate | None, NO_FLAG] = None
-    """Attention kernel on large rectangles, in 10^12 FLOP/s."""
+    """Rate of the attention kernel on large rectangles, in 10^12 FLOP/s."""
     attention_backward_tflops: Annotated[Rate | None, NO_FLAG] = None
     intra_node_gb_per_s: Annotated[Rate | None, NO_FLAG] = None
-    """Links between the GPUs of a node, in GB/s."""
+    """Bandwidth of the links between the GPUs of a node, in GB/s."""
     intra_node_latency_us: Annotated[Rate | None, NO_FLAG] = None
     """Time of the smallest message within a node, in microseconds."""
     nic_gb_per_s: Annotated[Rate | None, NO_FLAG] = None
-    """Network between nodes, in GB/s: the bandwidth of a node's cards over its GPUs."""
+    """Bandwidth of the network between nodes, in GB/s: that of a node's cards, over its GPUs."""
     nic_latency_us: Annotated[Rate | None, NO_FLAG] = None
     """Time of the smallest message between nodes, in microseconds."""
     launch_us: Annotated[Rate | None, NO_FLAG] = None
-    """What starting an attention kernel or an exchange of chunks costs the CPU, in microseconds; None: left out."""
+    """CPU time to start an attention kernel or an exchange of chunks, in microseconds. None: not counted."""
 
 
 class Slurm(Section):
@@ -332,14 +335,14 @@ class Slurm(Section):
     """Options of sbatch by their long names: {partition: gpu, time: "24:00:00"}. true: no value; null: leave it out.
     `sbatch+:` adds to those of an extended file, which this replaces."""
     srun: Annotated[dict[Option, str | int | bool | None], NO_FLAG] = {}
-    """Options of the srun that starts the ranks, written as those of sbatch: {mpi: pmix, cpus-per-task: 96}."""
+    """Options of the srun that starts the ranks, in the same form: {mpi: pmix, cpus-per-task: 96}."""
     grace_s: Annotated[Positive, NO_FLAG] = 300
     """Seconds before the time limit at which the ranks are told to save and exit."""
     max_failures: Annotated[Positive, NO_FLAG] = 3
-    """Failures in a row, without a new checkpoint in between, after which the job is not queued again. Of stops at the
-    time limit or a pre-emption it is one more."""
+    """Failures in a row, without a new checkpoint in between, after which the job is not queued again. Stops at the
+    time limit or by pre-emption are counted apart, and may be one more."""
     setup: Annotated[Path | None, NO_FLAG] = None
-    """Shell file that the job reads before it starts the ranks: modules, what the site needs."""
+    """Shell file that the job sources before it starts the ranks, for example to load modules."""
     python: Annotated[Path | None, NO_FLAG] = None
     """Interpreter of the ranks, or a wrapper that starts it. None: the one of `submit`; in a container python3."""
     container_runtime: Annotated[Literal["pyxis", "apptainer", "singularity"], NO_FLAG] = "pyxis"
@@ -348,11 +351,11 @@ class Slurm(Section):
     """For Pyxis a file or registry#name:tag, for Apptainer and Singularity a file or an address such as docker://.
     None: no container."""
     container_mounts: Annotated[list[Path], NO_FLAG] = []
-    """SOURCE:TARGET[:FLAGS], besides the working directory and the run's, which are mounted as they are."""
+    """SOURCE:TARGET[:FLAGS] of further mounts; the working directory and the run's keep their own paths."""
 
 
 class RunConfig(Section):
-    """One run, whole."""
+    """A whole run: one field per section of the YAML."""
 
     run: Run = Run()
     model: Model
@@ -367,7 +370,7 @@ class RunConfig(Section):
     cluster: Cluster = Cluster()
     slurm: Slurm = Slurm()
     megatron_args: dict[str, object] = {}
-    """Any other argument of Megatron, by its name. null takes back what an extended file gave."""
+    """Any other argument of Megatron, by its name. null leaves out what an extended file gave."""
 
     @property
     def model_ranks(self) -> int:
@@ -376,19 +379,19 @@ class RunConfig(Section):
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """Number of all ranks."""
         return self.model_ranks * self.data_parallel_size
 
     @property
     def data_parallel_size(self) -> int:
-        """Replicas; derived when the run was loaded."""
+        """Number of replicas, which follows from the ranks when a run is loaded."""
         return self.parallelism.data or 1
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """U, R and C of attention2d's process grid: ranks over heads, rows and columns.
 
-        `load_run` puts numbers in the place of `auto`, where a layer has a grid of several ranks.
+        Where a layer has a grid of several ranks, `load_run` has put numbers in the place of `auto`.
         """
         written = self.context_parallel.grid
         if written == "auto":
@@ -405,12 +408,12 @@ class RunConfig(Section):
 
     @property
     def head_groups(self) -> int:
-        """In how many groups of heads attention2d overlaps messages and kernels."""
+        """Number of groups of heads between which attention2d overlaps messages and kernels."""
         return 1 if self.context_parallel.head_groups == "auto" else self.context_parallel.head_groups
 
     @property
     def document_multiple(self) -> int:
-        """Tokens of which the place of each document is a multiple; 0 where all documents are one sequence."""
+        """Tokens to a multiple of which each document is padded; 0 where all documents are one sequence."""
         if not self.data.document_masking and self.data.format == "text":
             return 0
         return self.data.document_multiple or 2 * self.context_parallel.size
@@ -423,17 +426,17 @@ class RunConfig(Section):
 
     @property
     def keeps_attention_outputs(self) -> bool:
-        """Whether there are layers whose attention's output is kept."""
+        """Whether full recomputation keeps the output of attention in some layer."""
         modes = self.context_parallel.layer_modes or [self.context_parallel.mode]
         return self.training.keep_attention_outputs and "attention2d" in modes
 
     @property
     def graph_implementation(self) -> str:
-        """Megatron's implementation of CUDA graphs, `none` without."""
+        """Megatron's implementation of CUDA graphs, `none` without graphs."""
         given = self.megatron_args.get("cuda_graph_impl")
         return str(given or GRAPH_IMPLEMENTATIONS.get(self.training.cuda_graphs, "none"))
 
     @property
     def directory(self) -> str:
-        """Where the run writes."""
+        """The directory in which the run writes."""
         return self.run.dir or f"runs/{self.run.name}"
