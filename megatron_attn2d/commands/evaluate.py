@@ -12,6 +12,7 @@ from typing import Any
 from megatron_attn2d.commands import evaluate_tasks
 from megatron_attn2d.commands.evaluate_tasks import Words
 from megatron_attn2d.commands.evaluation_data import check_output, data_set, samples
+from megatron_attn2d.commands.on_ranks import on_ranks
 from megatron_attn2d.config import ConfigError, RunConfig, load_run, megatron_arguments
 from megatron_attn2d.config.forward_only import FORWARD_ONLY, accepted, on_another_grid, trained_run
 from megatron_attn2d.errors import UsageError
@@ -65,17 +66,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         prefix = stack.enter_context(data_set(args.data, args.key, run, launched=world_size is not None))
         windows = samples(Path(prefix), context, 16 if args.samples is None else args.samples)
         edges = bucket_edges(context, 8 if args.buckets is None else args.buckets)
-        from megatron_attn2d.launch import ranks
         from megatron_attn2d.training import evaluation
 
         request = evaluation.Request(args.data, prefix, windows, edges, output, step)
-        if world_size:
-            environment.adopt_launcher()
-            evaluation.main(request, arguments)
-            return 0
-        environment.check_devices(run.environment.device, run.world_size)
-        target = partial(evaluation.main, request)
-        return ranks.run_local(run.world_size, target, arguments, device=run.environment.device)
+        return on_ranks(run, partial(evaluation.main, request), arguments, launched=world_size is not None)
 
 
 def configuration(run_dir: Path, context: int, overrides: list[str], world_size: int | None = None) -> RunConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_attn2d.commands.evaluation_data import check_output, data_set, samples
+from megatron_attn2d.commands.on_ranks import on_ranks
 from megatron_attn2d.config import RunConfig
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.inference import configuration, long_context
@@ -117,14 +118,7 @@ def run_tasks(args: argparse.Namespace, asked: tuple[int, ...]) -> int:
         environment.apply_variables(run.environment.device, run.environment.variables)
         arguments = configuration.arguments(run, step)
         target = partial(long_context.main, request, run, options["chunk"])
-        if world_size:
-            environment.adopt_launcher()
-            target(arguments)
-            return 0
-        environment.check_devices(run.environment.device, run.world_size)
-        from megatron_attn2d.launch import ranks
-
-        return ranks.run_local(run.world_size, target, arguments, device=run.environment.device)
+        return on_ranks(run, target, arguments, launched=world_size is not None)
 
 
 def _check(request: long_context.Request, run: RunConfig) -> None:

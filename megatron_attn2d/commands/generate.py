@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_attn2d.commands.evaluation_data import check_output
+from megatron_attn2d.commands.on_ranks import on_ranks
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.launch import environment
 from megatron_attn2d.run import checkpoints
@@ -58,17 +59,11 @@ def _generate(args: argparse.Namespace) -> int:
             raise UsageError(f"--output {args.output}: holds the prompts; choose another file")
     environment.apply_variables(run.environment.device, run.environment.variables)
     from megatron_attn2d.inference.completions import Request, check, main
-    from megatron_attn2d.launch import ranks
 
     request = Request(run, texts, _sampling(args), args.batch, args.chunk, args.output)
     check(request)
     arguments = configuration.arguments(run, step)
-    if world_size:
-        environment.adopt_launcher()
-        main(request, arguments)
-        return 0
-    environment.check_devices(run.environment.device, run.world_size)
-    return ranks.run_local(run.world_size, partial(main, request), arguments, device=run.environment.device)
+    return on_ranks(run, partial(main, request), arguments, launched=world_size is not None)
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
