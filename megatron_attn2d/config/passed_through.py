@@ -54,11 +54,11 @@ _DECIDED_BY = {
 _IGNORED = "would be ignored: it is for data sets or losses other than ours"
 _REFUSED = {
     "spec": "replaces the layers, and with them the attention that context_parallel.mode chooses",
-    "local-rank": "is the launcher's business",
-    "use-checkpoint-opt-param-scheduler": "takes the learning rate's course from the checkpoint, whatever is said here",
-    "use-checkpoint-args": "takes the model from the checkpoint, whatever is said here",
-    "use-mp-args-from-checkpoint-args": "takes the parallelism from the checkpoint, whatever is said here",
-    "exit-on-missing-checkpoint": "ends each first start; that the named checkpoints exist is looked at in any case",
+    "local-rank": "is set by the launcher",
+    "use-checkpoint-opt-param-scheduler": "takes the schedule from the checkpoint, against the keys of optimizer",
+    "use-checkpoint-args": "takes the model from the checkpoint, against the keys of model",
+    "use-mp-args-from-checkpoint-args": "takes the parallelism from the checkpoint, against the keys of parallelism",
+    "exit-on-missing-checkpoint": "would end each first start; a run always checks that the checkpoints it names exist",
     "check-for-spiky-loss": _IGNORED,
     "dataloader-defer-npy-index-mmap": _IGNORED,
     "dataloader-fast-cache-load": _IGNORED,
