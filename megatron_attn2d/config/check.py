@@ -1,4 +1,4 @@
-"""Whether the keys of a run fit together: every refusal before any process starts."""
+"""Checks that the keys of a run fit together, before any process starts."""
 
 from collections.abc import Iterable
 
@@ -22,7 +22,7 @@ _CHECKS = (
     *(check_model, check_layers, check_hybrid, check_parallelism, check_machines, check_step, check_fp8),
     *(check_data, check_documents, check_optimizer, check_checkpoint, check_graphs),
 )
-"""In the order in which their refusals are told."""
+"""The checks, in the order of their messages."""
 
 
 def check(run: RunConfig) -> None:

@@ -106,7 +106,7 @@ def build(
 
 
 def _description(choice: TokenizerChoice, tokenizer: Tokenizer, built: Built) -> dict[str, Any]:
-    """What PREFIX.json says of a data set besides its files."""
+    """The content of PREFIX.json, without the input files."""
     return {
         "tokenizer": tokenizers.to_json(choice),
         "documents": built.documents,

@@ -109,7 +109,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _samples(run: RunConfig, step: int, consumed: int) -> int:
-    """How many samples `pretrain_gpt` asks for."""
+    """The number of samples that `training.datasets` asks for."""
     steps, batch = run.training.train_iters, run.training.global_batch_size
     return max(steps * batch, consumed + max(0, steps - step) * batch)
 

@@ -1,1 +1,1 @@
-"""What a run will take, told before it starts: memory, the process grid, time and bytes of attention."""
+"""Shows before a run starts what it will take: memory, the process grid, and attention's time and bytes."""

@@ -1,4 +1,4 @@
-"""What a rank prints goes to its log; the console shows only what is printed on purpose."""
+"""Sends the output of a rank to its log, and keeps the console for lines that are meant for the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data sets of a run, built by Megatron: their files and cached indices are verified, and their token ids."""
+"""Builds the data sets of a run with Megatron, and verifies their files, cached indices and token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run shows and records: a line per step on the console, a JSON object per step in RUN_DIR/metrics.jsonl.
+"""Reports each step as a line on the console, and as a JSON object in RUN_DIR/metrics.jsonl.
 
 Validations are shown too, and recorded in RUN_DIR/validation.jsonl.
 """

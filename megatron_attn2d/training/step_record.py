@@ -1,4 +1,4 @@
-"""What is recorded of a training step: its fields, its line of JSON, and the scalars that trackers get."""
+"""The record of a training step: its fields, its line of JSON, and its scalars for trackers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ALWAYS = ("loss", "grad_norm", "lr")
 
 @dataclass(frozen=True)
 class Step:
-    """What is recorded of a training step."""
+    """The record of a training step."""
 
     step: int
     """Number of the step, from 1."""
@@ -49,7 +49,7 @@ class Step:
         return json_line({name: value for name, value in asdict(self).items() if value is not None or name in _ALWAYS})
 
     def scalars(self, ranks: int) -> dict[str, float]:
-        """What trackers get of the step besides upstream's scalars, by name.
+        """The scalars that trackers get besides upstream's, by name.
 
         Args:
             ranks: the world size.

@@ -1,1 +1,1 @@
-"""What must fit together in a run, a file per subject; `config/check.py` asks all of them."""
+"""Checks of what must fit together in a run, a file per subject; `config/check.py` runs all of them."""

@@ -1,4 +1,4 @@
-"""Whether a run can save and start as its keys say."""
+"""Checks that a run can save and start as its keys say."""
 
 import importlib.util
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Whether the context ranks, their grid and each layer's mode fit the model and the sequence."""
+"""Checks that the context ranks, their grid and each layer's mode fit the model and the sequence."""
 
 import importlib.util
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Whether data sets, tokenizer and documents fit the run."""
+"""Checks that data sets, tokenizer and documents fit the run."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Whether CUDA graphs can hold what a run asks for."""
+"""Checks that CUDA graphs can hold what a run asks for."""
 
 from collections.abc import Iterator
 

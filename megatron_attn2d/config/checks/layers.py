@@ -1,4 +1,4 @@
-"""Whether what Megatron's own arguments say of single layers fits the model."""
+"""Checks that Megatron's own arguments about layers fit the model."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Whether the machines and installed packages have what a run asks for."""
+"""Checks that the machines and the installed packages have what a run asks for."""
 
 import importlib.util
 from collections.abc import Iterator

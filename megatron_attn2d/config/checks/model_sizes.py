@@ -1,4 +1,4 @@
-"""Whether the sizes of the model fit each other, and its positions the way in which they are scaled."""
+"""Checks that the sizes of the model fit each other, and that its kind of positions can be scaled."""
 
 from collections.abc import Iterator
 

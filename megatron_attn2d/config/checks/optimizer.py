@@ -1,4 +1,4 @@
-"""Whether the optimizer's keys fit each other."""
+"""Checks that the optimizer's keys fit each other."""
 
 from collections.abc import Iterator
 

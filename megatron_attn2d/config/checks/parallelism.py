@@ -1,4 +1,4 @@
-"""Whether ranks share heads, layers, experts and tokens evenly."""
+"""Checks that ranks share heads, layers, experts and tokens evenly."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What a check says against a run."""
+"""The form in which a check refuses a key."""
 
 Refusal = tuple[str, str, str]
 """The key "section.name", the reason and a valid choice."""

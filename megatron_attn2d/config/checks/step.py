@@ -1,4 +1,4 @@
-"""Whether batch, recomputation, loss and precision of a step fit together."""
+"""Checks that batch, recomputation, loss and precision of a step fit together."""
 
 import re
 from collections.abc import Iterator
