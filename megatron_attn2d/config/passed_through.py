@@ -66,7 +66,7 @@ _REFUSED = {
     "full-validation": _IGNORED,
     "multiple-validation-sets": _IGNORED,
     "per-dataset-sequences-path": _IGNORED,
-    "rampup-batch-size": "is read by nobody in Megatron-Core 0.19",
+    "rampup-batch-size": "is not read by Megatron-Core 0.19",
     "step-batch-size-schedule": "excludes training.global_batch_size, which a run must have",
     "train-samples": "excludes training.train_iters, by which a run is planned and continued",
 }
@@ -149,7 +149,7 @@ def _tokens(name: str, value: object) -> list[str]:
     if (word := _one_word(name, value, values)) is not None:
         return flag_tokens(hyphened, word)
     if known[flag].nargs is None and len(values) != 1:
-        raise ConfigError(key, value, f"{flag} takes one value", "write that alone")
+        raise ConfigError(key, value, f"{flag} takes one value", "write one value")
     tokens = flag_tokens(hyphened, *values)
     if (refused := upstream_flags.refusal(flag, tokens)) is not None:
         raise ConfigError(key, value, f"Megatron refuses it: {refused}", "see megatron/training/arguments.py")

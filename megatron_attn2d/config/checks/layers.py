@@ -33,9 +33,13 @@ def check_layers(run: RunConfig) -> Iterator[Refusal]:
     for name in PER_LAYER:
         value = given.get(name)
         if isinstance(value, list) and len(value) != layers and (not pattern or is_hybrid(run)):
-            yield f"megatron_args.{name}", f"says it of {len(value)} layers, model.num_layers is {layers}", "name each"
+            yield (
+                f"megatron_args.{name}",
+                f"has {len(value)} entries, but model.num_layers is {layers}",
+                "write one per layer",
+            )
         elif isinstance(value, int) and value < 1:
-            yield f"megatron_args.{name}", "means every layer of that many", "choose 1 or more, or leave it out"
+            yield f"megatron_args.{name}", "selects one in so many layers", "choose 1 or more, or leave it out"
 
 
 def check_hybrid(run: RunConfig) -> Iterator[Refusal]:

@@ -43,7 +43,8 @@ def check_fp8(run: RunConfig) -> Iterator[Refusal]:
     ffn = model.ffn_hidden_size or 4 * model.hidden_size
     for key, width in (("model.hidden_size", model.hidden_size), ("model.ffn_hidden_size", ffn)):
         if width % (16 * tensor):
-            yield key, f"training.fp8 wants multiples of 16 * parallelism.tensor = {16 * tensor}", "training.fp8=none"
+            reason = f"training.fp8 needs a multiple of 16 * parallelism.tensor = {16 * tensor}"
+            yield key, reason, "choose such a multiple, or training.fp8=none"
 
 
 def _check_batch(run: RunConfig) -> Iterator[Refusal]:
@@ -86,7 +87,7 @@ def _check_kept(run: RunConfig) -> Iterator[Refusal]:
             continue
         key = f"training.{name}"
         if training.recompute_granularity != "full":
-            reason = "it is about what full recomputation keeps"
+            reason = "it concerns what full recomputation keeps"
             yield key, reason, "choose false, or training.recompute_granularity=full"
         if run.graph_implementation != "none":
             reason = "copies to and from what is kept are no part of a CUDA graph"

@@ -6,7 +6,7 @@ REFUSED = {
         "which no rank has; choose * or +"
     ),
     "megatron_args={window_size: [8, 0], window_attn_skip_freq: [1, 0, 1]}": (
-        "megatron_args.window_attn_skip_freq = [1, 0, 1]: says it of 3 layers, model.num_layers is 4; name each"
+        "megatron_args.window_attn_skip_freq = [1, 0, 1]: has 3 entries, model.num_layers is 4; write one per layer"
     ),
     "megatron_args={window_size: [8, 0], window_attn_skip_freq: [1, 0, 2, 1]}": (
         "megatron_args.window_attn_skip_freq = [1, 0, 2, 1]: --window-attn-skip-freq takes 0 or 1 for each layer; ..."
@@ -38,7 +38,7 @@ REFUSED = {
         "megatron_args.linear_attention_freq = 2: is not read of a hybrid model; write those layers as G in ..."
     ),
     "model.kind=hybrid megatron_args={num_experts: 4, moe_layer_freq: 0}": (
-        "megatron_args.moe_layer_freq = 0: means every layer of that many; choose 1 or more, or leave it out"
+        "megatron_args.moe_layer_freq = 0: selects one in so many layers; choose 1 or more, or leave it out"
     ),
     "model.kind=hybrid megatron_args.hybrid_layer_pattern='M*-|M*-'": (
         "megatron_args.hybrid_layer_pattern = 'M*-|M*-': has 2 layers of attention (* or +), model.num_layers is 4; "
@@ -46,7 +46,7 @@ REFUSED = {
     ),
     "model.kind=hybrid megatron_args={hybrid_layer_pattern: 'M*M*|-*M*M', window_size: [8, 0], "
     "window_attn_skip_freq: [0, 1]}": (
-        "megatron_args.window_attn_skip_freq = [0, 1]: says it of 2 layers, model.num_layers is 4; name each"
+        "megatron_args.window_attn_skip_freq = [0, 1]: has 2 entries, model.num_layers is 4; write one per layer"
     ),
     "model.kind=hybrid megatron_args.hybrid_layer_pattern='*|*|*|*'": (
         "megatron_args.hybrid_layer_pattern = '*|*|*|*': has 4 stages, parallelism.pipeline x virtual_pipeline are 2; "

@@ -23,7 +23,7 @@ REFUSED = {
         "with every batch, and a grid is laid once; leave it out"
     ),
     "megatron_args.moe_router_topk=[1, 2]": (
-        "megatron_args.moe_router_topk = [1, 2]: --moe-router-topk takes one value; write that alone"
+        "megatron_args.moe_router_topk = [1, 2]: --moe-router-topk takes one value; write one value"
     ),
     "megatron_args.window_size=[512, 0, 1]": (
         "megatron_args.window_size = [512, 0, 1]: not how many tokens before and after it a token sees; "
@@ -39,7 +39,7 @@ REFUSED = {
         "leave it out"
     ),
     "megatron_args.rampup_batch_size=[2, 2, 4]": (
-        "megatron_args.rampup_batch_size = [2, 2, 4]: --rampup-batch-size is read by nobody in Megatron-Core 0.19; ..."
+        "megatron_args.rampup_batch_size = [2, 2, 4]: --rampup-batch-size is not read by Megatron-Core 0.19; ..."
     ),
     "megatron_args.step_batch_size_schedule='0:2 4:4'": (
         "megatron_args.step_batch_size_schedule = '0:2 4:4': --step-batch-size-schedule excludes training.global_b..."

@@ -23,7 +23,7 @@ REFUSED = {
     ),
     # what long sequences need
     "training.offload_activations=true": (
-        "training.offload_activations = true: it is about what full recomputation keeps; "
+        "training.offload_activations = true: it concerns what full recomputation keeps; "
         "choose false, or training.recompute_granularity=full"
     ),
     f"{FULL} training.offload_activations=true megatron_args.distribute_saved_activations=true parallelism.tensor=2": (
@@ -55,6 +55,7 @@ REFUSED = {
         "training.fp8 = 'none': megatron_args.fp8_format is given; choose delayed, tensorwise or blockwise"
     ),
     "environment.device=cuda training.fp8=tensorwise training.precision=bf16 model.ffn_hidden_size=100": (
-        "model.ffn_hidden_size = 100: training.fp8 wants multiples of 16 * parallelism.tensor = 16; training.fp8=none"
+        "model.ffn_hidden_size = 100: training.fp8 needs a multiple of 16 * parallelism.tensor = 16; choose "
+        "such a multiple, or training.fp8=none"
     ),
 }
