@@ -1,4 +1,4 @@
-"""`megatron-attn2d eval --tasks`: scores of a checkpoint on long texts."""
+"""Scores of a checkpoint on long texts: `megatron-attn2d eval` with --tasks."""
 
 from __future__ import annotations
 
