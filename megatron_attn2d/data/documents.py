@@ -1,14 +1,14 @@
-"""Megatron's data sets in which each document is a sequence of its own: padded to places that context ranks can share.
+"""Megatron's data sets in which each document is a sequence of its own, padded so that context ranks can share it.
 
-Megatron cuts the stream of all documents into samples. Here the stream is that of the documents' places, each a
-multiple of `document_multiple` tokens, so that a sample begins and ends on such a multiple too. No token is lost; what
-the end of a sample cuts in two is two sequences.
+Megatron cuts the stream of all documents into samples. Here each document lies in a place, whose tokens are a multiple
+of `document_multiple`, and the stream is that of the places. So a sample begins and ends on such a multiple too. No
+token is lost: a document that the end of a sample cuts in two becomes two sequences.
 
     documents      aaaaaaa bbb cccccccccc
     places of 4    aaaaaaa.bbb.cccccccccc..
     samples of 12  aaaaaaa.bbb.   cccccccccc..    . is padding: it sees nobody, and no loss counts there
 
-Examples of fine-tuning are not cut: a sample takes, of those that come next, what fits, and ends with padding.
+Examples of fine-tuning are not cut: a sample takes those of the next examples that fit, and ends with padding.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron_attn2d.data import examples
 
 PADDING = -1
-"""In place of a token's id, where a place holds no token."""
+"""Stands in the place of a token id for padding."""
 TOTALS, PLACES = "document_totals", "document_places"
-"""Keys of a sample. Not upstream's cu_seqlens, whose helpers would slice the batch by other rules."""
+"""Keys of a sample. They differ from upstream's cu_seqlens, by which its helpers would slice the batch."""
 
 _AHEAD = 64
-"""Examples among which a sample finds those that fit: on samples of four examples they leave 3% of padding."""
+"""Number of next examples among which a sample finds those that fit; samples of four examples then have 3% padding."""
 
 Sample = dict[str, torch.Tensor]
 
 
 @dataclass
 class DocumentDatasetConfig(GPTDatasetConfig):
-    """Upstream's, and how documents are padded."""
+    """Upstream's configuration, and how documents are padded."""
 
     document_multiple: int = 1
-    """Tokens of which each place is a multiple."""
+    """Each place is a multiple of this many tokens."""
 
 
 class PaddedDocuments:
-    """An indexed data set whose documents lie in places; of upstream's interface what GPTDataset reads."""
+    """An indexed data set whose documents lie in places; it has what GPTDataset reads of upstream's interface."""
 
     def __init__(self, indexed: Any, multiple: int) -> None:
         self.indexed = indexed
@@ -56,7 +56,7 @@ class PaddedDocuments:
 
     @property
     def path_prefix(self) -> str:
-        """Of the files."""
+        """The prefix of the data set."""
         return str(self.indexed.path_prefix)
 
     @property
@@ -77,12 +77,17 @@ class PaddedDocuments:
 
 
 def places(lengths: np.ndarray, multiple: int) -> np.ndarray:
-    """The tokens that are set apart for documents of `lengths` tokens, int32."""
+    """The tokens of the places of documents, int32 [n].
+
+    Args:
+        lengths: tokens of each document, [n].
+        multiple: each place is a multiple of this many tokens.
+    """
     return (-(-lengths.astype(np.int64) // multiple) * multiple).astype(np.int32)
 
 
 class DocumentDataset(GPTDataset):
-    """Samples of whole documents and of pieces of them, each a sequence of its own; see the module."""
+    """Samples of whole documents and of pieces of documents, each a sequence of its own; see the module."""
 
     config: DocumentDatasetConfig
 
@@ -103,7 +108,7 @@ class DocumentDataset(GPTDataset):
 
     @property
     def most_documents(self) -> int:
-        """No sample has more documents and pieces of them."""
+        """The most documents and pieces of documents in a sample."""
         if not len(self):
             return 0
         first, last = self.sample_index[:-1, 0], self.sample_index[1:]  # (document, offset) where samples begin and end
@@ -119,10 +124,10 @@ class DocumentDataset(GPTDataset):
 
 
 class Examples:
-    """An indexed data set of examples, and which of their tokens count.
+    """An indexed data set of examples, with the tokens of them that count in the loss.
 
     Raises:
-        ValueError: what says so is of another data set.
+        ValueError: the file PREFIX.loss belongs to another data set.
     """
 
     def __init__(self, indexed: Any, prefix: Path) -> None:
@@ -135,7 +140,7 @@ class Examples:
             )
 
     def get(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of an example, and 1 for each that is to be predicted."""
+        """The token ids [n] of an example, and for each of them 1 where it is to be predicted, else 0, uint8 [n]."""
         index = self._indexed.index
         first = int(index.sequence_pointers[idx]) // np.dtype(index.dtype).itemsize
         return self._indexed.get(idx), self._counts[first : first + int(self.sequence_lengths[idx])]
@@ -170,7 +175,7 @@ class ExampleDataset(MegatronDataset):
 
     @property
     def most_documents(self) -> int:
-        """No sample has more examples, what is left at its end counted as one."""
+        """The most examples in a sample, where the padding at its end counts as one."""
         return 1 + int(np.diff(self._bounds).max(initial=0))
 
     def __getitem__(self, idx: int | None) -> Sample:
@@ -185,13 +190,13 @@ class ExampleDataset(MegatronDataset):
             counts[first : first + len(ids)] = counted
             taken.append(-(-len(ids) // multiple) * multiple)
             first += taken[-1]
-        if first < length:  # a place without a token: upstream's rotary positions go through all places
+        if first < length:  # the padding is a place too, as upstream's rotary positions go through all places
             taken.append(length - first)
         sample = packed(stream, taken, False, multiple, counts)
         return sample if idx is not None else _uncounted(sample)
 
     def _dealt(self) -> tuple[np.ndarray, np.ndarray]:
-        """Examples of as many epochs as the samples take, and where in them each sample begins."""
+        """The examples of all samples, over as many epochs as they take, and where among these each sample begins."""
         lengths, most = self.dataset.sequence_lengths[self.indices], self.config.sequence_length
         if not len(lengths):
             raise ValueError(f"the {self.index_split.name} split of {self.dataset_path} holds no example")
@@ -214,11 +219,15 @@ class ExampleDataset(MegatronDataset):
 
 
 def _fitted(taken: np.ndarray, most: int, to_the_end: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the places `taken` go into which sample: of the next `_AHEAD`, in their order, those that fit.
+    """Distribute places to samples: each takes those of the next `_AHEAD` that fit, in their order.
+
+    Args:
+        taken: tokens of each place, [n].
+        most: tokens of a sample.
+        to_the_end: whether no places follow. Else it stops at the first sample that further places could change.
 
     Returns:
-        [n] places, sample by sample, and where in them each sample begins and the last ends. Unless `to_the_end`, it
-        breaks off where more places than there are would change a sample.
+        Indices of places, sample by sample, and where among these each sample begins and the last one ends.
     """
     sizes: list[int] = taken.tolist()
     dealt: list[int] = []
@@ -232,7 +241,7 @@ def _fitted(taken: np.ndarray, most: int, to_the_end: bool) -> tuple[np.ndarray,
         if not ahead or (len(ahead) < _AHEAD and not to_the_end):
             return np.array(dealt, dtype=np.int64), np.array(bounds)
         room, left = most, []
-        for place in ahead:  # the first of which fits, so that none waits for ever
+        for place in ahead:  # the first one always fits, so that no place waits for ever
             if sizes[place] <= room:
                 dealt.append(place)
                 room -= sizes[place]
@@ -243,7 +252,7 @@ def _fitted(taken: np.ndarray, most: int, to_the_end: bool) -> tuple[np.ndarray,
 
 
 def most_documents(built: Any) -> int:
-    """No sample of a data set, a blend, or a list of them has more documents; 0 where there is none."""
+    """The most documents in a sample of a data set, a blend or a list of them; 0 where there is no sample."""
     if isinstance(built, list | tuple):
         return max(map(most_documents, built), default=0)
     parts = getattr(built, "datasets", None)  # of a blend
@@ -259,14 +268,14 @@ def _uncounted(sample: Sample) -> Sample:
 def packed(
     stream: np.ndarray, taken: Sequence[int], goes_on: bool, multiple: int, counts: np.ndarray | None = None
 ) -> Sample:
-    """The sample of consecutive places.
+    """Make a sample of consecutive places.
 
     Args:
-        stream: [s + 1] ids, PADDING where a place has no token, and the id that follows.
-        taken: tokens of each place, in all s.
-        goes_on: whether the id that follows is of the last document.
-        multiple: each place is one of it, by which the number of places is bounded.
-        counts: [s + 1], which ids are to be predicted; None: all.
+        stream: [s + 1] ids, PADDING where a place has no token; the last one is the id that follows the sample.
+        taken: tokens of each place, whose sum is s.
+        goes_on: whether the id that follows belongs to the last document.
+        multiple: each place is a multiple of this many tokens, which bounds the number of places.
+        counts: [s + 1], whether an id is to be predicted; None: all ids are.
 
     Returns:
         tokens, labels, loss_mask and position_ids, [s]; int32 running totals of the documents' tokens and of their

@@ -1,4 +1,4 @@
-"""From samples of documents to this rank's part of a pack: its zigzag chunks of each document, and their lengths."""
+"""Takes this rank's part of a pack of documents: its zigzag chunks of each document, and the documents' lengths."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 ROTARY_POSITIONS = "rotary_positions"
 """Key of a batch in bins: the positions of its tokens in their documents, [b * s / cp] int64, on every stage."""
 _ROTARY_LENGTHS = 8
-"""How many lengths the longest document is rounded up to: upstream keeps a table of rotary angles for each that comes
-by, as long as it."""
+"""Number of lengths to which the longest document is rounded up: upstream keeps a table of rotary angles per length."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """The documents of a micro-batch, one after the other, as the host knows them."""
+    """The documents of a micro-batch, one after the other, in numbers on the host."""
 
     totals: list[int]
-    """Running totals of their tokens."""
+    """Running totals of the documents' tokens, from 0."""
     places: list[int]
-    """The same with padding; the last is the tokens of the pack."""
+    """Running totals of their places, padding included, from 0; the last is the number of tokens of the pack."""
 
     @classmethod
     def of(cls, totals: torch.Tensor, places: torch.Tensor) -> Pack:
-        """Of samples [b, n], which go one after the other."""
+        """The pack of the samples of a batch, one after the other; `totals` and `places` are theirs, [b, n]."""
         lengths, taken = totals.diff(), places.diff()
-        held = taken > 0  # behind the last document of a sample totals go on with their last number
+        held = taken > 0  # behind the last document of a sample its totals repeat
         return cls(*([0, *one[held].cumsum(0).tolist()] for one in (lengths, taken)))
 
     def parameters(self, totals: torch.Tensor, places: torch.Tensor) -> PackedSeqParams:
-        """What Megatron's layers are told of the documents, given the same totals on the device, [n] int32."""
+        """The documents for Megatron's layers; `totals` and `places` are those of the pack on the device, int32 [n]."""
         longest = self._rotary_length()
         return keep_totals(
             PackedSeqParams(
@@ -61,7 +60,10 @@ class Pack:
         )
 
     def _rotary_length(self) -> int:
-        """At least the longest place; all tokens for one alone, as upstream lets positions of several go on else."""
+        """A length of at least the longest place: all tokens for one place, and fewer for several.
+
+        With all tokens upstream would let positions run on across places.
+        """
         longest, tokens = max(b - a for a, b in pairwise(self.places)), self.places[-1]
         step = -(-tokens // _ROTARY_LENGTHS)
         rounded = -(-longest // step) * step
@@ -71,18 +73,19 @@ class Pack:
 def packed_on_this_rank(
     held: Batch, args: Any, *, first: bool, last: bool, mtp: bool, counted: bool
 ) -> tuple[Batch, PackedSeqParams]:
-    """This rank's part of a batch of documents, [b, s] as the loader gave it; {} on tensor ranks without a loader.
+    """This rank's part of a batch of documents.
 
     Args:
-        held: also totals [b, n], on the CPU.
-        args: Megatron's, of which the batch's sizes and the number of pipeline stages are read.
-        first: this rank embeds tokens.
-        last: this rank computes losses.
-        mtp: it predicts several tokens.
-        counted: whether the documents are counted for upstream's throughput of this step: once for each rank.
+        held: the batch as the loader gave it: tensors [b, s], and totals and places [b, n] on the CPU; {} on tensor
+            ranks without a loader.
+        args: Megatron's arguments: the sizes of the batch, and the number of pipeline stages.
+        first: whether this rank embeds tokens.
+        last: whether this rank computes losses.
+        mtp: whether this rank predicts several tokens.
+        counted: whether upstream's throughput counts these documents; once per rank and micro-batch.
 
     Returns:
-        the tensors that this stage uses, [1, b * s / cp], and what its layers are told of the documents.
+        The tensors that this stage uses, [1, b * s / cp], and the documents for its layers.
     """
     group, context = mpu.get_tensor_model_parallel_group(), mpu.get_context_parallel_group()
     pack, batch = None, dict[str, Any]()
@@ -101,11 +104,11 @@ def packed_on_this_rank(
     totals_there, places_there = (batch[key].flatten() for key in ("cu_seqlens", "cu_seqlens_padded"))
     if pack is None:
         pack = Pack(totals_there.tolist(), places_there.tolist())
-    if counted and torch.is_grad_enabled():  # a validation's would be taken for those of the next step
+    if counted and torch.is_grad_enabled():  # documents of a validation would count in the next step
         training.update_seqlen_stats_from_cu_seqlens(totals_there)
     rank, ranks = context.rank(), context.size()
     if ranks > 1:
-        # Attention asks for the same packing, which is kept for it.
+        # Attention asks for the same packing, which is cached.
         packing = Packing.of(pack.totals, pack.places, pack.places[-1], ranks, totals_there.device)
         rows = packing.positions([rank, 2 * ranks - 1 - rank])[0]
         batch |= {key: x.index_select(1, rows) for key in KEYS if (x := batch[key]) is not None}
@@ -113,10 +116,10 @@ def packed_on_this_rank(
 
 
 def binned_on_this_rank(held: Batch, args: Any, *, first: bool, last: bool, counted: bool) -> Batch:
-    """`packed_on_this_rank` without a number that only the GPU knows: each sample has `args.document_bins` documents.
+    """`packed_on_this_rank` for CUDA graphs, which read no number of the host: a sample has `args.document_bins` bins.
 
     Returns:
-        the tensors that this stage uses, [1, b * s / cp]; bins as the attention mask, and `ROTARY_POSITIONS`.
+        The tensors that this stage uses, [1, b * s / cp]; bins as the attention mask, and `ROTARY_POSITIONS`.
     """
     group, context = mpu.get_tensor_model_parallel_group(), mpu.get_context_parallel_group()
     device, batch = torch.cuda.current_device(), dict[str, Any]()
