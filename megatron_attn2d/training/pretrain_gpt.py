@@ -45,9 +45,8 @@ def _pretrain(given: int, console: TextIO) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import training
 
-    from megatron_attn2d.megatron import document_bins
+    from megatron_attn2d.megatron import bins_in_graphs, document_bins
     from megatron_attn2d.megatron.recomputation import keeping
-    from megatron_attn2d.megatron.upstream import bins_in_graphs
     from megatron_attn2d.training.guards.finite_check import checked_for_finiteness
     from megatron_attn2d.training.guards.self_check import checked_before_training
     from megatron_attn2d.training.start_line import announced

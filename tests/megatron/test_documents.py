@@ -104,7 +104,8 @@ def test_graphs_of_transformer_engine_get_bins_and_one_sequence_to_be_captured_w
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from megatron_attn2d.megatron.upstream import bins_in_graphs, compat, cpu
+    from megatron_attn2d.megatron import bins_in_graphs
+    from megatron_attn2d.megatron.upstream import compat, cpu
     from megatron_attn2d.megatron.upstream.patching import applied
 
     args = SimpleNamespace(cuda_graph_impl="transformer_engine", micro_batch_size=2, document_bins=0)
@@ -121,7 +122,7 @@ def test_replays_of_an_iteration_count_documents(monkeypatch: pytest.MonkeyPatch
     import torch
     from megatron.training import training
 
-    from megatron_attn2d.megatron.upstream import bins_in_graphs
+    from megatron_attn2d.megatron import bins_in_graphs
     from megatron_attn2d.megatron.upstream.patching import applied
 
     monkeypatch.setattr(training, "_seqlen_stats_active", False)
