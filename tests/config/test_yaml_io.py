@@ -39,7 +39,7 @@ def test_scalars_follow_yaml_1_2(text, value):
 scalars = st.none() | st.booleans() | st.integers(-(10**29), 10**29) | st.floats(allow_nan=False) | st.text()
 
 
-trees = st.recursive(scalars, lambda sub: st.lists(sub) | st.dictionaries(st.text(), sub), max_leaves=20)
+trees = st.recursive(scalars, lambda sub: st.lists(sub) | st.dictionaries(st.text(), sub), max_leaves=10)
 
 
 @unhurried

@@ -85,11 +85,16 @@ def context_parallel(mode: str, rows: int, cols: int) -> dict[str, Any]:
 def train_rank(rank: int, args: list[str]) -> None:
     """Trains as one rank of a pool."""
     from megatron.training import argument_utils
+    from megatron.training import arguments as upstreams
 
     from megatron_attn2d.training import pretrain_gpt
 
-    # Help texts, for which upstream reads its own sources at every parsing: half a second per rank.
-    with mock.patch.object(argument_utils.ArgumentGroupFactory, "_get_field_docstrings", return_value={}):
+    with (
+        # Help texts, for which upstream reads its own sources at every parsing: half a second per rank.
+        mock.patch.object(argument_utils.ArgumentGroupFactory, "_get_field_docstrings", return_value={}),
+        # 900 lines in the log of each training.
+        mock.patch.object(upstreams, "_print_args"),
+    ):
         pretrain_gpt.main(args)
 
 

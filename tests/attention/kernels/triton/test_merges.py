@@ -71,10 +71,10 @@ def compare(d: int) -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not part of this torch")
-@pytest.mark.parametrize("call", ["compare(8)", "compare(80)", "compare_row_orders()"])
-def test_interpreted_kernels_agree_with_torch(call: str) -> None:
+def test_interpreted_kernels_agree_with_torch() -> None:
     # The interpreter is chosen when Triton is imported, hence a process of its own.
-    code = f"from tests.attention.kernels.triton import test_merges as test; test.{call}"
+    calls = "test.compare(8), test.compare(80), test.compare_row_orders()"
+    code = f"from tests.attention.kernels.triton import test_merges as test; {calls}"
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
