@@ -156,6 +156,7 @@ APPTAINER = '#!/bin/bash\nprintf "%s\\n" "$@" >"$STUBS/apptainer-arguments"\nshi
 @pytest.mark.parametrize("container", [[], ["slurm.container_image=a.sif", "slurm.container_runtime=apptainer"]])
 def test_preemption_is_no_failure_and_reaches_the_ranks_but_not_torchrun(cluster, container):
     (cluster.bin / "sleep").symlink_to("/bin/sleep")
+    cluster.environ["TORCHELASTIC_RUN_ID"] = "of the shell that submitted"
     cluster.executable(cluster.bin / "apptainer", APPTAINER)
     Path(TRACKER).parent.mkdir(parents=True)
     assert submit(cluster, "--nodes", "2", "slurm.max_failures=1", with_ranks(cluster, RANK), *container) == 0
