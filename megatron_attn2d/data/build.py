@@ -185,7 +185,7 @@ def _write(
         for batch in batches:
             for where, reason, ends in batch.bad:
                 if ends and on_bad == "fatal":
-                    raise UsageError(f"{where}: {reason}")
+                    raise UsageError(f"{where}: {reason}; correct it, or leave such documents out by --skip-bad")
                 reasons[reason.partition(" (")[0].partition(";")[0]] += 1
                 if console is not None and reasons.total() <= _NAMED:
                     bar.write(f"left out {where}: {reason}", file=console)

@@ -42,7 +42,9 @@ def _parts(record: dict[str, Any], tokenizer: Tokenizer) -> list[Part]:
     if not {"prompt", "completion"} <= record.keys():
         keys = ", ".join(map(repr, sorted(record)[:8])) or "none"
         raise BadDocument(f"neither messages nor a prompt and a completion (it has {keys})")
-    prompt, completion = (checked_text(member(record, key), key) for key in ("prompt", "completion"))
+    prompt, completion = (
+        checked_text(member(record, key), key, empty=f"the {key} is empty") for key in ("prompt", "completion")
+    )
     return [(prompt, False), (completion, True), (END, True)]
 
 
@@ -53,7 +55,10 @@ def _messages(found: Any) -> list[Message]:
     for i, message in enumerate(found, 1):
         if (role := member(message, "role")) not in ROLES:
             raise BadDocument(f"message {i} has the role {role!r} (choose {', '.join(ROLES)})")
-        messages.append({"role": role, "content": checked_text(member(message, "content"), "content")})
+        # What is asked may be empty, as the words of a system often are; an empty answer teaches nothing.
+        empty = f"an answer is empty (message {i})" if role == ANSWERS else None
+        content = checked_text(member(message, "content"), "content", empty=empty)
+        messages.append({"role": role, "content": content})
     if all(message["role"] != ANSWERS for message in messages):
         raise BadDocument(f"no message of the role {ANSWERS!r}, which alone counts in the loss")
     return messages

@@ -81,8 +81,11 @@ class Raw:
             raise BadDocument(reason) from None
 
 
-def checked_text(value: Any, key: str) -> str:
+def checked_text(value: Any, key: str, *, empty: str | None = "empty document") -> str:
     """`value`, the value of `key`, as text.
+
+    Args:
+        empty: why a text of no characters or of spaces alone is refused; None: it is not.
 
     Raises:
         BadDocument: it is no text, it is empty, or it holds half of a surrogate pair.
@@ -90,8 +93,8 @@ def checked_text(value: Any, key: str) -> str:
     if not isinstance(value, str):
         what = "null" if value is None else type(value).__name__
         raise BadDocument(f"{key!r} is no text but {what}")
-    if not value or value.isspace():
-        raise BadDocument("empty document")
+    if empty and (not value or value.isspace()):
+        raise BadDocument(empty)
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise BadDocument("a surrogate without its other half, which is no text")
     return value

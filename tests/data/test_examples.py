@@ -58,6 +58,11 @@ def parted(record: dict[str, Any], choice: TokenizerChoice) -> tuple[str, list[s
             "user: Sure?<end of document>assistant: Yes.<end of document>",
             ["4<end of document>", "Yes.<end of document>"],
         ),
+        (
+            {"messages": [{"role": "system", "content": ""}, {"role": "assistant", "content": "Hi"}]},
+            "system: <end of document>assistant: Hi<end of document>",
+            ["Hi<end of document>"],
+        ),
     ],
 )
 def test_completions_and_answers_count(record: dict[str, Any], text: str, counted: list[str]) -> None:
@@ -131,7 +136,7 @@ def test_chats_that_the_tokenizer_cannot_write_are_refused(template: str | None,
     [
         ({"text": "x"}, "neither messages nor a prompt and a completion (it has 'text')"),
         ({"prompt": "x"}, "neither messages nor a prompt and a completion (it has 'prompt')"),
-        ({"prompt": "x", "completion": " "}, "empty document"),
+        ({"prompt": "x", "completion": " "}, "the completion is empty"),
         ({"prompt": 1, "completion": "x"}, "'prompt' is no text but int"),
         ({"messages": "hello"}, "'messages' is no list of objects"),
         ({"messages": [{"role": "user"}]}, "no key 'content'; it has 'role'"),
@@ -139,6 +144,8 @@ def test_chats_that_the_tokenizer_cannot_write_are_refused(template: str | None,
             {"messages": [{"role": "bot", "content": "x"}]},
             "message 1 has the role 'bot' (choose system, user, assistant, tool)",
         ),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "an answer is empty (message 1)"),
+        ({"messages": [{"role": "user", "content": None}]}, "'content' is no text but null"),
         ({"messages": TALK[:2]}, "no message of the role 'assistant', which alone counts in the loss"),
     ],
 )
@@ -146,7 +153,7 @@ def test_what_is_no_example_is_refused_by_line(record: dict[str, Any], reason: s
     file = write(tmp_path / "a.jsonl", [{"prompt": "x", "completion": "y"}, record])
     with pytest.raises(UsageError) as error:
         build([file], tmp_path / "set", BYTES, format="sft")
-    assert str(error.value) == f"{file}, line 2: {reason}"
+    assert str(error.value) == f"{file}, line 2: {reason}; correct it, or leave such documents out by --skip-bad"
 
 
 def test_examples_are_lines_of_json(tmp_path: Path) -> None:
