@@ -206,6 +206,8 @@ class ExampleDataset(MegatronDataset):
                 f"training.seq_length, or leave it out by megatron-attn2d data build --longest {most}"
             )
         multiple, samples, epochs = self.config.document_multiple, self.num_samples, 1
+        if samples is not None:  # enough at once, as dealing a million examples takes a second
+            epochs += samples * most // int(places(lengths, multiple).sum(dtype=np.int64))
         while True:
             # A generator whose numbers NumPy keeps as they are.
             shuffles = (np.random.RandomState([self.config.random_seed, epoch]) for epoch in range(epochs))
