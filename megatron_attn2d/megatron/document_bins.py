@@ -27,6 +27,7 @@ from megatron_attn2d.errors import UsageError
 UNSERVED = {
     "multi_latent_attention": "rotates by the positions of the whole sample",
     "mtp_num_layers": "would predict a neighbour's tokens",
+    "num_experts": "would balance padding too",
     "spec": "names layers that may not read them",
 }
 """Arguments of Megatron's that bins are not served with, and why."""

@@ -17,6 +17,7 @@ from megatron_attn2d.data.documents import PLACES, TOTALS
 from megatron_attn2d.megatron import document_bins
 from megatron_attn2d.megatron.core_attention import keep_totals
 from megatron_attn2d.megatron.upstream.batches import Batch, to_tensor_ranks
+from megatron_attn2d.megatron.upstream.compat import mask_padding
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 ROTARY_POSITIONS = "rotary_positions"
@@ -107,12 +108,19 @@ def packed_on_this_rank(
     if counted and torch.is_grad_enabled():  # documents of a validation would count in the next step
         training.update_seqlen_stats_from_cu_seqlens(totals_there)
     rank, ranks = context.rank(), context.size()
+    padding = _padding(totals_there, places_there, pack.places[-1]) if args.num_experts else None
     if ranks > 1:
         # Attention asks for the same packing, which is cached.
-        packing = Packing.of(pack.totals, pack.places, pack.places[-1], ranks, totals_there.device)
-        rows = packing.positions([rank, 2 * ranks - 1 - rank])[0]
+        chunks = Packing.of(pack.totals, pack.places, pack.places[-1], ranks, totals_there.device)
+        rows = chunks.positions([rank, 2 * ranks - 1 - rank])[0]
         batch |= {key: x.index_select(1, rows) for key in KEYS if (x := batch[key]) is not None}
-    return {key: batch[key] for key in (*KEYS, "attention_mask")}, pack.parameters(totals_there, places_there)
+        padding = None if padding is None else padding.index_select(1, rows)
+    packing = pack.parameters(totals_there, places_there)
+    if padding is not None:
+        if args.sequence_parallel:
+            padding = padding.chunk(group.size(), dim=1)[group.rank()]
+        packing = mask_padding(packing, padding)
+    return {key: batch[key] for key in (*KEYS, "attention_mask")}, packing
 
 
 def binned_on_this_rank(held: Batch, args: Any, *, first: bool, last: bool, counted: bool) -> Batch:
@@ -144,3 +152,9 @@ def binned_on_this_rank(held: Batch, args: Any, *, first: bool, last: bool, coun
     rows, positions = document_bins.rows_and_positions(bins, tokens, context.rank(), context.size())
     found = {key: x if (x := used[key]) is None else x.index_select(1, rows) for key in KEYS}
     return {**found, "attention_mask": bins, ROTARY_POSITIONS: positions}
+
+
+def _padding(totals: torch.Tensor, places: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Where a pack of `tokens` is padding, bool [1, tokens], by running totals of its documents and of their places."""
+    ends = places[:-1] + totals.diff()
+    return (torch.arange(tokens, device=ends.device) >= ends.repeat_interleave(places.diff(), output_size=tokens))[None]

@@ -33,6 +33,17 @@ MODELS: dict[str, Options] = {
         "moe_ffn_hidden_size": 64,
         "disable_bias_linear": True,
     },
+    "balanced moe": {
+        "num_layers": 2,
+        "num_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 64,
+        "disable_bias_linear": True,
+        "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+        "moe_aux_loss_coeff": [0.5, 0.5],
+        "moe_z_loss_coeff": 0.1,
+        "micro_batch_size": 1,
+    },
     "mla": {
         "num_layers": 2,
         "multi_latent_attention": True,

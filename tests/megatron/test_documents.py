@@ -30,7 +30,8 @@ COMBINATIONS: dict[str, Combination] = {
         "llama", 8, {**SP, **PP, **grid(2, 1), "micro_batch_size": 1, "document_bins": 8}
     ),
     "hybrid, ring 2, in bins": Combination("hybrid", 2, {**context_parallel("p2p", 1, 2), "document_bins": 8}),
-    "MoE, EP2 over 2x1": Combination("moe", 2, {**EP, **grid(2, 1)}),
+    "balanced MoE, TP2 SP, PP2, EP2 over 2x1": Combination("balanced moe", 8, {**SP, **PP, **EP, **grid(2, 1)}),
+    "balanced MoE, EP2 over 2x1": Combination("balanced moe", 2, {**EP, **grid(2, 1)}),
     "MLA, 2x1": Combination("mla", 2, grid(2, 1)),
 }
 

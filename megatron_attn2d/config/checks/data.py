@@ -15,6 +15,7 @@ _RECURRENT = {"M", "G"}
 _NOT_IN_BINS = {
     "multi_latent_attention": ("+", "rotates by the positions of the whole sample where documents are bins"),
     "mtp_num_layers": (MTP, "would predict a neighbour's tokens where documents are bins"),
+    "num_experts": ("E", "would balance padding too where documents are bins"),
 }
 """Arguments of Megatron's, their symbols in the pattern of a hybrid model, and why they aren't served with bins."""
 
@@ -75,6 +76,10 @@ def _check_across_documents(run: RunConfig) -> Iterator[Refusal]:
     if given.get("reset_position_ids"):
         reason = f"{masking} begins positions anew in each document already"
         yield "megatron_args.reset_position_ids", reason, "leave it out"
+    balancing = given.get("moe_router_load_balancing_type")
+    if {"quantile_balancing", "sinkhorn"} & set(balancing if isinstance(balancing, list) else [balancing]):
+        reason = f"it would balance the padding of {masking} too"
+        yield "megatron_args.moe_router_load_balancing_type", reason, "choose aux_loss"
     for name in ("experimental_attention_variant", "linear_attention_freq"):
         if given.get(name):
             reason = f"its layers would carry what they know from a document into the next, under {masking}"

@@ -107,6 +107,39 @@ def _within_padded_sequences(roll_packed: Any) -> Any:
     return roll
 
 
+def mask_padding(packing: Any, padding: torch.Tensor) -> Any:
+    """`packing`, whose MoE layers balance without the tokens where `padding` is true, [1, this rank's tokens]."""
+    vars(packing)[_PADDING_MASK] = padding
+    return packing
+
+
+def _with_mask_of_pack(unflatten: Any) -> Any:
+    """`_maybe_unflatten_for_moe`, which each layer calls before its experts, given the mask that the pack holds."""
+
+    @functools.wraps(unflatten)
+    def with_mask(self: Any, hidden_states: Any, padding_mask: Any, packed_seq_params: Any) -> Any:
+        if self.is_moe_layer and padding_mask is None and packed_seq_params is not None:
+            padding_mask = vars(packed_seq_params).get(_PADDING_MASK)
+        return unflatten(self, hidden_states, padding_mask, packed_seq_params)
+
+    return with_mask
+
+
+def _counting_one_rank(count_tokens: Any) -> Any:
+    """`get_tokens_per_expert_and_token_count` whose number of a rank's tokens, without padding, is the group's mean.
+
+    That number weighs the rank's part of the loss: its own would weigh tokens less where there is more padding.
+    """
+
+    @functools.wraps(count_tokens)
+    def count(routing_map: Any, reduce_group: Any, *args: Any, **kwargs: Any) -> Any:
+        per_expert, of_rank, of_group = count_tokens(routing_map, reduce_group, *args, **kwargs)
+        masked = kwargs.get("with_padding_mask", False)
+        return per_expert, of_group / reduce_group.size() if masked else of_rank, of_group
+
+    return count
+
+
 def _divisible_by_ranks(set_cache: Any) -> Any:
     """`YarnRotaryEmbedding._set_cos_sin_cache` of as many positions more as the chunks of all context ranks take."""
 
@@ -142,6 +175,8 @@ def _without_making_masks(get_replay_args: Any) -> Any:
 
 ROLLS_WITHIN_PADDING = "rolls_within_padding"
 """Marks the function that shifts packed tokens for multi-token prediction once it minds padding."""
+_PADDING_MASK = "_attention2d_padding_mask"
+"""Name of what `mask_padding` adds to a pack."""
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _LAYER = "megatron.core.transformer.transformer_layer:TransformerLayer"
 REFUSING_NO_TOKENS = Patch(
@@ -181,6 +216,18 @@ FIXES = (
         "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache",
         _divisible_by_ranks,
         "its first table has the positions of the original model, 4096 of them, which 3 context ranks can't share",
+    ),
+    Patch(
+        f"{_LAYER}._maybe_unflatten_for_moe",
+        _with_mask_of_pack,
+        "the model's argument padding_mask is cut for sequence parallelism on the first stage of a GPT alone, is "
+        "shifted for multi-token prediction, and does not reach it in a hybrid model",
+    ),
+    Patch(
+        "megatron.core.transformer.moe.router:get_tokens_per_expert_and_token_count",
+        _counting_one_rank,
+        "told of padding, it counts a rank's tokens after it has summed those of all ranks in place, and so "
+        "multiplies a load-balancing loss by their number",
     ),
     Patch(
         f"{_LAYER}.get_layer_static_inputs",

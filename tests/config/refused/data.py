@@ -66,6 +66,10 @@ REFUSED = {
         "megatron_args.hybrid_layer_pattern = '*M': layers M would carry what they know from a document into the next, "
         "under data.document_masking; choose * or +"
     ),
+    "data.document_masking=true megatron_args={num_experts: 4, moe_router_load_balancing_type: [sinkhorn]}": (
+        "megatron_args.moe_router_load_balancing_type = ['sinkhorn']: it would balance the padding of "
+        "data.document_masking too; choose aux_loss"
+    ),
     "data.document_masking=true megatron_args.linear_attention_freq=2": (
         "megatron_args.linear_attention_freq = 2: its layers would carry what they know from a document into the next, "
         "under data.document_masking; leave it out, or data.document_masking=false"

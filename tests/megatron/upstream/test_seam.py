@@ -21,7 +21,8 @@ from megatron_attn2d.megatron import layer_spec
 from megatron_attn2d.megatron.upstream import compat, cpu
 from megatron_attn2d.megatron.upstream.patching import Patch, UpstreamChangedError, applied
 from tests.attention.dense import packed_zigzag
-from tests.megatron.runs import Tensors, arguments, train_states
+from tests.megatron.combinations import MODELS
+from tests.megatron.runs import Tensors, arguments, context_parallel, train_states
 from tests.pool import RankPool
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the seam is for hosts without a GPU")
@@ -55,6 +56,12 @@ TESTED_BELOW = {
     "megatron.core.transformer.multi_token_prediction:MultiTokenPredictionBlock.__init__",
     "megatron.core.transformer.multi_token_prediction:_roll_tensor_packed_seq",
     "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding:YarnRotaryEmbedding._set_cos_sin_cache",
+    *(
+        BALANCING := (
+            "megatron.core.transformer.transformer_layer:TransformerLayer._maybe_unflatten_for_moe",
+            "megatron.core.transformer.moe.router:get_tokens_per_expert_and_token_count",
+        )
+    ),
     "megatron.core.models.hybrid.hybrid_block:TENorm",
     "megatron.core.transformer.transformer_layer:TransformerLayer.get_layer_static_inputs",
     "megatron.core.transformer.transformer_layer:TransformerLayer._get_te_cuda_graph_replay_args",
@@ -304,6 +311,61 @@ def test_upstream_shifts_packed_tokens_past_their_padding(ranks: int, pool: Rank
         assert torch.equal(ours, right)
     assert all(torch.equal(theirs, right) for theirs, _, right in unpadded)
     assert not all(torch.equal(theirs, right) for theirs, _, right in padded)  # else the patch can go
+
+
+def balanced_gradients(rank: int, args: list[str]) -> list[float]:
+    """Relative differences of a padded pack's gradients, without each patch of `BALANCING` and, last, with both.
+
+    They are compared with those of the same tokens without padding, by upstream alone.
+    """
+    from megatron.training import get_args, training
+
+    from megatron_attn2d.data.documents import PADDING, packed
+    from megatron_attn2d.training import packed_batch, pretrain_gpt
+
+    tokens = torch.arange(3, 3 + 52).split([16, 28, 8])
+    found: list[float] = []
+
+    def gradients(model: Any, places: list[int], multiple: int) -> Tensor:
+        filled = [torch.cat([ids, torch.full((n - len(ids),), PADDING)]) for ids, n in zip(tokens, places, strict=True)]
+        stream = torch.cat([*filled, torch.tensor([PADDING])]).numpy()
+        sample = {key: x[None] for key, x in packed(stream, places, False, multiple).items()}
+        where: Any = {"first": True, "last": True, "mtp": False, "counted": False}
+        batch, packing = packed_batch.packed_on_this_rank(sample, get_args(), **where)
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packing)
+        grads = torch.autograd.grad((losses * batch["loss_mask"]).sum(), list(model.parameters()))
+        whole = torch.cat([grad.flatten() for grad in grads])
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    def unpatched(target: str) -> Any:
+        owner, name = BY_TARGET[target].resolve()
+        return mock.patch.object(owner, name, getattr(owner, name).__wrapped__)
+
+    def instead_of_training(step: Any, model: Any, *rest: Any, **kwargs: Any) -> tuple[int, int]:
+        masked, weighed = (unpatched(target) for target in BALANCING)
+        with masked, weighed:
+            right = gradients(model[0], [16, 28, 8], 4)
+        for without in (*map(unpatched, BALANCING), nullcontext()):
+            with without:
+                padded = gradients(model[0], [16, 32, 16], 16)
+            found.append(((padded - right).norm() / right.norm()).item())
+        return 0, 0
+
+    with mock.patch.object(training, "train", instead_of_training):
+        pretrain_gpt.main(args)
+    return found
+
+
+def test_upstream_counts_padding_in_balancing_losses_and_multiplies_them_by_ranks(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    args = arguments(
+        run_dir=tmp_path, mock_data=True, **MODELS["balanced moe"], **context_parallel("attention2d", 2, 1)
+    )
+    for counted, multiplied, ours in pool.run(balanced_gradients, 2, args):
+        assert ours <= 1e-5
+        assert min(counted, multiplied) > 1e-3
 
 
 def test_upstream_shares_a_table_of_4096_positions_out_over_any_number_of_ranks() -> None:
