@@ -215,6 +215,7 @@ def measured_cluster(section: Section, links: dict[str, float], machines: Cluste
         forward_flops=links.get("forward_flops", machines.forward_flops / sharing),
         backward_flops=links.get("backward_flops", machines.backward_flops / sharing),
         launch_s=machines.launch_s if gpu else 0.0,
+        stock_speed=machines.stock_speed if gpu else 1.0,
     )
 
 

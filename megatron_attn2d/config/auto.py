@@ -80,6 +80,7 @@ def cluster(run: RunConfig) -> Cluster:
         message_s=_MESSAGE_S,
         forward_flops=rates["attention_forward_tflops"] * 1e12,
         backward_flops=rates["attention_backward_tflops"] * 1e12,
+        stock_speed=run.cluster.stock_attention_speed or 1.0,
         launch_s=(run.cluster.launch_us or 0.0) * 1e-6 if run.graph_implementation == "none" else 0.0,
     )
 
@@ -124,7 +125,7 @@ def _chosen_axes(run: RunConfig) -> tuple[tuple[int, int, int], tuple[int, int]]
         found: Sequence[Prediction] = predictions(context.size, workload(run), cluster(run))
         if tile:
             found = _in_tiles(found, tile, context.size, workload(run), cluster(run)) or found
-        best = next(p.candidate for p in found if p.candidate.axes is not None)
+        best = next(p.candidate for p in found if not p.candidate.stock)
         assert best.axes is not None
         heads, rows, columns = best.axes
         tile = tile or best.tile

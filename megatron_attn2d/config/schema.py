@@ -316,6 +316,8 @@ class Cluster(Section):
     attention_forward_tflops: Annotated[Rate | None, NO_FLAG] = None
     """Rate of the attention kernel on large rectangles, in 10^12 FLOP/s."""
     attention_backward_tflops: Annotated[Rate | None, NO_FLAG] = None
+    stock_attention_speed: Annotated[Rate | None, NO_FLAG] = None
+    """Of these rates, what the kernels of a ring and of all_gather reach, which are Transformer Engine's; None: 1."""
     intra_node_gb_per_s: Annotated[Rate | None, NO_FLAG] = None
     """Bandwidth of the links between the GPUs of a node, in GB/s."""
     intra_node_latency_us: Annotated[Rate | None, NO_FLAG] = None

@@ -45,6 +45,7 @@ class Cluster:
         intra_latency_s, nic_latency_s: seconds from one rank to another, for messages that are sent at once.
         message_s: seconds that each message costs its rank besides.
         forward_flops, backward_flops: rates of the attention kernel, in FLOP/s.
+        stock_speed: share of these rates that the kernels of a ring and of all_gather reach, which are not ours.
         launch_s: CPU seconds to start a kernel call or an exchange; 0 leaves them out.
     """
 
@@ -58,6 +59,7 @@ class Cluster:
     forward_flops: float
     backward_flops: float
     launch_s: float = 0.0
+    stock_speed: float = 1.0
 
 
 class Candidate(NamedTuple):
@@ -82,6 +84,11 @@ class Candidate(NamedTuple):
         shape = f"{r}x{c}" if u == 1 else f"{u}x{r}x{c}"
         tiled = "" if self.tile is None else f", tile {self.tile[0]}x{self.tile[1]}"
         return self.mode if self.mode in ("all_gather", "ulysses") else f"{self.mode} {shape}{tiled}"
+
+    @property
+    def stock(self) -> bool:
+        """Whether it runs in other kernels than a grid's: Transformer Engine's, where that is installed."""
+        return self.mode in ("ring", "all_gather")
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,8 @@ def predict(
         else attention2d_traffic(candidate.axes, work, tile=candidate.tile, ranks_per_node=node)
     )
     flops = 4 * work.seq**2 * work.batch * work.heads * work.head_dim / ranks / (2 if work.causal else 1)
-    kernels = flops / cluster.forward_flops, 2.5 * flops / cluster.backward_flops
+    speed = cluster.stock_speed if candidate.stock else 1.0
+    kernels = flops / (cluster.forward_flops * speed), 2.5 * flops / (cluster.backward_flops * speed)
     if candidate.axes is None:
         timed = [(1, *_ring_seconds(traffic, kernels, ranks, cluster))]
     else:
@@ -183,8 +191,7 @@ def candidates(ranks: int, heads: int, kv_heads: int, ranks_per_node: int) -> It
         for rows in _divisors(ranks // u):
             cols = ranks // u // rows
             for tile in _tiles(rows, cols, max(1, ranks_per_node // u)):
-                if rows < ranks or tile is not None:  # a single column without a tile is all_gather
-                    yield Candidate("attention2d", (u, rows, cols), tile)
+                yield Candidate("attention2d", (u, rows, cols), tile)
 
 
 def plan(ranks: int, work: Workload, cluster: Cluster) -> list[Prediction]:
@@ -214,35 +221,43 @@ class Starts(NamedTuple):
     per_rank: float
 
 
-# Fitted to the host time of calls with 4 to 256 ranks (docs/planner.md, "Host time"), where a launch took 0.38 ms.
+# Fitted to what calls cost the host with 4 to 256 ranks (docs/planner.md, "Host time"), where a launch of Transformer
+# Engine's modes took 0.38 ms. What a grid starts is counted in the same unit.
 RING_STARTS = Starts(4.0, 0.575)
 """Transformer Engine's p2p: each step starts a kernel and messages, which cost less than a launch each."""
 ALL_GATHER_STARTS = Starts(4.5, 0.065)
-"""Transformer Engine's all_gather: it also reorders chunks before and after the kernels."""
-PEER_STARTS = 0.025
-"""Launches per peer of a stage of an exchange, besides one launch for the stage."""
+"""Transformer Engine's all_gather: chunks are put in order before and after the kernels."""
+GRID_STARTS = (2.8, 3.8)
+"""A grid's own chunks, tile and merges, forward and backward; in the backward pass also delta and sums."""
+HEADS_STARTS = (1.8, 2.6)
+"""The same where heads alone are spread, with the copies before and after the exchange over heads."""
+SPREAD_STARTS = (1.0, 2.0)
+"""Those copies where a grid spreads heads too."""
+EXCHANGE_STARTS = 0.43
+"""A stage of an exchange."""
+PEER_STARTS = 0.012
+"""What it takes more for each rank that it has messages with."""
 
 
 def launches(candidate: Candidate, ranks: int, groups: int) -> tuple[float, float]:
-    """Launches of the CPU in the forward and in the backward pass; those of a ring and of all_gather are measured.
+    """What the CPU starts, forward and backward, in launches of `Cluster.launch_s`.
 
-    On a grid the kernel calls are one for the rank's own chunks, two for the tile, and a merge; the backward pass
-    computes delta too, and adds sums instead of a merge. Keys are gathered in both passes and return in the backward
-    pass, queries are gathered and return in both. The exchange over heads brings q, k and v, which are copied, and
-    then the output; the backward pass does the same with gradients.
+    On a grid keys are gathered, and return in the backward pass; queries do both in both. The exchange over heads
+    brings q, k, v, then the output, and the gradients alike.
     """
-    if candidate.axes is None or candidate.mode == "all_gather":
+    if candidate.axes is None or candidate.stock:
         starts = RING_STARTS if candidate.axes is None else ALL_GATHER_STARTS
         one_pass = starts.fixed + starts.per_rank * ranks
         return one_pass, one_pass
     spread, rows, cols = candidate.axes
     node_rows, node_cols = candidate.tile or (1, 1)
     keys, queries = _exchange_starts(rows, node_rows), _exchange_starts(cols, node_cols)
-    kernels = (4, 5) if rows * cols > 1 else (3, 4)
-    forward = kernels[0] + keys + 2 * queries
-    backward = kernels[1] + 2 * keys + 2 * queries
-    copies = (1, 2) if spread > 1 else (0, 0)
     over_heads = 2 * _exchange_starts(spread, 1)
+    if rows * cols == 1:
+        return HEADS_STARTS[0] + over_heads, HEADS_STARTS[1] + over_heads
+    copies = SPREAD_STARTS if spread > 1 else (0.0, 0.0)
+    forward = GRID_STARTS[0] + keys + 2 * queries
+    backward = GRID_STARTS[1] + 2 * keys + 2 * queries
     return groups * forward + over_heads + copies[0], groups * backward + over_heads + copies[1]
 
 
@@ -252,15 +267,16 @@ def _exchange_starts(members: int, node: int) -> float:
     There is a stage between nodes and a stage within them, each if it has peers.
     """
     others = members // node - 1, node - 1
-    return sum(1 + PEER_STARTS * count for count in others if count)
+    return sum(EXCHANGE_STARTS + PEER_STARTS * count for count in others if count)
 
 
 def diagonal_share(candidate: Candidate, work: Workload) -> float:
     """The share of a rank's kernels on a grid that need no other rank's chunks.
 
-    That is 1 of the 2 R C squares of its tile, and 2 where only keys or only queries travel (see `layout`).
+    That is 1 of the 2 R C squares of its tile, and 2 where only keys or only queries travel (see `layout`). all_gather
+    attends them with the rest.
     """
-    if candidate.axes is None or not work.causal:
+    if candidate.stock or candidate.axes is None or not work.causal:
         return 0.0
     _, rows, cols = candidate.axes
     return (2 if 1 in (rows, cols) else 1) / (2 * rows * cols)
@@ -332,11 +348,11 @@ def _ring_seconds(traffic: Traffic, kernels: tuple[float, float], ranks: int, cl
 def _tiles(rows: int, cols: int, places: int) -> list[tuple[int, int] | None]:
     """No tile, and the tiles of at most `places` ranks that no other such tile contains.
 
-    A tile of one whole column is left out: it is the order of ranks without tiles.
+    A tile of one whole column is left out, as it is the order of ranks without tiles, and so is a whole grid.
     """
     fitting = [(r, c) for r in _divisors(rows) for c in _divisors(cols) if r * c <= places]
     largest = [t for t in fitting if not any(t != o and t[0] <= o[0] and t[1] <= o[1] for o in fitting)]
-    return [None, *(tile for tile in largest if tile not in ((1, 1), (rows, 1)))]
+    return [None, *(tile for tile in largest if tile not in ((1, 1), (rows, 1), (rows, cols)))]
 
 
 def _divisors(n: int) -> list[int]:

@@ -97,7 +97,7 @@ def draw(found: Growth, run: RunConfig, path: Path, ranks: Sequence[int] = RANKS
 
     figure = blank(11, 4.6, dpi=150)
     times, volumes = figure.subplots(1, 2)
-    kernels = [p.kernels_s * 1e3 for p in next(iter(found.values()))]
+    kernels = [min(p.kernels_s for p in at) * 1e3 for at in zip(*found.values(), strict=True)]
     times.plot(ranks, kernels, color="#BBBBBB", linewidth=3, label="kernels alone", zorder=1)
     for mode, line in found.items():
         colour = _COLOURS[mode]

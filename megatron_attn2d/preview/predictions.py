@@ -30,39 +30,53 @@ def report(run: RunConfig) -> str:
     if run.context_parallel.size == 1:
         raise ConfigError("context_parallel.size", 1, "one rank needs no plan", "choose 2 or more")
     work, machines = workload(run), cluster(run)
-    found = predictions(run.context_parallel.size, work, machines)
+    found = with_recomputation(predictions(run.context_parallel.size, work, machines), run)
     shown = _selection(found)
     ring = next(p for p in found if p.candidate.mode == "ring")
     unit = work.shard_bytes(run.context_parallel.size)
     lines = [
         f"{run.context_parallel.size} context ranks, {machines.ranks_per_node} per node; a layer on one tensor rank: "
         f"{work.seq} tokens, {work.heads}/{work.kv_heads} heads of {work.head_dim}; u = {unit / 2**20:.2f} MiB",
-        f"{'mode':32s}{'groups':>7s}{'forward':>11s}{'backward':>11s}{'speed':>8s}{'NVLink':>10s}{'NIC':>10s}{'memory':>10s}",
+        f"{'mode':32s}{'groups':>7s}{'forward':>13s}{'backward':>13s}{'speed':>8s}{'NVLink':>10s}{'NIC':>10s}{'memory':>11s}",
     ]
     for p in shown:
         lines.append(
-            f"{p.candidate.label:32s}{p.head_groups:7d}{p.forward_s * 1e3:8.3f} ms{p.backward_s * 1e3:8.3f} ms"
+            f"{p.candidate.label:32s}{p.head_groups:7d}{p.forward_s * 1e3:10.3f} ms{p.backward_s * 1e3:10.3f} ms"
             f"{ring.total_s / p.total_s:7.2f}x{p.intra_bytes / unit:8.1f} u{p.nic_bytes / unit:8.1f} u"
-            f"{p.transient_bytes / 2**20:6.0f} MiB"
+            f"{p.transient_bytes / 2**20:7.0f} MiB"
         )
+    if run.training.recompute_granularity == "full":
+        once = ", attention2d's once (training.keep_attention_outputs)" if run.training.keep_attention_outputs else ""
+        lines += ["", f"Full recomputation runs the forward pass twice{once}: that is what stands under forward."]
     if run.megatron_args.get("window_size"):
         lines += ["", "megatron_args.window_size is not counted: these are predictions for full causal attention"]
     return "\n".join([*lines, "", verdict(found), *waiting_for_the_cpu(run)])
 
 
+def with_recomputation(found: Sequence[Prediction], run: RunConfig) -> list[Prediction]:
+    """`found` with the forward passes that full recomputation makes, the fastest first again."""
+    if run.training.recompute_granularity != "full":
+        return list(found)
+
+    def counted(p: Prediction) -> Prediction:
+        if run.training.keep_attention_outputs and not p.candidate.stock:
+            return p
+        return replace(p, forward_s=2 * p.forward_s, device_s=p.device_s + p.forward_s)
+
+    return sorted(map(counted, found), key=lambda p: (p.total_s, p.device_s, p.transient_bytes))
+
+
 def verdict(found: Sequence[Prediction]) -> str:
     """The recommended mode and the reason, in a sentence; `found` is sorted, the fastest first."""
-    by_mode = {mode: next(p for p in found if p.candidate.mode == mode) for mode in ("ring", "all_gather")}
-    best = found[0]
-    ring = by_mode["ring"]
+    best, ring = found[0], next(p for p in found if p.candidate.mode == "ring")
     hides = ring.messages_s < ring.kernels_s
     bound = f"its messages take {ring.messages_s * 1e3:.3f} ms where kernels take {ring.kernels_s * 1e3:.3f}"
     if best.total_s * CLOSE > ring.total_s:
         return f"Take the ring: {bound}{', so it hides them,' if hides else ''} and nothing is faster by more than 3%."
-    plain = by_mode["all_gather"]
-    if best.total_s * CLOSE > plain.total_s:
-        return f"Take all_gather: with so few key/value heads nothing beats gathering them ({bound} in a ring)."
-    return f"Take {best.candidate.label}: {ring.total_s / best.total_s:.2f}x as fast as a ring; there, {bound}."
+    name = best.candidate.label
+    if best.candidate.mode == "ulysses":
+        name += f" (attention2d {'x'.join(map(str, best.candidate.axes or ()))})"
+    return f"Take {name}: {ring.total_s / best.total_s:.2f}x as fast as a ring; there, {bound}."
 
 
 def waiting_for_the_cpu(run: RunConfig) -> list[str]:
