@@ -88,7 +88,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or f"not UTF-8 text ({error})"
         siblings = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        choice = f"there are {', '.join(siblings)}" if siblings else ""
+        choice = (
+            f"there are {', '.join(siblings)}" if siblings else "megatron-attn2d configs lists those that come along"
+        )
         raise ConfigError(str(path), reason=reason, choice=choice, has_value=False) from error
     content = parse(text, str(path))
     if content is None:

@@ -43,7 +43,7 @@ def _parts(record: dict[str, Any], tokenizer: Tokenizer) -> list[Part]:
         keys = ", ".join(map(repr, sorted(record)[:8])) or "none"
         raise BadDocument(f"neither messages nor a prompt and a completion (it has {keys})")
     prompt, completion = (
-        checked_text(member(record, key), key, empty=f"the {key} is empty") for key in ("prompt", "completion")
+        checked_text(member(record, key), key, empty=f"empty {key}") for key in ("prompt", "completion")
     )
     return [(prompt, False), (completion, True), (END, True)]
 
@@ -56,7 +56,7 @@ def _messages(found: Any) -> list[Message]:
         if (role := member(message, "role")) not in ROLES:
             raise BadDocument(f"message {i} has the role {role!r} (choose {', '.join(ROLES)})")
         # What is asked may be empty, as the words of a system often are; an empty answer teaches nothing.
-        empty = f"an answer is empty (message {i})" if role == ANSWERS else None
+        empty = f"empty answer (message {i})" if role == ANSWERS else None
         content = checked_text(member(message, "content"), "content", empty=empty)
         messages.append({"role": role, "content": content})
     if all(message["role"] != ANSWERS for message in messages):

@@ -159,10 +159,11 @@ def report(run: RunConfig) -> str:
 
 
 def _parts(memory: Memory | HostMemory, total: float, room: float | None) -> list[str]:
-    verdict = "" if room is None else f" of {room:g}: {'fits' if total <= room * GIB else 'DOES NOT FIT'}"
+    verdict = "" if room is None else f" of {room:g} GiB: {'fits' if total <= room * GIB else 'DOES NOT FIT'}"
+    unit, scale = ("GiB", GIB) if total >= GIB else ("MiB", 2**20)
     return [
-        *(f"{name:>14}{size / GIB:8.2f} GiB" for name, size in vars(memory).items()),
-        f"{'at most':>14}{total / GIB:8.2f} GiB{verdict}",
+        *(f"{name:>14}{size / scale:8.2f} {unit}" for name, size in vars(memory).items()),
+        f"{'at most':>14}{total / scale:8.2f} {unit}{verdict}",
     ]
 
 

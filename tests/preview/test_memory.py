@@ -74,7 +74,7 @@ def test_the_papers_cases_at_each_length(model, gpus, length):
 
 def test_a_run_that_does_not_fit_is_told_so():
     run = load_run(ROOT / "configs" / "runs" / "gpt3_175b_32k.yaml", ["parallelism.pipeline=1", "environment.nodes=16"])
-    assert "of 79: DOES NOT FIT" in report(run)
+    assert "of 79 GiB: DOES NOT FIT" in report(run)
     # 174.6 B weights over 8 tensor ranks: 6 bytes each, and 12 over 16 context ranks.
     held = estimate(run)
     assert held.weights + held.gradients + held.optimizer == pytest.approx(174.6e9 / 8 * 6.75, rel=0.01)
