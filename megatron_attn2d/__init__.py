@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from megatron_attn2d.attention.ring import ring_attention
     from megatron_attn2d.megatron.layer_spec import attention2d_layer_spec
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Grid", "attention2d", "attention2d_layer_spec", "ring_attention", "zigzag"]
 
 _HOME = {

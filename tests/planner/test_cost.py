@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_attn2d.cli import main
 from megatron_attn2d.config import load_run, resolved_yaml
-from megatron_attn2d.config.auto import workload
+from megatron_attn2d.config.auto import cluster, predictions, workload
 from megatron_attn2d.planner.cost import (
     EXCHANGE_STARTS,
     GRID_STARTS,
@@ -27,7 +28,7 @@ from megatron_attn2d.planner.cost import (
 )
 from megatron_attn2d.planner.traffic import Workload
 from megatron_attn2d.preview import growth
-from megatron_attn2d.preview.predictions import report, verdict
+from megatron_attn2d.preview.predictions import report, verdict, with_recomputation
 
 NODES = Cluster(8, 360e9, 45e9, 45e9, 5e-6, 12e-6, 2e-6, 620e12, 550e12)
 MHA = Workload(seq=32768, heads=40, kv_heads=40, head_dim=128)
@@ -243,6 +244,32 @@ def test_the_command_prints_a_table_and_draws(tmp_path, capsys: pytest.CaptureFi
     assert "R x C: " in printed
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+ON_GPUS = [path for path in sorted(Path("configs/runs").glob("*.yaml")) if "clusters/cpu.yaml" not in path.read_text()]
+
+
+@pytest.mark.parametrize("path", ON_GPUS, ids=lambda path: path.stem)
+def test_a_shipped_run_of_attention2d_is_one_where_it_wins(path: Path) -> None:
+    run = load_run(path)
+    found = with_recomputation(predictions(run.context_parallel.size, workload(run), cluster(run)), run)
+    told_otherwise = "a ring hides" in path.read_text()
+    assert (found[0].candidate.stock or "Take the ring" in verdict(found)) == told_otherwise
+
+
+def test_full_recomputation_counts_the_forward_pass_again_unless_it_is_kept() -> None:
+    overrides = "training.recompute_granularity=full training.recompute_method=uniform training.recompute_num_layers=1"
+    plain = load_run(RUN, overrides.split())
+    kept = load_run(RUN, [*overrides.split(), "training.keep_attention_outputs=true"])
+    found = predictions(16, workload(plain), cluster(plain))
+    once = {p.candidate: p.total_s for p in found}
+    twice = {p.candidate: p.total_s + p.forward_s for p in found}
+    for run, of_grids in ((plain, twice), (kept, once)):
+        counted = with_recomputation(found, run)
+        assert {p.candidate: p.total_s for p in counted} == pytest.approx(
+            {candidate: (twice if candidate.stock else of_grids)[candidate] for candidate in once}
+        )
+        assert [p.total_s for p in counted] == sorted(p.total_s for p in counted)
 
 
 def test_auto_takes_the_planners_choice() -> None:
