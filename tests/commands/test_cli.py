@@ -273,7 +273,7 @@ def test_a_change_that_is_allowed_is_told_with_what_repeats(started, saved, tmp_
     from megatron_attn2d.data import order
 
     asked = []
-    monkeypatch.setattr(order, "told", lambda *given: asked.append(given) or "half of it repeats")
+    monkeypatch.setattr(order, "describe", lambda *given: asked.append(given) or "half of it repeats")
     more = ["training.seed=3", "model.hidden_dropout=0.1", "training.train_iters=61"]
     assert cli.main(["train", QUICKSTART, *more]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
