@@ -1,5 +1,6 @@
 """A cluster of one machine: stubs of Slurm's commands that start a job's tasks here, and pre-empt and requeue it."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from megatron_attn2d import cli
 
 SBATCH = r"""#!/bin/bash
 [[ $1 == --parsable && $# == 2 && -r $2 ]] || { echo "sbatch: error: $*" >&2; exit 1; }
@@ -142,3 +145,28 @@ def _free_port() -> int:
             if probe.connect_ex(("127.0.0.1", port)):
                 return port
     raise AssertionError("no free port")
+
+
+RUN = """
+extends: {root}/configs/clusters/cpu.yaml
+run: {{name: job, dir: {dir}}}
+model: {{num_layers: 1, hidden_size: 32, num_attention_heads: 2, position_embedding_type: rope}}
+context_parallel: {{size: 2}}
+data: {{mock: true, vocab_size: 512, null_tokenizer_eod_id: 256}}
+optimizer: {{lr: 1e-3, lr_decay_style: constant}}
+training: {{train_iters: 60, seq_length: 32, global_batch_size: 2}}
+"""
+# Stands for torchrun: tells what it was given, then does what the test says.
+PYTHON = '#!/bin/bash\nprintf "%s\\n" "$@" >"$STUBS/given-$SLURM_NODEID"\nsource "$STUBS/ranks"\n'
+
+
+def submit(cluster, *args, directory="runs/job"):
+    path = Path("run.yaml")
+    path.write_text(RUN.format(root=Path(__file__).parents[2], dir=json.dumps(directory)))
+    return cli.main(["submit", str(path), *args])
+
+
+def with_ranks(cluster, script):
+    """The override that has `script`, in bash, run in place of torchrun."""
+    (cluster.root / "ranks").write_text(script)
+    return f"slurm.python={cluster.executable(cluster.root / 'python', PYTHON)}"
