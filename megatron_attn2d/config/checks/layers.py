@@ -63,7 +63,7 @@ def check_hybrid(run: RunConfig) -> Iterator[Refusal]:
     if not (pattern := str(given.get("hybrid_layer_pattern") or "")):
         return
     if (found := len(ATTENTION.findall(main_layers(pattern)))) != model.num_layers:
-        reason = f"has {found} layers of attention (* or +), model.num_layers is {model.num_layers}"
+        reason = f"has {found} layers of attention (* or +), but model.num_layers is {model.num_layers}"
         choice = f"choose model.num_layers={found}, or another pattern" if found else "write them into it"
         yield "megatron_args.hybrid_layer_pattern", reason, choice
     stages, found = parallel.pipeline * (parallel.virtual_pipeline or 1), pattern.count(PIPE) + 1

@@ -6,7 +6,7 @@ REFUSED = {
         "which no rank has; choose * or +"
     ),
     "megatron_args={window_size: [8, 0], window_attn_skip_freq: [1, 0, 1]}": (
-        "megatron_args.window_attn_skip_freq = [1, 0, 1]: has 3 entries, model.num_layers is 4; write one per layer"
+        "megatron_args.window_attn_skip_freq = [1, 0, 1]: has 3 entries, but model.num_layers is 4; write one per layer"
     ),
     "megatron_args={window_size: [8, 0], window_attn_skip_freq: [1, 0, 2, 1]}": (
         "megatron_args.window_attn_skip_freq = [1, 0, 2, 1]: --window-attn-skip-freq takes 0 or 1 for each layer; ..."
@@ -28,7 +28,7 @@ REFUSED = {
         "megatron_args.window_attn_skip_freq = '[1,0]*2': is text, which is not read here; write a number, or ..."
     ),
     "model.kind=hybrid megatron_args.hybrid_layer_pattern=MM": (
-        "megatron_args.hybrid_layer_pattern = 'MM': has 0 layers of attention (* or +), model.num_layers is 4; "
+        "megatron_args.hybrid_layer_pattern = 'MM': has 0 layers of attention (* or +), but model.num_layers is 4; "
         "write them into it"
     ),
     "model.kind=hybrid megatron_args.mtp_num_layers=-1": (
@@ -41,12 +41,12 @@ REFUSED = {
         "megatron_args.moe_layer_freq = 0: selects one in so many layers; choose 1 or more, or leave it out"
     ),
     "model.kind=hybrid megatron_args.hybrid_layer_pattern='M*-|M*-'": (
-        "megatron_args.hybrid_layer_pattern = 'M*-|M*-': has 2 layers of attention (* or +), model.num_layers is 4; "
+        "megatron_args.hybrid_layer_pattern = 'M*-|M*-': has 2 layers of attention (* or +), but model.num_layers is 4; "
         "choose model.num_layers=2, or another pattern"
     ),
     "model.kind=hybrid megatron_args={hybrid_layer_pattern: 'M*M*|-*M*M', window_size: [8, 0], "
     "window_attn_skip_freq: [0, 1]}": (
-        "megatron_args.window_attn_skip_freq = [0, 1]: has 2 entries, model.num_layers is 4; write one per layer"
+        "megatron_args.window_attn_skip_freq = [0, 1]: has 2 entries, but model.num_layers is 4; write one per layer"
     ),
     "model.kind=hybrid megatron_args.hybrid_layer_pattern='*|*|*|*'": (
         "megatron_args.hybrid_layer_pattern = '*|*|*|*': has 4 stages, parallelism.pipeline x virtual_pipeline are 2; "
