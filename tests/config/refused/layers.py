@@ -41,8 +41,8 @@ REFUSED = {
         "megatron_args.moe_layer_freq = 0: selects one in so many layers; choose 1 or more, or leave it out"
     ),
     "model.kind=hybrid megatron_args.hybrid_layer_pattern='M*-|M*-'": (
-        "megatron_args.hybrid_layer_pattern = 'M*-|M*-': has 2 layers of attention (* or +), but model.num_layers is 4; "
-        "choose model.num_layers=2, or another pattern"
+        "megatron_args.hybrid_layer_pattern = 'M*-|M*-': has 2 layers of attention (* or +), but model.num_layers is "
+        "4; choose model.num_layers=2, or another pattern"
     ),
     "model.kind=hybrid megatron_args={hybrid_layer_pattern: 'M*M*|-*M*M', window_size: [8, 0], "
     "window_attn_skip_freq: [0, 1]}": (
