@@ -15,6 +15,7 @@ with 1 where a row failed. With --nodes each rank poses as a host, so that the r
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from training_run import ROOT, TrainingError, machines, run, started
 from watched import brief
 
 from megatron_attn2d.data import docstrings
+from megatron_attn2d.data.build import build
+from megatron_attn2d.data.tokenizers import TokenizerChoice
 from megatron_attn2d.errors import UsageError
 from megatron_attn2d.run.metrics import read_steps
 
@@ -56,8 +60,10 @@ FULL = ["training.recompute_granularity=full", "training.recompute_method=unifor
 SEVERAL = ["training.global_batch_size=4"]  # micro-batches of one sequence
 BYTES = ["data.mock=false", "data.vocab_size=512", "data.null_tokenizer_eod_id=256"]
 BINS = "data.document_bins=96"
-"""More than any sample of the embedded examples needs: the run without graphs has them too, so that kernels get the
-same tables."""
+"""More than any sample of texts or examples needs. The run without graphs has them too, so that kernels get the same
+tables."""
+SHORTEST, TEXTS = 32, 2000
+"""Bytes of a text at least, so that no sample needs more bins; and how many texts there are."""
 
 type Steps = list[dict[str, Any]]
 type Row = tuple[str, list[str], str, list[str]]
@@ -69,20 +75,30 @@ def grid(*axes: int) -> list[str]:
     return [f"context_parallel.grid={list(axes)}"]
 
 
-def documents(data: str, *others: str) -> list[str]:
-    """Overrides for sequences of 32 to 511 tokens, packed: the data set of that prefix."""
-    return [*BYTES, f"data.paths=[{data}]", "data.document_masking=true", *others]
+def short_texts(directory: str | Path) -> Path:
+    """A data set of texts of 32 to 511 bytes, docstrings with their functions, each a document; its prefix."""
+    prefix, lines = Path(directory) / "short-texts", Path(directory) / "short-texts.jsonl"
+    texts = (example["prompt"] + example["completion"] for example in docstrings.examples())
+    fitting = (text for text in texts if SHORTEST <= len(text.encode()) < docstrings.LONGEST)
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in islice(fitting, TEXTS)))
+    build([lines], prefix, TokenizerChoice())
+    return prefix
 
 
-def rows_of_documents(ranks: int, data: str) -> list[Row]:
-    """What is compared on packs, whose documents are others in each step."""
+def documents(texts: str, *others: str) -> list[str]:
+    """Overrides for packs of the texts of that prefix, each of them a sequence of its own."""
+    return [*BYTES, f"data.paths=[{texts}]", "data.document_masking=true", *others]
+
+
+def rows_of_documents(ranks: int, texts: str, examples: str) -> list[Row]:
+    """What is compared on packs, whose documents are others in each step: of two data sets, by their prefixes."""
     own = grid(ranks, 1) if ranks > 1 else []
-    packs, impl = documents(data, *own, BINS), ("layer", "attention", "iteration")
+    packs, impl = documents(texts, *own, BINS), ("layer", "attention", "iteration")
     found: list[Row] = [("documents", packs, graphs, []) for graphs in GRAPHS]
     found += [("documents, 4 micro-batches", [*packs, *SEVERAL], graphs, []) for graphs in impl]
     two = [*packs, "training.micro_batch_size=2", "training.global_batch_size=2"]
     found += [("documents, micro-batch of 2", two, graphs, []) for graphs in impl]
-    sft = ["data.format=sft" if one == "data.document_masking=true" else one for one in packs]
+    sft = [*BYTES, f"data.paths=[{examples}]", "data.format=sft", *own, BINS]
     found += [("documents of fine-tuning", sft, graphs, []) for graphs in impl]
     found += [("documents", packs, "layer", SELECTIVE), ("documents", packs, "iteration", FULL)]
     evaluated = [*packs, "data.split='95,5,0'", "training.eval_iters=2", "training.eval_interval=4"]
@@ -93,14 +109,14 @@ def rows_of_documents(ranks: int, data: str) -> list[Row]:
             ("Nx1x1", grid(ranks, 1, 1)),
             ("ring", ["context_parallel.mode=ring"]),
         ):
-            found += [(f"documents, {name}", documents(data, *mode, BINS), graphs, []) for graphs in impl]
+            found += [(f"documents, {name}", documents(texts, *mode, BINS), graphs, []) for graphs in impl]
     if ranks == 4:
-        stages = documents(data, "parallelism.pipeline=2", "context_parallel.size=2", *grid(2, 1), *SEVERAL, BINS)
+        stages = documents(texts, "parallelism.pipeline=2", "context_parallel.size=2", *grid(2, 1), *SEVERAL, BINS)
         found += [("documents, pipeline of 2, 2x1", stages, graphs, []) for graphs in GRAPHS]
         interleaved = [*stages, "parallelism.virtual_pipeline=2"]
         found += [("documents, interleaved pipeline of 2, 2x1", interleaved, graphs, []) for graphs in impl]
         tensor = ["parallelism.tensor=2", "parallelism.sequence_parallel=true", "context_parallel.size=2", *grid(2, 1)]
-        found += [("documents, tensor 2, 2x1", documents(data, *tensor, BINS), graphs, []) for graphs in impl]
+        found += [("documents, tensor 2, 2x1", documents(texts, *tensor, BINS), graphs, []) for graphs in impl]
     return found
 
 
@@ -147,7 +163,7 @@ def main() -> None:
     failed, begin = 0, time.monotonic()
     args.end = begin + args.budget
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(args.jobs) as executor:
-        args.data = str(docstrings.build_default(directory))
+        args.texts, args.examples = str(short_texts(directory)), str(docstrings.build_default(directory))
         labels = {executor.submit(check): label for label, check in checks(args, executor).items()}
         for future in as_completed(labels):
             try:
@@ -165,7 +181,7 @@ def checks(args: argparse.Namespace, executor: ThreadPoolExecutor) -> dict[str, 
     plain: dict[str, Future[Steps]] = {}
     compared = rows(args.ranks, args.quick)
     if not args.quick:
-        compared += rows_of_documents(args.ranks, args.data)
+        compared += rows_of_documents(args.ranks, args.texts, args.examples)
     for name, overrides, graphs, more in compared:
         label = ", ".join([f"{name}: {graphs}", *("recomputed" for _ in more[:1])])
         if wanted(args, label):
@@ -174,7 +190,7 @@ def checks(args: argparse.Namespace, executor: ThreadPoolExecutor) -> dict[str, 
             found[label] = partial(compare, args, [*overrides, *GRAPHS[graphs], *more], plain[name])
     if not args.quick:
         own = grid(args.ranks, 1) if args.ranks > 1 else []
-        packs = documents(args.data, *own)
+        packs = documents(args.texts, *own)
         near = {"documents in bins, no graphs": [BINS]}
         near |= {f"documents in as many bins as they need: {one}": GRAPHS[one] for one in ("layer", "iteration")}
         for label, more in near.items():

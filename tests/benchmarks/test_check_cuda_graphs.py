@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 
 from megatron_attn2d.config.arguments import megatron_arguments
 from megatron_attn2d.config.read import load_run
+from megatron_attn2d.data import matching
+from megatron_attn2d.megatron.upstream.quiet_imports import indexed_dataset
 from megatron_attn2d.training.derive import derived_arguments
 from tests.benchmarks.test_benchmark_multi_gpu import script
 from tests.megatron.documents import build
@@ -28,19 +31,24 @@ class AtOnce:
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = build(tmp_path_factory.mktemp("data") / "set", [np.arange(8)])
-    prefix.with_suffix(".loss").write_bytes(bytes(8))
-    return str(prefix)
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Prefixes of texts and of examples."""
+    folder = tmp_path_factory.mktemp("data")
+    texts, examples = (build(folder / name, [np.arange(8)]) for name in ("texts", "examples"))
+    examples.with_suffix(".loss").write_bytes(bytes(8))
+    return str(texts), str(examples)
 
 
 @pytest.mark.parametrize(("ranks", "quick", "most"), [(1, False, 24), (2, True, 7), (2, False, 54), (4, False, 80)])
-def test_all_runs_are_valid(monkeypatch: pytest.MonkeyPatch, examples: str, ranks: int, quick: bool, most: int) -> None:
+def test_all_runs_are_valid(
+    monkeypatch: pytest.MonkeyPatch, data: tuple[str, str], ranks: int, quick: bool, most: int
+) -> None:
     check, asked = script("check_cuda_graphs"), []
 
     def run(yaml: Any, world: int, overrides: list[str], *_: Any, **__: Any) -> list[dict[str, float]]:
         asked.append(overrides)
         run = load_run(yaml, [*overrides, "run.dir=/tmp/none"], world_size=world)
+        matching.check_data(run)
         arguments = megatron_arguments(run)
         derived_arguments(arguments, FULL)
         if "data.document_masking=true" in overrides:  # also a single rank cuts documents into two chunks
@@ -49,13 +57,25 @@ def test_all_runs_are_valid(monkeypatch: pytest.MonkeyPatch, examples: str, rank
 
     monkeypatch.setattr(check, "run", run)
     args = argparse.Namespace(ranks=ranks, quick=quick, nodes=quick, only=[""], timeout=1.0, end=math.inf)
-    args.data = examples
+    args.texts, args.examples = data
     found = check.checks(args, AtOnce())
     assert len(found) <= most
     for label, one in found.items():
         if not label.startswith("SIGTERM"):
             one()
     assert any("training.cuda_graphs=layer" in overrides for overrides in asked)
+
+
+def test_texts_are_documents_that_fit_the_bins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check = script("check_cuda_graphs")
+    sizes = [1, 31, 32, 300, 511, 512, 9000]  # bytes; the end of a document is one token more
+    given = [{"prompt": "p", "completion": "c" * (size - 1)} for size in sizes]
+    monkeypatch.setattr(check.docstrings, "examples", lambda: iter(given))
+    prefix = check.short_texts(tmp_path)
+    assert not prefix.with_suffix(".loss").exists()
+    assert indexed_dataset().IndexedDataset(str(prefix)).sequence_lengths.tolist() == [33, 301, 512]
+    seq, bins = (int(key.split("=")[1]) for key in (*(x for x in check.TINY if "seq_length" in x), check.BINS))
+    assert bins >= seq // check.SHORTEST + 2  # a sample may begin and end with a piece of a document
 
 
 def test_steps_that_differ_are_told() -> None:
