@@ -52,6 +52,8 @@ _DECIDED_BY = {
 }
 """Flags that no key gives under its own name, and the key that decides about each."""
 _IGNORED = "would be ignored: it is for data sets or losses other than ours"
+_SCHEDULED = "asks the training loop for a schedule of single layers (return_schedule_plan), which ours does not make"
+_BESIDE_IT = f"needs --overlap-moe-expert-parallel-comm, which {_SCHEDULED}"
 _REFUSED = {
     "spec": "replaces the layers, and with them the attention that context_parallel.mode chooses",
     "local-rank": "is set by the launcher",
@@ -66,12 +68,15 @@ _REFUSED = {
     "full-validation": _IGNORED,
     "multiple-validation-sets": _IGNORED,
     "per-dataset-sequences-path": _IGNORED,
+    "overlap-moe-expert-parallel-comm": _SCHEDULED,
+    "delay-wgrad-compute": _BESIDE_IT,
+    "ep-overlap-early-attn-memory-release": _BESIDE_IT,
     "rampup-batch-size": "is not read by Megatron-Core 0.19",
     "step-batch-size-schedule": "excludes training.global_batch_size, which a run must have",
     "train-samples": "excludes training.train_iters, by which a run is planned and continued",
 }
-"""Arguments that would bypass keys of the YAML, or that change nothing here; `megatron.refusals` has those that no
-training takes."""
+"""Arguments that would bypass keys of the YAML, that change nothing here, or that our training loop can't serve;
+`megatron.refusals` has those that no training takes."""
 _PATTERNS = ("hybrid-layer-pattern", "hybrid-override-pattern", "mtp-hybrid-override-pattern")
 _WINDOW = re.compile(r"\d+,(\d+|-1)")
 

@@ -20,7 +20,7 @@ import torch
 from megatron_attn2d.data import indexed
 from megatron_attn2d.launch import ranks
 from tests import pool as rank_pool
-from tests.megatron.combinations import COMBINATIONS, EP, MODELS, REFERENCES, Combination, grid
+from tests.megatron.combinations import COMBINATIONS, MODELS, REFERENCES, Combination, grid
 from tests.megatron.runs import arguments, metrics, train_rank
 from tests.pool import RankPool
 
@@ -46,9 +46,6 @@ SIZES: dict[str, Any] = {
 LATENT = {"qk_head_dim": 64, "qk_pos_emb_head_dim": 64, "v_head_dim": 64, "q_lora_rank": 64, "kv_lora_rank": 64}
 SMALL = {name: combination for name, combination in COMBINATIONS.items() if combination.ranks <= 2}
 SMALL["hybrid from a GPT, 2x1"] = Combination("llama", 2, {**MODELS["hybrid"], **grid(2, 1)})
-if torch.cuda.is_available():  # upstream's all-to-all of experts fails on CPU ranks
-    OVERLAP = {"moe_token_dispatcher_type": "alltoall", "overlap_moe_expert_parallel_comm": True, "micro_batch_size": 1}
-    SMALL["MoE, EP2 over 2x1, all-to-all overlapped"] = Combination("moe", 2, {**EP, **grid(2, 1), **OVERLAP})
 
 LIMIT_S = 150.0 if torch.cuda.is_available() else 300.0
 """For a run: ranks that wait for each other for ever end with it, and the next case gets new ones."""

@@ -41,6 +41,13 @@ REFUSED = {
     "megatron_args.rampup_batch_size=[2, 2, 4]": (
         "megatron_args.rampup_batch_size = [2, 2, 4]: --rampup-batch-size is not read by Megatron-Core 0.19; ..."
     ),
+    "megatron_args.overlap_moe_expert_parallel_comm=true": (
+        "megatron_args.overlap_moe_expert_parallel_comm = true: --overlap-moe-expert-parallel-comm asks the training "
+        "loop for a schedule of single layers (return_schedule_plan), which ours does not make; leave it out"
+    ),
+    "megatron_args.delay_wgrad_compute=true": (
+        "megatron_args.delay_wgrad_compute = true: --delay-wgrad-compute needs --overlap-moe-expert-parallel-comm, ..."
+    ),
     "megatron_args.step_batch_size_schedule='0:2 4:4'": (
         "megatron_args.step_batch_size_schedule = '0:2 4:4': --step-batch-size-schedule excludes training.global_b..."
     ),
