@@ -139,6 +139,8 @@ class ContextParallelAttention(MegatronModule):
         if self.cache is not None:
             return self.cache.attend(self, query, key, value)
         causal = self._is_causal(attn_mask_type, packed_seq_params)
+        if attention_bias is not None:
+            raise ValueError("attention bias is not supported: choose rotary or learned positions")
         if attention_mask is not None and document_bins.are_bins(attention_mask):
             # Megatron takes the pack for one sequence.
             q, k, v = (x.squeeze(1) for x in (query, key, value))
@@ -148,8 +150,6 @@ class ContextParallelAttention(MegatronModule):
             return self.attend(q, k, v, causal, **bins).unsqueeze(1)
         if attention_mask is not None:
             tell_unread_mask(attention_mask)
-        if attention_bias is not None:
-            raise ValueError("attention bias is not supported: choose rotary or learned positions")
         totals = {} if packed_seq_params is None else self._packed(packed_seq_params)
         return self.attend(query, key, value, causal, **totals)
 

@@ -63,15 +63,20 @@ def agreed(asked: int, found: int) -> int:
 def check_model(args: Any) -> None:
     """Raise UsageError for a model, by Megatron's arguments, whose layers would not mind the bins."""
     for name, why in UNSERVED.items():
-        if getattr(args, name, None):
-            raise UsageError(f"--{name.replace('_', '-')} {why} where documents are bins (--document-bins)")
+        if value := getattr(args, name, None):
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value} {why} where documents are bins (--document-bins "
+                f"{args.document_bins}, --cuda-graph-impl {args.cuda_graph_impl}): leave it out, or choose "
+                "--document-bins 0 and --cuda-graph-impl none"
+            )
 
 
 def check_batch(places: Tensor, args: Any) -> None:
     """Raise UsageError if a sample of [b, n] running totals of places, which the host knows, has more than the bins."""
     if asked_for(args) and (most := int((places.diff(dim=1) > 0).sum(1).max())) > args.document_bins:
         raise UsageError(
-            f"a sample of {most} documents, for which data.document_bins = {args.document_bins} is too few"
+            f"data.document_bins = {args.document_bins} (--document-bins): a sample of a batch holds {most} documents; "
+            f"choose {most} or more, or null"
         )
 
 

@@ -138,7 +138,9 @@ def binned_on_this_rank(held: Batch, args: Any, *, first: bool, last: bool, coun
         bins = document_bins.of_samples(
             totals.cuda(non_blocking=True), places.cuda(non_blocking=True), args.document_bins
         )
-        batch = {key: None if (x := held.get(key)) is None else x.reshape(1, -1).cuda() for key in KEYS}
+        batch = {
+            key: None if (x := held.get(key)) is None else x.reshape(1, -1).cuda(non_blocking=True) for key in KEYS
+        }
     else:
         bins = torch.empty((2, args.micro_batch_size * args.document_bins + 1), dtype=torch.int32, device=device)
     if group.size() > 1:

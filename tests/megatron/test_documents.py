@@ -101,6 +101,21 @@ def test_every_rank_has_bins_for_the_fullest_sample(pool: RankPool, asked: int, 
         assert str(one).startswith(str(found))
 
 
+def test_models_and_batches_that_bins_do_not_serve_are_refused() -> None:
+    import torch
+
+    from megatron_attn2d.megatron import document_bins
+
+    args = SimpleNamespace(document_multiple=4, document_bins=2, cuda_graph_impl="none", mtp_num_layers=None)
+    document_bins.check_model(args)
+    document_bins.check_batch(torch.tensor([[0, 4, 8, 8], [0, 8, 8, 8]]), args)
+    with pytest.raises(UsageError, match=r"^data.document_bins = 2 .* holds 3 documents; choose 3 or more, or null$"):
+        document_bins.check_batch(torch.tensor([[0, 8, 8, 8], [0, 4, 8, 12]]), args)
+    args.mtp_num_layers = 1
+    with pytest.raises(UsageError, match=r"^--mtp-num-layers 1 would predict .* choose --document-bins 0 and"):
+        document_bins.check_model(args)
+
+
 def test_graphs_of_transformer_engine_get_bins_and_one_sequence_to_be_captured_with() -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.core.transformer.transformer_layer import TransformerLayer
