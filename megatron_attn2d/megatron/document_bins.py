@@ -6,10 +6,10 @@ device, of one shape for all batches:
     bins = [[0, 7, 10, 20, 20, 20],    running totals of the documents' tokens
             [0, 8, 12, 24, 24, 24]]    and of their places; the last two bins are empty
 
-It goes through the model in the place of the attention mask, as it is one: it says who sees whom. All of Megatron's
-graphs, its recomputation and its pipeline hand a mask to the layers as they hand on any tensor: each graph has a copy
-of its own, and micro-batches in flight don't share one. PackedSeqParams, which tells the layers of packs else, is no
-tensor: graphs of Transformer Engine refuse it, and what it has rotary positions do reads its totals back (`.tolist()`).
+It goes through the model in the place of the attention mask: like a mask, it says who sees whom. Megatron's graphs,
+recomputation and pipeline hand on a mask as they hand on any tensor. It is copied into an input of the graph before each
+replay, and micro-batches in flight share no input. PackedSeqParams, by which layers are told of packs otherwise, is no
+tensor: graphs of Transformer Engine refuse it, and upstream's rotary positions read its totals back (`.tolist()`).
 So the layers believe that the pack is one sequence; rotary positions are those of `at` (`upstream/rotary.py`).
 """
 
@@ -61,7 +61,7 @@ def agreed(asked: int, found: int) -> int:
 
 
 def check_model(args: Any) -> None:
-    """Raise UsageError for a model, by Megatron's arguments, whose layers would not mind the bins."""
+    """Raise UsageError for a model, by Megatron's arguments, whose layers would not read the bins."""
     for name, why in UNSERVED.items():
         if value := getattr(args, name, None):
             raise UsageError(
