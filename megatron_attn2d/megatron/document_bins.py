@@ -7,9 +7,9 @@ device, of one shape for all batches:
             [0, 8, 12, 24, 24, 24]]    and of their places; the last two bins are empty
 
 It goes through the model in the place of the attention mask: like a mask, it says who sees whom. Megatron's graphs,
-recomputation and pipeline hand on a mask as they hand on any tensor. It is copied into an input of the graph before each
-replay, and micro-batches in flight share no input. PackedSeqParams, by which layers are told of packs otherwise, is no
-tensor: graphs of Transformer Engine refuse it, and upstream's rotary positions read its totals back (`.tolist()`).
+recomputation and pipeline hand on a mask as they hand on any tensor. It is copied into an input of the graph before
+each replay, and micro-batches in flight share no input. PackedSeqParams, by which layers are told of packs otherwise,
+is no tensor: graphs of Transformer Engine refuse it, and upstream's rotary positions read its totals back.
 So the layers believe that the pack is one sequence; rotary positions are those of `at` (`upstream/rotary.py`).
 """
 
