@@ -9,7 +9,7 @@ Tables that the host makes belong to a `Bundle`: one copy brings all of a bundle
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,7 +57,6 @@ class Segments:
     host: Numbers | None = None
     bundle: Bundle | None = None
     number: int = 0
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
     def q_starts(self) -> Tensor:
@@ -78,13 +77,6 @@ class Segments:
     def k_lengths(self) -> Tensor:
         """See `Columns`."""
         return self.columns().k_lengths
-
-    def made[Value](self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """What kernels derive once from the table."""
-        if key not in self._made:
-            self._made[key] = make()
-        value: Value = self._made[key]
-        return value
 
     def by_length(self, short: int, few: int) -> tuple[Segments | None, Segments | None]:
         """The segments of more than `short` query rows, and the others if there are more than `few`.

@@ -26,8 +26,8 @@ def _row_orders(offsets, chunks, orders, sequences, steps, tokens, first, second
     sequence = tl.zeros((BLOCK,), tl.int32)
     for i in range(steps):  # the last sequence that does not start behind the row: empty ones come before it
         later = sequence + (1 << (steps - 1 - i))
-        start = tl.load(offsets + later, later < sequences, other=tokens)
-        sequence = tl.where(slots * start <= row, later, sequence)
+        known = later < sequences  # rows behind the last must not lead beyond the offsets
+        sequence = tl.where(known & (slots * tl.load(offsets + later, known, other=0) <= row), later, sequence)
     offset, chunk = tl.load(offsets + sequence), tl.load(chunks + sequence)
     within = row - slots * offset
     there = (within // chunk) * tokens + offset + within % chunk

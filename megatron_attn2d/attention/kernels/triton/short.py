@@ -42,8 +42,8 @@ def _seen_from(i, starts, lengths, others, other_lengths, count, steps, before, 
     segment = tl.zeros((BLOCK,), tl.int32)
     for step in range(steps):  # the last segment that does not start behind it
         later = segment + (1 << (steps - 1 - step))
-        start = tl.load(starts + later, later < count, other=size)
-        segment = tl.where(start <= at, later, segment)
+        known = later < count  # positions behind the last must not lead beyond the table
+        segment = tl.where(known & (tl.load(starts + later, known, other=0) <= at), later, segment)
     place, length = at - tl.load(starts + segment), tl.load(lengths + segment)
     other, other_length = tl.load(others + segment), tl.load(other_lengths + segment)
     inside = (place >= 0) & (place < length)
