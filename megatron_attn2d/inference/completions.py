@@ -106,5 +106,7 @@ def _written(request: Request, console: TextIO | None) -> Iterator[Callable[[str
         except BaseException:
             if lines:
                 print(f"-- {lines} of {len(request.texts)} completions are in {scratch}", file=console, flush=True)
+            else:
+                scratch.unlink()
             raise
     scratch.replace(path)

@@ -293,8 +293,10 @@ class Generator:
         if after is None:
             batches = [[len(texts[place]) for place in block[i::replicas]] for block in blocks for i in range(replicas)]
             self._room.check(filter(None, batches), new)
-        elif texts:
-            self._room.make(after, [max(map(len, texts))], new)
+        else:
+            # Not of the longest alone: of a shorter one the last chunk may leave more to the fullest rank.
+            for length in sorted({*map(len, texts)}, reverse=True):
+                self._room.make(after, [length], new)
         return [list(block[replica::replicas]) for block in blocks]
 
     def _scores(
@@ -317,11 +319,13 @@ class Generator:
 
     def _scored(self, texts: Sequence[Tokens], first: Sequence[int], after: Cache | None) -> list[Tensor]:
         """`_scores` of one batch."""
-        cache = self._room.cache(list(map(len, texts)), 0) if after is None else after
-        before = cache.snapshot()
-        scores = self._extend(cache, texts, first)
-        cache.roll_back(before)
-        return scores
+        if after is None:
+            return self._extend(self._room.cache(list(map(len, texts)), 0), texts, first)
+        before = after.snapshot()
+        try:
+            return self._extend(after, texts, first)
+        finally:
+            after.roll_back(before)
 
     def _extend(self, cache: Cache, tokens: Sequence[Tokens], first: Sequence[int] | None = None) -> list[Tensor]:
         """See `fill`."""
@@ -340,15 +344,16 @@ class Generator:
         if not asked:
             return {}
         started = time.perf_counter()
-        if after is None:
-            cache, before = self.prefill(list(asked.values()), room=sampling.max_tokens), None
-        else:
-            cache, before = after, after.snapshot()
-            self._extend(cache, list(asked.values()))
-        completions = self._complete(cache, asked, sampling, on_text or (lambda place, text: None), started)
+        with ExitStack() as afterwards:
+            if after is None:
+                cache = self.prefill(list(asked.values()), room=sampling.max_tokens)
+            else:
+                cache = after
+                afterwards.callback(cache.roll_back, cache.snapshot())
+                self._extend(cache, list(asked.values()))
+            show = on_text or (lambda place, text: None)
+            completions = self._complete(cache, asked, sampling, show, started, afterwards)
         self.measured.prompt_tokens += sum(map(len, asked.values()))
-        if before is not None:
-            cache.roll_back(before)
         return dict(zip(asked, completions, strict=True))
 
     def _complete(
@@ -358,10 +363,11 @@ class Generator:
         sampling: Sampling,
         show: Callable[[int, str], None],
         started: float,
+        afterwards: ExitStack,
     ) -> list[Completion]:
         """Adds tokens to the sequences of `cache`, which end with the prompts `asked`, until each of them ends.
 
-        The prompts were begun to be filled in at `started`.
+        The prompts were begun to be filled in at `started`. `afterwards` lets go of the decoder, also after an error.
         """
         from megatron_attn2d.inference.decode import Decoder
 
@@ -393,10 +399,10 @@ class Generator:
                     show(places[i], shown)
             if None not in reasons:
                 break
-            decoder = decoder or Decoder(model, cache, sampling.max_tokens, self._graph)
+            if decoder is None:
+                decoder = Decoder(model, cache, sampling.max_tokens, self._graph)
+                afterwards.callback(decoder.close)
             logits = decoder.step([token for token, _ in chosen], [reason is None for reason in reasons])
-        if decoder is not None:
-            decoder.close()
         self.measured.prompt_s += first - started
         self.measured.new_s += time.perf_counter() - first
         self.measured.new_tokens += sum(len(stream.tokens) - 1 for stream in streams if stream.tokens)

@@ -86,9 +86,9 @@ class Fill:
         """All queries to this rank's shard, and the results back to their ranks: [t, h, dv]."""
         cache = self.cache
         gathered = _gathered(q, cache.group)  # [P, t, h, d]
-        ranks_, tokens, heads, _ = gathered.shape
-        out = q.new_zeros(ranks_, tokens, heads, layer.head_dims[1])
-        lse = q.new_full((ranks_, heads, tokens), -torch.inf, dtype=accumulation_dtype(q.dtype))
+        size, tokens, heads, _ = gathered.shape
+        out = q.new_zeros(size, tokens, heads, layer.head_dims[1])
+        lse = q.new_full((size, heads, tokens), -torch.inf, dtype=accumulation_dtype(q.dtype))
         offset = 0
         for piece in self.chunk:
             ranks, rows = self._order(piece, offset)

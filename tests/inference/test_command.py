@@ -195,10 +195,14 @@ def _use(args: list[str]) -> None:
         ):
             generator.generate([[1] * 1000], Sampling(1))
 
+        cache = generator.prefill([[1, 2]])
         next(generator._model._chunk.parameters()).data[7] = math.nan  # token 7 of embedding and output
         for sampling in (Sampling(2), Sampling(2, temperature=1.0)):
             with pytest.raises(UsageError, match="prompt 0, new token 1: the model's logits are not finite"):
                 generator.generate([[1]], sampling)
+        with pytest.raises(UsageError, match="the model's logits are not finite"):
+            generator.generate([[1]], after=cache)
+        assert cache.lengths == [2], "as before, also after an error"
         with pytest.raises(UsageError, match="text 0: the model's logits are not finite"):
             generator.score([[1, 1]])
     assert os.environ["WORLD_SIZE"] == "1"
