@@ -40,6 +40,7 @@ class Snapshot:
     """How far a cache was filled; see `Cache.roll_back`."""
 
     filled: list[list[int]]
+    """The cache knows its snapshots by this very list."""
     logits: Tensor | None
 
 
@@ -80,7 +81,8 @@ class Cache:
         self.logits: Tensor | None = None
         self.layers: dict[int, tuple[Tensor, ...]] = {}
         self._counts: Tensor | None = None
-        self._snapshots: list[Snapshot] = []  # each of them is of more tokens than the one before it
+        # `Snapshot.filled`, each of more tokens than the one before it. Not their logits, which would all live as long.
+        self._snapshots: list[list[list[int]]] = []
         self._pass: Pass | None = None
 
     @property
@@ -95,9 +97,9 @@ class Cache:
 
     def snapshot(self) -> Snapshot:
         """What `roll_back` needs to come back here: no keys are copied."""
-        if not self._snapshots or self._snapshots[-1].filled != self.filled:
-            self._snapshots.append(Snapshot([list(kept) for kept in self.filled], self.logits))
-        return self._snapshots[-1]
+        if not self._snapshots or self._snapshots[-1] != self.filled:
+            self._snapshots.append([list(kept) for kept in self.filled])
+        return Snapshot(self._snapshots[-1], self.logits)
 
     def roll_back(self, snapshot: Snapshot) -> None:
         """Forgets all tokens that were added after `snapshot`, so that others may follow: one text, many questions.
@@ -105,11 +107,12 @@ class Cache:
         Raises:
             ValueError: it is of another cache, or this one has been rolled back behind it since.
         """
-        if snapshot not in self._snapshots:
+        place = next((i for i, filled in enumerate(self._snapshots) if filled is snapshot.filled), None)
+        if place is None:
             raise ValueError(
                 "the snapshot holds tokens that the cache has forgotten: take a new one after rolling back"
             )
-        del self._snapshots[self._snapshots.index(snapshot) + 1 :]
+        del self._snapshots[place + 1 :]
         self.filled, self._counts = [list(kept) for kept in snapshot.filled], None
         self.logits = snapshot.logits
 
