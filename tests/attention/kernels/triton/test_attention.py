@@ -162,6 +162,30 @@ def compare_short(case: str) -> None:
     assert_equal(case, *results)
 
 
+def seen_of_several_tables() -> None:
+    """One launch finds who sees whom for all tables of a bundle, short ones and long ones."""
+    from megatron_attn2d.attention.kernels.triton.short import _seen_of
+    from megatron_attn2d.attention.segments import Bundle
+
+    bundle, rng, made = Bundle(torch.device("cpu")), np.random.default_rng(0), []
+    for count, band in ((3, CAUSAL), (300, FULL), (17, Band(4, 0)), (1, FULL)):
+        gaps, q_lengths, k_lengths = rng.integers(0, 3, count), rng.integers(1, 9, count), rng.integers(9, 12, count)
+        (q_ends, k_ends) = ((lengths + gaps).cumsum() for lengths in (q_lengths, k_lengths))
+        host = np.stack((q_ends - q_lengths, q_lengths, k_ends - k_lengths, k_lengths))
+        made.append((host, bundle.add(host, band, int(q_ends[-1]) + 5, int(k_ends[-1]) + 2, 8, 11)))
+    for host, table in made:
+        _, short = table.by_length(8, 0)
+        assert short is not None
+        for seen, columns, sides in zip(_seen_of(short), (host, host[[2, 3, 0, 1]]), (1, -1), strict=True):
+            before, after = (2**30 if side is None else side for side in table.band[::sides])
+            expected = torch.full_like(seen, -1)
+            for start, length, other, others in columns.T.tolist():
+                at = torch.arange(others - length, others)
+                expected[0, start : start + length] = other + (at - before).clamp(min=0)
+                expected[1, start : start + length] = other + (at + after + 1).clamp(max=others)
+            assert torch.equal(seen, expected), table.band
+
+
 def scale_by(scale: float) -> None:
     """Scales that are not above 0 are legal."""
     q, k, v = (torch.randn(70, 1, 1, 16) for _ in range(3))
@@ -189,7 +213,7 @@ def test_interpreted_kernels_agree_with_the_reference() -> None:
     # The interpreter is chosen when Triton is imported, hence a process of its own.
     code = (
         "from tests.attention.kernels.triton.test_attention import *; [compare(case) for case in CASES]; "
-        "[compare_table(case) for case in TABLES]; [compare_short(case) for case in TABLES]; "
+        "[compare_table(case) for case in TABLES]; [compare_short(case) for case in TABLES]; seen_of_several_tables(); "
         "[plant(float(value)) for value in ('nan', 'inf')]; [scale_by(scale) for scale in (-0.3, 0.0)]"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
