@@ -278,6 +278,9 @@ class Packing:
 
     def _rows(self, slots: int) -> tuple[Tensor, Tensor]:
         """`slot_rows` and `sequence_rows`."""
+        if not slots:  # Nothing travels to a tile whose scores are all masked.
+            nothing = torch.empty(0, dtype=torch.int32, device=self.device)
+            return nothing, nothing
         self.order_rows(slots)
         rows: tuple[Tensor, Tensor] = self._made["rows", slots]
         return rows

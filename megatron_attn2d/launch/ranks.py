@@ -5,6 +5,7 @@ On a cluster torchrun or Slurm starts the ranks instead.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -126,7 +127,8 @@ def _preload() -> None:
     """Import `PRELOAD`; ranks' logs tell what follows from libraries that Megatron misses."""
     for module in PRELOAD:
         quiet_import(module)
-    gc.freeze()  # what was imported is no garbage: a rank that looked through it would copy its memory
+    gc.freeze()  # What was imported is no garbage: a rank that looked through it would copy its memory.
+    atexit.register(gc.unfreeze)  # At the end it is, or Triton's bindings would report their types as leaked.
 
 
 def _run_rank(

@@ -204,7 +204,7 @@ def test_ci_fails_when_any_check_fails_and_still_runs_the_tests(sandbox, failing
     sandbox.logged()
     result = sandbox.run(".ci/run", FAIL="pytest" if failing == "pytest" else "")
     assert result.returncode == (0 if failing is None else 1)
-    assert sandbox.logged() == ["pytest -n 2 --dist loadfile"]
+    assert sandbox.logged() == ["pytest -n 2 --dist loadfile --no-loadscope-reorder"]
 
 
 CLI = '#!/usr/bin/env bash\nprintf "%s|" "$@" >>"$LOG"; echo >>"$LOG"\n'
