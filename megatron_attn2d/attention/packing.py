@@ -263,8 +263,11 @@ class Packing:
         return self.made("offsets", lambda: self.chunks.cumsum(0) - self.chunks)
 
     def order_rows(self, *counts: int) -> None:
-        """Make the orders of rows of so many chunks, each of these numbers; on a GPU by one launch."""
-        missing = [slots for slots in dict.fromkeys(counts) if slots and ("rows", slots) not in self._made]
+        """Make the orders of rows of so many chunks, each of these numbers; on a GPU by one launch.
+
+        A number may be 0: nothing travels to a tile whose scores are all masked.
+        """
+        missing = [slots for slots in dict.fromkeys(counts) if ("rows", slots) not in self._made]
         if not missing:
             return
         offsets, chunks = self._on_device
@@ -278,9 +281,6 @@ class Packing:
 
     def _rows(self, slots: int) -> tuple[Tensor, Tensor]:
         """`slot_rows` and `sequence_rows`."""
-        if not slots:  # Nothing travels to a tile whose scores are all masked.
-            nothing = torch.empty(0, dtype=torch.int32, device=self.device)
-            return nothing, nothing
         self.order_rows(slots)
         rows: tuple[Tensor, Tensor] = self._made["rows", slots]
         return rows

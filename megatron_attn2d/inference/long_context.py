@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TextIO
@@ -235,10 +234,10 @@ def _done(generator: Generator, fitted: Fitted, request: Request, job: _Job) -> 
     from megatron_attn2d.training.evaluation import windows
 
     assert request.data is not None, "the command line has asked for it"
-    for window in islice(windows(request.data, job.context), job.sample, job.sample + 1):
-        (logprobs,) = generator.score([window["tokens"][0].tolist()], shared=False)
-        return [-logprob for logprob in logprobs]
-    return []  # the data set has fewer windows
+    if (window := next(windows(request.data, job.context, job.sample), None)) is None:
+        return []  # the data set has fewer windows
+    (logprobs,) = generator.score([window["tokens"][0].tolist()], shared=False)
+    return [-logprob for logprob in logprobs]
 
 
 def _answers(generator: Generator, fitted: Fitted, task: Task, context: int, sample: int) -> list[Answer]:

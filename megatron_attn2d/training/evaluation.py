@@ -110,15 +110,17 @@ def _forward_step(collect: Any, iterator: Any, model: torch.nn.Module) -> tuple[
     return output, collect
 
 
-def windows(prefix: Path, context: int) -> Iterator[dict[str, torch.Tensor]]:
+def windows(prefix: Path, context: int, first: int = 0) -> Iterator[dict[str, torch.Tensor]]:
     """Yields windows of the data set, in order and without overlap, as batches [1, context] with Megatron's keys.
+
+    The first one is the window number `first`, from 0; those before it are not read.
 
     Token ids and positions are int64, the loss mask is fp32.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     stream = np.memmap(f"{prefix}.bin", dtype=IndexedDataset(str(prefix)).index.dtype, mode="r")
-    for begin in range(0, stream.size - context, context):
+    for begin in range(first * context, stream.size - context, context):
         tokens = torch.from_numpy(stream[begin : begin + context + 1].astype(np.int64))
         yield {
             "tokens": tokens[None, :-1],

@@ -16,12 +16,11 @@ from megatron_attn2d.attention.packing import Packing
 from megatron_attn2d.data.documents import PLACES, TOTALS
 from megatron_attn2d.megatron import document_bins
 from megatron_attn2d.megatron.core_attention import keep_totals
+from megatron_attn2d.megatron.upstream import rotary
 from megatron_attn2d.megatron.upstream.batches import Batch, to_tensor_ranks
 from megatron_attn2d.megatron.upstream.compat import mask_padding
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-ROTARY_POSITIONS = "rotary_positions"
-"""Key of a batch in bins: the positions of its tokens in their documents, [b * s / cp] int64, on every stage."""
 _ROTARY_LENGTHS = 8
 """Number of lengths to which the longest document is rounded up: upstream keeps a table of rotary angles per length."""
 
@@ -127,7 +126,7 @@ def binned_on_this_rank(held: Batch, args: Any, *, first: bool, last: bool, coun
     """`packed_on_this_rank` for CUDA graphs, which read no number of the host: a sample has `args.document_bins` bins.
 
     Returns:
-        The tensors that this stage uses, [1, b * s / cp]; bins as the attention mask, and `ROTARY_POSITIONS`.
+        The tensors that this stage uses, [1, b * s / cp]; bins as the attention mask, and `rotary.KEY`.
     """
     group, context = mpu.get_tensor_model_parallel_group(), mpu.get_context_parallel_group()
     device, batch = torch.cuda.current_device(), dict[str, Any]()
@@ -153,7 +152,7 @@ def binned_on_this_rank(held: Batch, args: Any, *, first: bool, last: bool, coun
     tokens = args.micro_batch_size * args.seq_length
     rows, positions = document_bins.rows_and_positions(bins, tokens, context.rank(), context.size())
     found = {key: x if (x := used[key]) is None else x.index_select(1, rows) for key in KEYS}
-    return {**found, "attention_mask": bins, ROTARY_POSITIONS: positions}
+    return {**found, "attention_mask": bins, rotary.KEY: positions}
 
 
 def _padding(totals: torch.Tensor, places: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -88,7 +88,7 @@ def _forward_step(iterator: Iterator[Batch] | None, model: torch.nn.Module) -> t
     timers("batch-generator", log_level=2).start()
     batch, packing = next_batch(iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    with rotary.at(batch.get("rotary_positions")):
+    with rotary.at(batch.get(rotary.KEY)):
         output = model(
             batch["tokens"],
             batch["position_ids"],

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from megatron_attn2d.megatron.upstream.patching import Patch
 
-_positions: ContextVar[Tensor | None] = ContextVar("rotary_positions", default=None)
+KEY = "rotary_positions"
+"""Key of a batch: the positions of its tokens in their documents, [b * s / cp] int64, on every pipeline stage."""
+_positions: ContextVar[Tensor | None] = ContextVar(KEY, default=None)
 
 
 @contextmanager
