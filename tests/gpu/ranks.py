@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tests.pool import RankPool
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from hosts import posing
 
 
 class GpuRanks(RankPool):
@@ -38,14 +44,8 @@ class GpuRanks(RankPool):
         # As in training: see configs/clusters/gpu.yaml.
         found = {"LOCAL_RANK": str(rank % gpus), "NCCL_NVLS_ENABLE": os.environ.get("NCCL_NVLS_ENABLE", "0")}
         if self._hosts:
-            found |= {
-                "NCCL_HOSTID": f"host{rank}",
-                "NCCL_SOCKET_IFNAME": "lo",
-                "NCCL_P2P_DISABLE": "1",
-                "NCCL_SHM_DISABLE": "1",
-                "NCCL_NET": "Socket",
-                "NCCL_GRAPH_REGISTER": "0",  # of what a CUDA graph sends: see upstream/graph_environment.py
-            }
+            found |= posing(rank)
+            found["NCCL_GRAPH_REGISTER"] = "0"  # of what a CUDA graph sends: see upstream/graph_environment.py
         return found
 
 
